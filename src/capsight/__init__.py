@@ -1,0 +1,1 @@
+"""capsight: cheaper vision-language models without retraining."""

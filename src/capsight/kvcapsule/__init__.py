@@ -1,0 +1,10 @@
+"""KVCapsule: vision keys and values kept as small capsules, rebuilt when attention needs them.
+
+plan (which tokens) -> moments, fit (calibration) -> codecs (encode, decode) -> layer, cache (generate).
+"""
+
+from capsight.kvcapsule.cache import CapsuleCache
+from capsight.kvcapsule.capsule import KVCapsule
+from capsight.kvcapsule.plan import CapsulePlan, Run
+
+__all__ = ["CapsuleCache", "CapsulePlan", "KVCapsule", "Run"]

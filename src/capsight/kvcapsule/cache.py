@@ -1,0 +1,196 @@
+"""`CapsuleCache`: a transformers `Cache` that keeps vision keys and values as capsules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from capsight.errors import CapsightError, ModelMismatchError
+from capsight.kvcapsule.codecs import LayerCodec
+from capsight.kvcapsule.layer import CapsuleLayer
+from capsight.kvcapsule.ledger import Ledger
+from capsight.layout import PromptLayout
+
+
+class CapsuleCache(Cache):
+    """Hand it to `model.generate(**inputs, past_key_values=cache)`; nothing of the model is patched.
+
+    Prefill sees full keys and values; what comes later attends to capsules of the images, which
+    each layer rebuilds into one shared scratch buffer (`materialise`). Text, delimiters, block
+    tails and generated tokens are exact. Sliding-window layers are stock transformers layers.
+    The capsule scheme is that of KVCapsule (arXiv 2605.16439); codecs and storage are our own.
+
+    Attributes:
+        honours_key_bias: to be set by whoever runs an attention function that adds `key_bias`;
+            without it a codec that rebuilds nothing is refused.
+    """
+
+    def __init__(
+        self, codecs: Mapping[int, LayerCodec], layout: PromptLayout, config: PreTrainedConfig
+    ) -> None:
+        """Make an empty cache for one batch of prompts.
+
+        Args:
+            codecs: codec of every full-attention layer, by layer index; all of one block size.
+            layout: where the images lie in the prompt.
+            config: the model's config.
+
+        Raises:
+            ModelMismatchError: the codecs are not those of the full-attention layers of `config`.
+        """
+        layers = DynamicCache(config=config).layers
+        full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if full != sorted(codecs):
+            raise ModelMismatchError(
+                f"the capsule has codecs for layers {sorted(codecs)}, the model has full attention in layers "
+                f"{full}; fit a capsule for this model"
+            )
+        self._config = config
+        self._ledger = Ledger(layout, next(iter(codecs.values())).block_size)
+        self.honours_key_bias = False
+        for index, codec in codecs.items():
+            layers[index] = CapsuleLayer(codec, self._ledger)
+        super().__init__(layers=layers)
+
+    @property
+    def layout(self) -> PromptLayout:
+        """The layout of the batch as it is now."""
+        return self._ledger.layout
+
+    @property
+    def capsule_layers(self) -> dict[int, CapsuleLayer]:
+        """The layers that hold capsules, by layer index."""
+        return {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, CapsuleLayer)}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add `[B, H, Q, D]` new tokens of one layer; returns `[B, H, S, D]`, see `CapsuleLayer`.
+
+        Raises:
+            LayoutError: the batch does not fit the layout.
+            CapsightError: the codec rebuilds nothing and attention does not hide what is missing.
+        """
+        layer, batch = self.layers[layer_idx], key_states.shape[0]
+        if isinstance(layer, CapsuleLayer):
+            if self._ledger.plan.batch_size != batch:
+                if layer.get_seq_length():
+                    rows = self._ledger.plan.batch_size
+                    raise CapsightError(f"the cache holds {rows} rows, the model was given {batch}")
+                self._ledger.fit_batch(batch)
+            payload = layer.payload
+            if not self.honours_key_bias and payload is not None and layer.codec.missing(payload) is not None:
+                raise CapsightError(
+                    f"the {layer.codec.name} codec needs an attention function that hides evicted tokens; "
+                    "generate inside capsight.enable(model, capsule=...)"
+                )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def key_bias(self, layer_idx: int) -> Tensor | None:
+        """What attention has to add to its scores over the keys that `update` last returned for a layer.
+
+        Returns:
+            `[B, 1, 1, S]` in the keys' dtype, 0 for keys to see and `finfo.min` for evicted ones; None
+            where there are none, as always with codecs that rebuild.
+        """
+        layer = self.layers[layer_idx]
+        return layer.key_bias() if isinstance(layer, CapsuleLayer) else None
+
+    def extend_layout(self, layout: PromptLayout) -> None:
+        """Announce the images of a further turn, before it is prefilled.
+
+        Args:
+            layout: layout of the whole conversation so far, the new turn included.
+
+        Raises:
+            LayoutError: it does not continue the layout in use.
+        """
+        placement = next((layer.placement for layer in self.capsule_layers.values()), None)
+        self._ledger.extend(layout, () if placement is None else placement.runs, self.get_seq_length())
+
+    def reset(self) -> None:
+        """Empty the cache, for another prefill of the same prompt."""
+        self._ledger.restart()
+        for index, layer in enumerate(DynamicCache(config=self._config).layers):
+            if isinstance(self.layers[index], CapsuleLayer):
+                self.layers[index].reset()
+            else:
+                self.layers[index] = layer
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens: as many as a negative number says, or down to a positive length.
+
+        Raises:
+            CapsightError: that would cut a capsule; nothing has been removed then.
+        """
+        length = self.get_seq_length()
+        drop = max(length - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove
+        for capsule_layer in self.capsule_layers.values():
+            capsule_layer.check_crop(drop)
+        layers: list[Any] = sorted(self.layers, key=lambda layer: isinstance(layer, CapsuleLayer))
+        for layer in layers:  # stock layers first: they may refuse, too, and cannot be cropped while empty
+            if layer.is_initialized:
+                layer.crop(-drop)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row i of the batch what row `beam_idx[i]` was (int64 `[B]`)."""
+        self._move_rows(beam_idx.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times in place."""
+        self._move_rows([row for row in range(self._ledger.plan.batch_size) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows that `indices` (int64 `[B']`, or bool `[B]`) names."""
+        self._move_rows(torch.arange(self._ledger.plan.batch_size)[indices.cpu()].tolist())
+
+    def _move_rows(self, rows: Sequence[int]) -> None:
+        self._ledger.move_rows(rows)
+        moved: dict[int, tuple[Any, ...]] = {}  # layers share their placement, so each is worked out once
+        layers: list[Any] = self.layers
+        for layer in layers:
+            if not isinstance(layer, CapsuleLayer):
+                layer.batch_select_indices(torch.tensor(rows))
+            elif layer.placement is not None:
+                old = layer.placement
+                index = torch.tensor(rows, device=old.run_rows.device)
+                if id(old) not in moved:
+                    moved[id(old)] = (old, *old.select(rows))
+                layer.move_rows(index, *moved[id(old)][1:])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of capsules, exact tokens and their shared index tensors, sliding layers included."""
+        placements = {
+            id(p): p for layer in self.capsule_layers.values() if (p := layer.placement) is not None
+        }
+        return sum(self.layer_nbytes) + sum(placement.nbytes for placement in placements.values())
+
+    @property
+    def layer_nbytes(self) -> list[int]:
+        """Bytes of capsules and exact tokens in each layer."""
+        return [
+            layer.nbytes if isinstance(layer, CapsuleLayer) else _stock_nbytes(layer) for layer in self.layers
+        ]
+
+    @property
+    def nbytes_full(self) -> int:
+        """Bytes that a stock `DynamicCache` takes for the same tokens; left padding is not counted."""
+        return sum(
+            layer.nbytes_full if isinstance(layer, CapsuleLayer) else _stock_nbytes(layer)
+            for layer in self.layers
+        )
+
+    @property
+    def module_nbytes(self) -> int:
+        """Bytes of the codecs' own tensors, which all caches of a capsule share."""
+        return sum(layer.codec.module_nbytes for layer in self.capsule_layers.values())
+
+
+def _stock_nbytes(layer: Any) -> int:
+    return sum(x.nbytes for x in (layer.keys, layer.values) if x is not None) if layer.is_initialized else 0

@@ -1,0 +1,235 @@
+"""`KVCapsule`: a fitted capsule - fit it, save it, load it, make caches with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from capsight.errors import CapsuleFileError, ModelMismatchError, OptionError
+from capsight.kvcapsule.cache import CapsuleCache
+from capsight.kvcapsule.codecs import CODECS, LayerCodec
+from capsight.kvcapsule.fingerprint import model_fingerprint
+from capsight.kvcapsule.fit import collect_moments, kept_tokens, solve
+from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
+from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
+from capsight.kvcapsule.store import locate, read_folder, write_folder
+from capsight.layout import PromptLayout, build_layout
+
+KIND = "capsight.kvcapsule"
+
+
+class KVCapsule:
+    """Codecs for all full-attention layers of one model; after KVCapsule (arXiv 2605.16439), codecs our own.
+
+    Attributes:
+        codecs: codec of each layer, by layer index.
+        info: sizes, options, and the model it belongs to.
+    """
+
+    def __init__(self, codecs: Mapping[int, LayerCodec], info: CapsuleInfo) -> None:
+        """Join codecs and what is known of them; use `fit` or `from_pretrained` to get a capsule."""
+        self.codecs, self.info = dict(codecs), info
+
+    @classmethod
+    def fit(
+        cls,
+        model: Any,
+        processor: Any,
+        samples: Iterable[Any],
+        retained: float = 0.40,
+        codec: str = "adaptive",
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        progress: bool = True,
+        **options: Any,
+    ) -> Self:
+        """Fit to a model in one pass over calibration samples.
+
+        Args:
+            model: a transformers vision-language model of a family that `build_layout` knows.
+            processor: its processor; may be None where all samples are processor outputs.
+            samples: processor outputs (any batch size) or lists of chat messages, with images.
+            retained: fraction of each block's tokens to keep, in (0, 1].
+            codec: "adaptive", "static", or the control "evict".
+            block_size: vision tokens per capsule (N).
+            progress: show a progress bar.
+            **options: the codec's own, see its `fit`: `ridge`, and `joint` of the adaptive codec.
+
+        Raises:
+            CalibrationError: no image is as long as a block, or keys or values are not finite.
+            OptionError: an option is unknown or out of range.
+        """
+        kept_tokens(retained, block_size)  # refuse bad options before the long part
+        moments = collect_moments(model, processor, samples, block_size, progress)
+        codecs = solve(moments, codec, retained, options)
+        layers = tuple(
+            LayerInfo(index, codecs[index].kept, layer.shape[0], layer.shape[2])
+            for index, layer in sorted(moments.items())
+        )
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        blocks = next(iter(moments.values())).blocks
+        fingerprint = model_fingerprint(model)
+        return cls(
+            codecs,
+            CapsuleInfo(
+                codec, block_size, model.dtype.itemsize, layers, options, fingerprint, config, blocks
+            ),
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the capsule to a folder (safetensors + JSON), atomically.
+
+        Raises:
+            CapsuleFileError: the folder cannot be written.
+        """
+        tensors = {
+            f"layers.{index}.{name}": tensor
+            for index, codec in self.codecs.items()
+            for name, tensor in codec.state_dict().items()
+        }
+        write_folder(Path(folder), KIND, self.info.to_header(), tensors)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str]) -> Self:
+        """Load a capsule.
+
+        Args:
+            source: "reference" for the one shipped with capsight, a folder, or a hub repository id.
+
+        Raises:
+            CapsuleFileError: it is missing, truncated, changed, or of a format this capsight does not read.
+        """
+        folder = locate(source)
+        header, tensors = read_folder(folder, KIND)
+        info = CapsuleInfo.from_header(header)
+        if info.codec not in CODECS:
+            raise CapsuleFileError(
+                f"{folder} uses the codec {info.codec!r}, this capsight knows {sorted(CODECS)}"
+            )
+        codecs = {}
+        for layer in info.layers:
+            prefix = f"layers.{layer.index}."
+            own = {
+                name.removeprefix(prefix): tensors.pop(name)
+                for name in list(tensors)
+                if name.startswith(prefix)
+            }
+            codecs[layer.index] = _codec_from_file(own, info, layer, folder)
+        if tensors:
+            raise CapsuleFileError(
+                f"{folder} holds tensors of layers it does not list: {sorted(tensors)[:3]}"
+            )
+        return cls(codecs, info)
+
+    def cache(
+        self, inputs: Mapping[str, Any] | PromptLayout, config: PreTrainedConfig | None = None
+    ) -> CapsuleCache:
+        """An empty cache for a batch of prompts; give it to `model.generate(**inputs, past_key_values=...)`.
+
+        Args:
+            inputs: processor outputs, or the layout made of them.
+            config: the model's config; by default the one of the model the capsule was fitted to.
+
+        Raises:
+            LayoutError: the inputs do not form a layout.
+            ModelMismatchError: `config` has other layers than the capsule.
+        """
+        config = self.config if config is None else config
+        layout = inputs if isinstance(inputs, PromptLayout) else build_layout(inputs, config)
+        return CapsuleCache(self.codecs, layout, config)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Config of the model that the capsule was fitted to.
+
+        Raises:
+            CapsuleFileError: this transformers does not know it.
+        """
+        values = dict(self.info.model_config)
+        try:
+            return AutoConfig.for_model(values.pop("model_type"), **values)
+        except (KeyError, ValueError, TypeError) as error:
+            raise CapsuleFileError(
+                f"the capsule's model config cannot be read ({error}); pass config="
+            ) from error
+
+    def check_model(self, model: Any) -> None:
+        """Refuse a model other than the one the capsule was fitted to.
+
+        Raises:
+            ModelMismatchError: architecture or weights differ.
+        """
+        if model_fingerprint(model) != self.info.fingerprint:
+            raise ModelMismatchError(
+                f"this capsule was fitted to another {self.info.model_config.get('model_type')} model "
+                "(or other weights of the same); fit one for this model with KVCapsule.fit"
+            )
+
+    def with_retained(self, retained: float) -> Self:
+        """This capsule at another retained fraction, without fitting again (adaptive, evict).
+
+        Raises:
+            OptionError: out of range, or the codec has to be fitted for it.
+        """
+        kept = kept_tokens(retained, self.info.block_size)
+        codecs = {index: codec.resized(kept) for index, codec in self.codecs.items()}
+        layers = tuple(replace(layer, kept=kept) for layer in self.info.layers)
+        return type(self)(codecs, replace(self.info, layers=layers))
+
+    def with_codec(self, name: str) -> Self:
+        """This capsule as `evict`, the control that rebuilds nothing, or back as `adaptive`.
+
+        Raises:
+            OptionError: the codecs do not share what they learn.
+        """
+        pair = ("adaptive", "evict")
+        if name not in pair or self.info.codec not in pair:
+            raise OptionError(f"only {pair} share what they learn; fit a capsule with codec={name!r}")
+        codecs = {
+            index: CODECS[name].from_tensors(codec.state_dict(), codec.block_size, codec.kept)
+            for index, codec in self.codecs.items()
+        }
+        return type(self)(codecs, replace(self.info, codec=name))
+
+    @property
+    def retained(self) -> float:
+        """Average retained fraction over the layers."""
+        return sum(codec.retained for codec in self.codecs.values()) / len(self.codecs)
+
+    @property
+    def module_nbytes(self) -> int:
+        """Bytes of the codecs' own tensors, resident once per model."""
+        return sum(codec.module_nbytes for codec in self.codecs.values())
+
+    def break_even_tokens(self, batch: int = 1) -> int | None:
+        """Vision tokens per row from which capsules and modules together are smaller than the full cache.
+
+        Args:
+            batch: rows that share the modules.
+
+        Returns:
+            The smallest such number of tokens, a multiple of the block size; None if capsules save nothing.
+        """
+        size, item, saved = self.info.block_size, self.info.itemsize, -_INDEX_NBYTES
+        for layer in self.info.layers:
+            full = 2 * size * layer.heads * layer.head_dim * item
+            saved += full - self.codecs[layer.index].payload_nbytes(layer.heads, layer.head_dim, item)
+        return size * (self.module_nbytes // (saved * batch) + 1) if saved > 0 else None
+
+
+_INDEX_NBYTES = 16  # of a run in `Placement`: row and start, shared by all layers
+
+
+def _codec_from_file(
+    tensors: dict[str, Tensor], info: CapsuleInfo, layer: LayerInfo, folder: Path
+) -> LayerCodec:
+    try:
+        return CODECS[info.codec].from_tensors(tensors, info.block_size, layer.kept)
+    except OptionError as error:
+        raise CapsuleFileError(f"{folder}, layer {layer.index}: {error}; fit the capsule again") from error

@@ -1,0 +1,13 @@
+"""Codecs: `adaptive` (default), `static`, and the control `evict`, behind one small interface."""
+
+from capsight.kvcapsule.codecs.adaptive import AdaptiveCodec
+from capsight.kvcapsule.codecs.base import LayerCodec, Payload
+from capsight.kvcapsule.codecs.evict import EvictCodec
+from capsight.kvcapsule.codecs.static import StaticCodec
+
+CODECS: dict[str, type[LayerCodec]] = {
+    codec.name: codec for codec in (AdaptiveCodec, StaticCodec, EvictCodec)
+}
+"""Codec classes by name."""
+
+__all__ = ["CODECS", "AdaptiveCodec", "EvictCodec", "LayerCodec", "Payload", "StaticCodec"]

@@ -1,0 +1,90 @@
+"""`CapsuleInfo`: what a capsule says about itself, beside its tensors; the content of its JSON file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from capsight.errors import CapsuleFileError
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """One layer of a capsule.
+
+    Attributes:
+        index: the layer's index in the model.
+        kept: tokens kept of each block (r).
+        heads: KV heads (H).
+        head_dim: channels per head (D).
+    """
+
+    index: int
+    kept: int
+    heads: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        """Check that the numbers can be sizes."""
+        for name, value in asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < (name != "index"):
+                raise CapsuleFileError(f"layer entry {name} is {value!r}, expected a positive integer")
+
+
+@dataclass(frozen=True, slots=True)
+class CapsuleInfo:
+    """What is known of a fitted capsule.
+
+    Attributes:
+        codec: name of the codec.
+        block_size: tokens in a block (N).
+        itemsize: bytes of one number of the KV cache when it was fitted.
+        layers: the layers with capsules, ascending.
+        options: options that the codec was fitted with.
+        fingerprint: `model_fingerprint` of the model it was fitted to.
+        model_config: that model's config.
+        blocks: calibration blocks seen.
+    """
+
+    codec: str
+    block_size: int
+    itemsize: int
+    layers: tuple[LayerInfo, ...]
+    options: dict[str, Any]
+    fingerprint: str
+    model_config: dict[str, Any]
+    blocks: int
+
+    def to_header(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any]) -> CapsuleInfo:
+        """What `to_header` gave, also after a trip through JSON.
+
+        Raises:
+            CapsuleFileError: a field is missing or is not what it should be.
+        """
+        fields: dict[str, Any] = {name: header.get(name) for name in cls.__slots__}
+        expected: dict[str, type] = {
+            "codec": str,
+            "block_size": int,
+            "itemsize": int,
+            "layers": list,
+            "options": dict,
+        }
+        expected |= {"fingerprint": str, "model_config": dict, "blocks": int}
+        for name, kind in expected.items():
+            if not isinstance(fields[name], kind):
+                raise CapsuleFileError(
+                    f"field {name} of the capsule file is {fields[name]!r}, expected {kind.__name__}"
+                )
+        try:
+            layers = tuple(LayerInfo(**layer) for layer in header["layers"])
+        except TypeError as error:
+            raise CapsuleFileError(f"the capsule file has a malformed layer entry: {error}") from error
+        if not layers or min(fields["block_size"], fields["itemsize"]) < 1:
+            raise CapsuleFileError("the capsule file has no layers, or a size that is not positive")
+        return cls(**{**fields, "layers": layers})

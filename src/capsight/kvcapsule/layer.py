@@ -1,0 +1,186 @@
+"""`CapsuleLayer`: one layer's keys and values as capsules plus exact tokens; a stock cache layer outside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+from capsight.errors import CapsightError
+from capsight.kvcapsule.codecs import LayerCodec, Payload
+from capsight.kvcapsule.ledger import Ledger
+from capsight.kvcapsule.placement import Placement
+
+
+class CapsuleLayer(DynamicLayer):
+    """Stores what it has seen in three parts and gives attention full-length keys and values.
+
+    - capsules: all runs of the plan that are complete;
+    - packed: exact keys and values `[2, E, H, D]` of all other tokens up to the last multi-token
+      update, rows end to end, no padding;
+    - tail: exact keys and values `[2, B, T, H, D]` of the tokens generated since.
+
+    `update` returns its own arguments at the first prefill (a later one attends to capsules of
+    what came before it), and otherwise a rebuilt copy in the scratch buffer, which is valid until
+    the next layer's update.
+    """
+
+    def __init__(self, codec: LayerCodec, ledger: Ledger) -> None:
+        """Start empty; `ledger` is shared by all layers of the cache."""
+        super().__init__()
+        self.codec, self._ledger = codec, ledger
+        self.reset()
+
+    def reset(self) -> None:
+        """Drop all that is stored."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.placement: Placement | None = None
+        self.payload: Payload | None = None
+        self._packed: Tensor | None = None  # [2, E, H, D]
+        self._tail: Tensor | None = None  # [2, B, T, H, D]
+        self._bias: Tensor | None = None  # [B, 1, 1, S]
+
+    def get_seq_length(self) -> int:
+        """Logical length: tokens seen per row, padding included."""
+        if self.placement is None or self._tail is None:
+            return 0
+        return self.placement.settled + self._tail.shape[2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys that the next update of `query_length` tokens returns."""
+        return self.get_seq_length() + query_length, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Add new tokens.
+
+        Args:
+            key_states: `[B, H, Q, D]`, after RoPE.
+            value_states: `[B, H, Q, D]`.
+
+        Returns:
+            Keys and values `[B, H, S, D]` of all S tokens seen, capsules rebuilt.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.codec.to(key_states.device)
+        with torch.no_grad():
+            keys, values = key_states, value_states
+            if self.placement is not None:
+                keys, values = self._rebuilt(self.placement, key_states, value_states)
+            self._store(keys, values, key_states.shape[2])
+        return keys, values
+
+    def key_bias(self) -> Tensor | None:
+        """What attention has to add to its scores over the keys last returned: `[B, 1, 1, S]`, or None."""
+        return self._bias
+
+    def _rebuilt(self, placement: Placement, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, H, S, D]` in the scratch buffer: what is stored, then the new tokens."""
+        assert self._packed is not None
+        assert self._tail is not None
+        length = self.get_seq_length() + new_keys.shape[2]
+        capsules = None if self.payload is None else self.codec.decode(self.payload)
+        run_slots, exact_slots = placement.run_slots(length), placement.exact_slots(length)
+        results = []
+        for kind, (role, new) in enumerate((("keys", new_keys), ("values", new_values))):
+            full = self._ledger.full(role, length, new)  # [B, S, H, D]
+            flat = full.flatten(0, 1)
+            flat.index_copy_(0, exact_slots, self._packed[kind])
+            if capsules is not None:
+                flat.index_copy_(0, run_slots, capsules[kind].transpose(1, 2).flatten(0, 1))
+            full[:, placement.settled : length - new.shape[2]] = self._tail[kind]
+            full[:, length - new.shape[2] :] = new.transpose(1, 2)
+            results.append(full.transpose(1, 2))
+        self._bias = None
+        missing = None if self.payload is None else self.codec.missing(self.payload)
+        if missing is not None:
+            bias = new_keys.new_zeros(new_keys.shape[0] * length)
+            bias[run_slots[missing.flatten()]] = torch.finfo(new_keys.dtype).min
+            self._bias = bias.view(-1, 1, 1, length)
+        return results[0], results[1]
+
+    def _store(self, keys: Tensor, values: Tensor, new: int) -> None:
+        """Keep the last `new` tokens of `keys`, `values` `[B, H, S, D]`; make capsules of complete runs."""
+        length = keys.shape[2]
+        runs = self._ledger.complete(length)
+        stored = () if self.placement is None else self.placement.runs
+        kv = torch.stack([x[:, :, length - new :].transpose(1, 2) for x in (keys, values)])  # [2, B, Q, H, D]
+        if new == 1 and len(runs) == len(stored) and self._tail is not None:
+            self._tail = torch.cat([self._tail, kv], 2)
+            return
+        self._tail = kv[:, :, :0].clone()
+        placement = self._ledger.place(runs, length, keys.device)
+        known, slots = set(stored), placement.run_slots(length).view(len(runs), -1)
+        fresh = torch.tensor([run not in known for run in runs], dtype=torch.bool, device=keys.device)
+        flat = [x.transpose(1, 2).flatten(0, 1) for x in (keys, values)]  # [B * S, H, D]
+        if len(runs) > len(stored):
+            blocks = [x[slots[fresh]].transpose(1, 2) for x in flat]  # [M, H, N, D]
+            payload = self.codec.encode(blocks[0], blocks[1])
+            if self.payload is not None:
+                # Capsules are stored in the order of the runs: by row, then position.
+                order = torch.empty(len(runs), dtype=torch.int64, device=keys.device)
+                order[~fresh] = torch.arange(len(stored), device=keys.device)
+                order[fresh] = torch.arange(len(stored), len(runs), device=keys.device)
+                payload = self.payload.join(payload).select(order)
+            self.payload = payload
+        exact = placement.exact_slots(length)
+        self._packed = torch.stack([x[exact] for x in flat])
+        self.placement = placement
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `tokens_to_remove` tokens (given as a negative number; 0 does nothing).
+
+        Raises:
+            CapsightError: that would cut a capsule.
+        """
+        removed = abs(tokens_to_remove)
+        if removed == 0 or self.placement is None or self._tail is None or self._packed is None:
+            return
+        self.check_crop(removed)
+        remaining, settled = max(self.get_seq_length() - removed, 0), self.placement.settled
+        if remaining >= settled:
+            self._tail = self._tail[:, :, : remaining - settled].clone()
+            return
+        kept = self.placement.exact_cols < remaining
+        self._packed, self._tail = self._packed[:, kept], self._tail[:, :, :0].clone()
+        self.placement = self._ledger.place(self.placement.runs, remaining, kept.device)
+
+    def check_crop(self, removed: int) -> None:
+        """Refuse to remove the last `removed` tokens if that would cut a capsule.
+
+        Raises:
+            CapsightError: it would.
+        """
+        runs, remaining = self.placement.runs if self.placement else (), self.get_seq_length() - removed
+        end = max((run.start + self.codec.block_size for run in runs), default=0)
+        if removed and end > remaining:
+            raise CapsightError(
+                f"cannot crop to {remaining} tokens: the last image capsule ends at {end}; crop to no less "
+                "than that, or reset the cache and prefill again"
+            )
+
+    def move_rows(self, rows: Tensor, placement: Placement, run_index: Tensor, exact_index: Tensor) -> None:
+        """Make row i what row `rows[i]` was; the indices are those of `Placement.select`."""
+        assert self._packed is not None
+        assert self._tail is not None
+        self.placement, self._bias = placement, None
+        self.payload = None if self.payload is None or not len(run_index) else self.payload.select(run_index)
+        self._packed, self._tail = self._packed[:, exact_index], self._tail[:, rows]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of capsules and exact tokens."""
+        exact = sum(part.nbytes for part in (self._packed, self._tail) if part is not None)
+        return exact + (0 if self.payload is None else self.payload.nbytes)
+
+    @property
+    def nbytes_full(self) -> int:
+        """Bytes that a full cache takes for the same tokens, padding left out."""
+        if self._packed is None:
+            return 0
+        _, _, heads, head_dim = self._packed.shape
+        tokens = self._ledger.plan.real_tokens(self.get_seq_length())
+        return 2 * tokens * heads * head_dim * self._packed.element_size()

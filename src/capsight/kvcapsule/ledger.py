@@ -1,0 +1,110 @@
+"""`Ledger`: what the layers of one cache share - plan, placement of stored tokens, scratch buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from capsight.errors import LayoutError
+from capsight.kvcapsule.placement import Placement
+from capsight.kvcapsule.plan import CapsulePlan, Run
+from capsight.kvcapsule.scratch import Scratch
+from capsight.layout import PromptLayout
+
+
+class Ledger:
+    """Shared state of a `CapsuleCache`: integers and index tensors; no keys or values but the scratch.
+
+    Attributes:
+        plan: the capsule runs of the batch as it is now.
+        scratch: the buffer that layers rebuild into.
+    """
+
+    def __init__(self, layout: PromptLayout, block_size: int) -> None:
+        """Plan `layout` in runs of `block_size` tokens."""
+        self._given = layout
+        self._layout = layout
+        self._block_size = block_size
+        self._last: Placement | None = None
+        self._complete: tuple[int, tuple[Run, ...]] = (-1, ())
+        self.plan = CapsulePlan.from_layout(layout, block_size)
+        self.scratch = Scratch()
+
+    @property
+    def layout(self) -> PromptLayout:
+        """The layout of the batch as it is now (after beams repeated or reordered its rows)."""
+        return self._layout
+
+    def fit_batch(self, batch_size: int) -> None:
+        """Repeat the rows for a batch that `generate` expanded (beams, several sequences).
+
+        Raises:
+            LayoutError: the batch is not a multiple of the layout's rows.
+        """
+        rows = self.plan.batch_size
+        if batch_size % rows:
+            raise LayoutError(
+                f"the model was given a batch of {batch_size}, the cache a layout of {rows} rows; "
+                "make the cache from the same inputs"
+            )
+        self._set_layout(self._layout.repeat(batch_size // rows))
+
+    def extend(self, layout: PromptLayout, stored: Sequence[Run], seen: int) -> None:
+        """Take the layout of the whole conversation so far, with the images of a new turn.
+
+        Args:
+            layout: rows as in the batch, or before `generate` expanded it.
+            stored: runs that are capsules already.
+            seen: tokens per row that the cache holds.
+
+        Raises:
+            LayoutError: it does not continue the layout in use.
+        """
+        rows = self.plan.batch_size
+        if seen and rows % len(layout.rows):
+            raise LayoutError(f"the conversation has {rows} rows, the new layout {len(layout.rows)}")
+        longer = layout.repeat(rows // len(layout.rows)) if seen else layout
+        plan = CapsulePlan.from_layout(longer, self._block_size)
+        if not set(stored) <= set(plan.complete(seen)) or (seen and plan.pads != self.plan.pads):
+            raise LayoutError(
+                "the new layout does not continue the one in the cache: its earlier images or its padding "
+                "differ; build it from the whole conversation, padded as before"
+            )
+        self._given = layout
+        self._set_layout(longer)
+
+    def move_rows(self, rows: Sequence[int]) -> None:
+        """Make row i of the batch what row `rows[i]` was."""
+        self._set_layout(self._layout.select(rows))
+
+    def restart(self) -> None:
+        """Go back to the layout as it was given, for a new prefill of the same prompt."""
+        self._set_layout(self._given)
+
+    def complete(self, seen: int) -> tuple[Run, ...]:
+        """The runs wholly inside the first `seen` tokens; worked out once for all layers."""
+        if self._complete[0] != seen:
+            self._complete = (seen, self.plan.complete(seen))
+        return self._complete[1]
+
+    def place(self, runs: tuple[Run, ...], settled: int, device: torch.device) -> Placement:
+        """The placement of `runs` in `settled` tokens; built once for all layers of a forward pass."""
+        last = self._last
+        if last is None or (last.settled, last.runs, last.run_rows.device) != (settled, runs, device):
+            last = Placement.build(runs, self.plan.pads, self._block_size, settled, device)
+            self._last = last
+        return last
+
+    def _set_layout(self, layout: PromptLayout) -> None:
+        self._layout, self._last, self._complete = layout, None, (-1, ())
+        self.plan = CapsulePlan.from_layout(layout, self._block_size)
+
+    def full(self, role: str, length: int, like: Tensor) -> Tensor:
+        """Scratch `[B, length, H, D]` for keys or values, like `[B, H, Q, D]`; padding is set to zero."""
+        batch, heads, _, head_dim = like.shape
+        full = self.scratch.view(role, (batch, length, heads, head_dim), like)
+        for row, pad in enumerate(self.plan.pads):
+            full[row, :pad] = 0
+        return full

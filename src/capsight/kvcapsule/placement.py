@@ -1,0 +1,94 @@
+"""`Placement`: where the stored parts of a layer go in the full-length sequence, as index tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capsight.kvcapsule.plan import Run, exact_spans
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """The runs and exact tokens among the first `settled` tokens; shared by all layers of a cache.
+
+    Attributes:
+        block_size: tokens in a run (N).
+        settled: tokens per row that are stored as capsules or packed exact tokens.
+        pads: left padding of each row, in tokens.
+        runs: the runs stored as capsules, ascending.
+        run_rows: int64 `[M]`, row of each run.
+        run_starts: int64 `[M]`, first position of each run.
+        exact_rows: int64 `[E]`, row of each exact token.
+        exact_cols: int64 `[E]`, position of each exact token, ascending within a row.
+    """
+
+    block_size: int
+    settled: int
+    pads: tuple[int, ...]
+    runs: tuple[Run, ...]
+    run_rows: Tensor
+    run_starts: Tensor
+    exact_rows: Tensor
+    exact_cols: Tensor
+
+    @classmethod
+    def build(
+        cls, runs: tuple[Run, ...], pads: tuple[int, ...], block_size: int, settled: int, device: torch.device
+    ) -> Placement:
+        """Place `runs` (ascending) in rows of `settled` tokens."""
+        spans = exact_spans(runs, pads, block_size, settled)
+        rows = [torch.full((end - start,), row) for row, part in enumerate(spans) for start, end in part]
+        cols = [torch.arange(start, end) for part in spans for start, end in part]
+        none = torch.empty(0, dtype=torch.int64)
+        return cls(
+            block_size,
+            settled,
+            pads,
+            runs,
+            torch.tensor([run.row for run in runs], dtype=torch.int64, device=device),
+            torch.tensor([run.start for run in runs], dtype=torch.int64, device=device),
+            torch.cat([none, *rows]).to(device),
+            torch.cat([none, *cols]).to(device),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index tensors."""
+        return sum(t.nbytes for t in (self.run_rows, self.run_starts, self.exact_rows, self.exact_cols))
+
+    def run_slots(self, length: int) -> Tensor:
+        """Flat positions of the runs' tokens in rows of `length` tokens: int64 `[M * N]`."""
+        first = self.run_rows * length + self.run_starts  # [M]
+        return (first[:, None] + torch.arange(self.block_size, device=first.device)).flatten()
+
+    def exact_slots(self, length: int) -> Tensor:
+        """Flat positions of the exact tokens in rows of `length` tokens: int64 `[E]`."""
+        return self.exact_rows * length + self.exact_cols
+
+    def select(self, rows: Sequence[int]) -> tuple[Placement, Tensor, Tensor]:
+        """The placement of a batch made of `rows` of this one (repeats allowed).
+
+        Returns:
+            The new placement, and int64 indices into the old runs `[M']` and old exact tokens `[E']`.
+        """
+        runs_of: list[list[int]] = [[] for _ in self.pads]
+        for index, run in enumerate(self.runs):
+            runs_of[run.row].append(index)
+        run_index = [index for row in rows for index in runs_of[row]]
+        runs = tuple(
+            Run(new, self.runs[index].start) for new, row in enumerate(rows) for index in runs_of[row]
+        )
+        device = self.run_rows.device
+        placement = Placement.build(
+            runs, tuple(self.pads[row] for row in rows), self.block_size, self.settled, device
+        )
+        by_row = [(self.exact_rows == row).nonzero().flatten() for row in range(len(self.pads))]
+        return (
+            placement,
+            torch.tensor(run_index, dtype=torch.int64, device=device),
+            torch.cat([by_row[r] for r in rows]),
+        )

@@ -1,0 +1,67 @@
+"""Colours, fonts and words that the scenes draw with."""
+
+import random
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+from PIL import ImageFont
+
+RGB = tuple[int, int, int]
+
+COLORS: dict[str, RGB] = {
+    "red": (214, 40, 40),
+    "green": (44, 160, 60),
+    "blue": (40, 80, 214),
+    "yellow": (240, 205, 40),
+    "purple": (140, 50, 170),
+    "orange": (245, 135, 25),
+    "cyan": (40, 190, 205),
+    "black": (25, 25, 25),
+}
+
+#: Fonts that matplotlib ships, so that every machine draws the same glyphs. Name -> smallest legible size in px.
+FONTS: dict[str, int] = {
+    "DejaVuSans": 13,
+    "DejaVuSans-Bold": 13,
+    "DejaVuSans-Oblique": 13,
+    "DejaVuSansMono": 13,
+    "DejaVuSansMono-Bold": 13,
+    "DejaVuSerif": 13,
+    "DejaVuSerif-Bold": 13,
+    "STIXGeneral": 16,
+    "STIXGeneralBol": 16,
+}
+
+#: Characters of codes; I, O, 0 and 1 are left out because some fonts draw them alike.
+CODE_ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
+
+LABELS = ("gate", "seat", "room", "desk", "train", "flight", "locker", "order", "ticket", "shelf")
+ITEMS = (
+    "milk", "bread", "tea", "rice", "soap", "apples", "cheese",
+    "juice", "eggs", "salt", "honey", "pasta", "coffee", "sugar",
+)  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    """Return a font that matplotlib ships, at ``size`` pixels."""
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def random_font(rng: random.Random, low: int, high: int) -> ImageFont.FreeTypeFont:
+    """Draw a font and a size in ``[low, high]`` px, never below the font's smallest legible size."""
+    name = rng.choice(list(FONTS))
+    smallest = max(low, FONTS[name])
+    return load_font(name, rng.randint(smallest, max(smallest, high)))
+
+
+def jitter(rng: random.Random, color: RGB, amount: int = 14) -> RGB:
+    """Vary a colour a little, so that no two reds are the same bytes."""
+    return tuple(min(255, max(0, c + rng.randint(-amount, amount))) for c in color)  # type: ignore[return-value]
+
+
+def random_code(rng: random.Random, low: int = 4, high: int = 6) -> str:
+    """A code of ``low`` to ``high`` characters."""
+    return "".join(rng.choice(CODE_ALPHABET) for _ in range(rng.randint(low, high)))

@@ -1,0 +1,71 @@
+"""A scene: one image, what is true of it, and where its glyphs and marks lie."""
+
+import random
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL import Image
+
+from capsight.reference.drawing import card, chart, plate, receipt, shapes, table
+from capsight.reference.drawing.canvas import Canvas, Glyph, Mark
+
+
+class _Painter(Protocol):
+    def paint(self, rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str, Any]]: ...
+
+
+_PAINTERS: dict[str, Any] = {
+    "card": card,
+    "receipt": receipt,
+    "table": table,
+    "chart": chart,
+    "shapes": shapes,
+    "plate": plate,
+}
+
+#: The kinds of image, in a fixed order.
+KINDS: tuple[str, ...] = tuple(_PAINTERS)
+
+SMALL = (224, 224)
+_LARGE_SIZES: dict[str, tuple[tuple[int, int], ...]] = {
+    "card": ((448, 224), (224, 448)),
+    "receipt": ((224, 448),),
+    "table": ((448, 224), (224, 448)),
+    "chart": ((448, 224),),
+    "shapes": ((448, 224), (224, 448)),
+    "plate": ((448, 224), (224, 448)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One drawn image.
+
+    Attributes:
+        kind: one of `KINDS`.
+        image: RGB, sides multiples of 28 px (one merged vision token covers 28 x 28 px).
+        facts: what is true of the image; the questions are made from it.
+        glyphs: every character drawn, with its centre.
+        marks: every shape and bar drawn.
+    """
+
+    kind: str
+    image: Image.Image
+    facts: dict[str, Any]
+    glyphs: tuple[Glyph, ...]
+    marks: tuple[Mark, ...]
+
+
+def draw_scene(rng: random.Random, kind: str | None = None, large: float = 0.5) -> Scene:
+    """Draw one scene.
+
+    Args:
+        rng: the only source of randomness.
+        kind: one of `KINDS`; drawn at random when None.
+        large: probability of a page of 128 vision tokens (448 x 224 or 224 x 448 px) instead of
+            64 (224 x 224 px). A larger page holds no more content: it has wider blank margins.
+    """
+    kind = kind or rng.choice(KINDS)
+    width, height = rng.choice(_LARGE_SIZES[kind]) if rng.random() < large else SMALL
+    canvas, facts = _PAINTERS[kind].paint(rng, width, height)
+    return Scene(kind, canvas.image, facts, tuple(canvas.glyphs), tuple(canvas.marks))

@@ -1,0 +1,49 @@
+"""Shapes scattered over a page: circles, squares, triangles, stars, crosses and rings."""
+
+import math
+import random
+from typing import Any
+
+from capsight.reference.drawing.canvas import Canvas
+from capsight.reference.drawing.palette import COLORS, RGB, jitter
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+
+
+def _draw(canvas: Canvas, shape: str, x: float, y: float, r: float, fill: RGB) -> None:
+    pen = canvas.draw
+    if shape == "circle":
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    elif shape == "square":
+        pen.rectangle((x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r), fill=fill)
+    elif shape == "triangle":
+        pen.polygon([(x, y - r), (x - r, y + 0.8 * r), (x + r, y + 0.8 * r)], fill=fill)
+    elif shape == "star":
+        spokes = [(r if k % 2 == 0 else 0.42 * r, math.pi * (k / 5 - 0.5)) for k in range(10)]
+        pen.polygon([(x + s * math.cos(a), y + s * math.sin(a)) for s, a in spokes], fill=fill)
+    elif shape == "cross":
+        pen.rectangle((x - r, y - 0.33 * r, x + r, y + 0.33 * r), fill=fill)
+        pen.rectangle((x - 0.33 * r, y - r, x + 0.33 * r, y + r), fill=fill)
+    else:
+        pen.ellipse((x - r, y - r, x + r, y + r), outline=fill, width=max(4, round(0.35 * r)))
+
+
+def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str, Any]]:
+    """Draw 2 to 7 shapes that do not touch; facts: ``shapes`` [(shape, colour), ...]."""
+    canvas = Canvas(rng, width, height, tuple(rng.randint(228, 255) for _ in range(3)))
+    few = rng.sample(SHAPES, rng.randint(2, 4))
+    tints = rng.sample(list(COLORS), rng.randint(2, 4))
+    placed: list[tuple[float, float, float]] = []
+    facts: list[tuple[str, str]] = []
+    target = rng.randint(2, 7)
+    while len(placed) < target:
+        r = rng.uniform(12, 21)
+        x, y = rng.uniform(r + 4, width - r - 4), rng.uniform(r + 4, height - r - 4)
+        if any(math.hypot(x - a, y - b) < r + s + 8 for a, b, s in placed):
+            continue
+        shape, color = rng.choice(few), rng.choice(tints)
+        _draw(canvas, shape, x, y, r, jitter(rng, COLORS[color]))
+        canvas.mark(shape, color, x, y)
+        placed.append((x, y, r))
+        facts.append((shape, color))
+    return canvas, {"shapes": facts}

@@ -1,0 +1,33 @@
+"""Command line of the trainer: ``python -m capsight.reference.training --out runs/reference``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from capsight.reference.architecture import build_config, build_model, build_tokenizer
+from capsight.reference.corpus import wording
+from capsight.reference.training.loop import Trainer
+from capsight.reference.training.stages import STAGES
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of checkpoint, log and tokenizer; training resumes from it.")],
+    until: Annotated[str, typer.Option(help="Last stage to train.")] = STAGES[-1].name,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights.")] = 0,
+) -> None:
+    """Train the reference VLM from nothing, or go on where a run in OUT stopped."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(wording())
+    model = build_model(build_config(tokenizer)).train()
+    tokenizer.save_pretrained(out / "tokenizer")
+    trainer = Trainer(model, tokenizer, out)
+    if trainer.resume():
+        print(f"resuming at {STAGES[min(trainer.stage_index, len(STAGES) - 1)].name}, step {trainer.step}")
+    trainer.run(until)
+
+
+typer.run(train)

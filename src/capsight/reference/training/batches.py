@@ -1,0 +1,114 @@
+"""Prompts as training tensors: right-padded, several question turns each, loss on the answers only."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from capsight.reference.architecture import (
+    ASSISTANT,
+    END,
+    IMAGE_PAD,
+    MERGE,
+    PAD,
+    PATCH,
+    TEMPORAL,
+    USER,
+    VISION_END,
+    VISION_START,
+)
+from capsight.reference.prompts import Prompt
+
+_IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One training batch.
+
+    Attributes:
+        input_ids: [B, S] int64, right-padded.
+        position_ids: [3, B, S] int64, M-RoPE.
+        labels: [B, S] int64, the next token where it belongs to an answer, else -100.
+        pixel_values: [patches, 1176] float32 in Qwen's patch order.
+        grid_thw: [images, 3] int64.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    pixel_values: Tensor
+    grid_thw: Tensor
+
+
+def patches(images: list[Image.Image]) -> tuple[Tensor, Tensor]:
+    """What the image processor makes of images whose sides are multiples of 28 px, without its overhead."""
+    values, grids = [], []
+    for image in images:
+        pixels = torch.from_numpy(np.array(image)).float().div_(127.5).sub_(1)  # [height, width, 3]
+        gh, gw = image.height // PATCH, image.width // PATCH
+        cut = pixels.view(gh // MERGE, MERGE, PATCH, gw // MERGE, MERGE, PATCH, 3)
+        cut = cut.permute(0, 3, 1, 4, 6, 2, 5).reshape(gh * gw, 3, 1, PATCH * PATCH)
+        values.append(cut.expand(-1, -1, TEMPORAL, -1).reshape(gh * gw, -1))
+        grids.append([1, gh, gw])
+    return torch.cat(values), torch.tensor(grids)
+
+
+class Batcher:
+    """Turns prompts into batches with one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Look up the special tokens once."""
+        self._tokenizer = tokenizer
+        self._special = {t: tokenizer.convert_tokens_to_ids(t) for t in (USER, ASSISTANT, END, PAD)}
+        self._vision = {t: tokenizer.convert_tokens_to_ids(t) for t in (VISION_START, VISION_END, IMAGE_PAD)}
+        self._memo: dict[str, list[int]] = {}
+
+    def _encode(self, text: str) -> list[int]:
+        if text not in self._memo:
+            self._memo[text] = self._tokenizer.encode(text, add_special_tokens=False)
+        return self._memo[text]
+
+    def _row(self, prompt: Prompt) -> tuple[list[int], Tensor, list[int]]:
+        ids, labels, positions, offset = [self._special[USER]], [_IGNORE], [torch.zeros(3, 1, dtype=torch.long)], 1
+
+        def text(tokens: list[int], answer: bool) -> None:
+            nonlocal offset
+            ids.extend(tokens)
+            labels.extend(tokens if answer else [_IGNORE] * len(tokens))
+            positions.append((torch.arange(len(tokens)) + offset).expand(3, -1))
+            offset += len(tokens)
+
+        for number, scene in enumerate(prompt.scenes, 1):
+            text([*self._encode(str(number)), self._vision[VISION_START]], False)
+            h, w = scene.image.height // (PATCH * MERGE), scene.image.width // (PATCH * MERGE)
+            ids.extend([self._vision[IMAGE_PAD]] * (h * w))
+            labels.extend([_IGNORE] * (h * w))
+            where = torch.stack(
+                [torch.zeros(h * w, dtype=torch.long), torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)]
+            )
+            positions.append(where + offset)
+            offset += max(h, w)
+            text([self._vision[VISION_END]], False)
+        for turn, question in enumerate(prompt.questions):
+            start = [self._special[USER]] if turn else []
+            text([*start, *self._encode(question.text), self._special[ASSISTANT]], False)
+            text([*self._encode(question.answer), self._special[END]], True)
+        return ids, torch.cat(positions, 1), labels
+
+    def __call__(self, prompts: list[Prompt]) -> Batch:
+        """Build one batch; rows are padded on the right, where causal attention cannot see the padding."""
+        rows = [self._row(p) for p in prompts]
+        length = max(len(ids) for ids, _, _ in rows)
+        input_ids = torch.full((len(rows), length), self._special[PAD])
+        labels = torch.full((len(rows), length), _IGNORE)
+        position_ids = torch.zeros(3, len(rows), length, dtype=torch.long)
+        for b, (ids, positions, row_labels) in enumerate(rows):
+            input_ids[b, : len(ids)] = torch.tensor(ids)
+            position_ids[:, b, : len(ids)] = positions
+            labels[b, : len(ids) - 1] = torch.tensor(row_labels[1:])
+        values, grid = patches([s.image for p in prompts for s in p.scenes])
+        return Batch(input_ids, position_ids, labels, values, grid)

@@ -1,0 +1,108 @@
+"""Dense supervision of the vision tower: which character, shape and colour is where.
+
+Every merged vision token covers 28 x 28 px. It is asked for the character in each of its 4 x 2 slots
+(7 x 14 px), and for the shape and the colour of a mark whose centre lies in it.
+"""
+
+import random
+import string
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from capsight.reference.drawing import Canvas, Scene
+from capsight.reference.drawing.palette import CODE_ALPHABET, COLORS, jitter, random_font
+from capsight.reference.drawing.shapes import SHAPES
+
+CELL, SLOT_W, SLOT_H = 28, 7, 14
+SLOTS = (CELL // SLOT_W) * (CELL // SLOT_H)
+CHARACTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits
+_CHAR_CLASS = {c: i + 1 for i, c in enumerate(CHARACTERS)}
+_SHAPE_CLASS = {s: i + 1 for i, s in enumerate((*SHAPES, "bar"))}
+_COLOR_CLASS = {c: i + 1 for i, c in enumerate(COLORS)}
+
+
+@dataclass(frozen=True, slots=True)
+class DenseLabels:
+    """Labels of ``n`` merged tokens, row by row: chars [n, 8], shapes [n], colors [n]; 0 means nothing there."""
+
+    chars: Tensor
+    shapes: Tensor
+    colors: Tensor
+
+
+def dense_labels(scenes: list[Scene]) -> DenseLabels:
+    """Labels of all merged tokens of the scenes, one scene after the other."""
+    chars, shapes, colors = [], [], []
+    for scene in scenes:
+        columns, rows = scene.image.width // CELL, scene.image.height // CELL
+        c = torch.zeros(rows * columns, SLOTS, dtype=torch.long)
+        s, k = torch.zeros(rows * columns, dtype=torch.long), torch.zeros(rows * columns, dtype=torch.long)
+        for glyph in scene.glyphs:
+            if glyph.char in _CHAR_CLASS and 0 <= glyph.x < scene.image.width and 0 <= glyph.y < scene.image.height:
+                column, row = int(glyph.x // CELL), int(glyph.y // CELL)
+                slot = int(glyph.y % CELL // SLOT_H) * (CELL // SLOT_W) + int(glyph.x % CELL // SLOT_W)
+                c[row * columns + column, slot] = _CHAR_CLASS[glyph.char]
+        for mark in scene.marks:
+            cell = min(rows - 1, int(mark.y // CELL)) * columns + min(columns - 1, int(mark.x // CELL))
+            s[cell], k[cell] = _SHAPE_CLASS[mark.shape], _COLOR_CLASS[mark.color]
+        chars.append(c)
+        shapes.append(s)
+        colors.append(k)
+    return DenseLabels(torch.cat(chars), torch.cat(shapes), torch.cat(colors))
+
+
+def text_page(rng: random.Random, width: int = 224, height: int = 224) -> Scene:
+    """A page full of random characters: the densest lesson in reading."""
+    canvas = Canvas(rng, width, height, tuple(rng.randint(205, 255) for _ in range(3)))
+    y = rng.uniform(9, 16)
+    while y < height - 8:
+        font = random_font(rng, 13, 23)
+        ink = jitter(rng, rng.choice(((40, 40, 40), COLORS["blue"], COLORS["red"], COLORS["purple"])), 30)
+        x = rng.uniform(2, 30)
+        alphabet = string.ascii_lowercase if rng.random() < 0.2 else CODE_ALPHABET + "01"
+        while x < width - 20:
+            x = canvas.text(x, y, rng.choice(alphabet), font, ink)
+            if rng.random() < 0.12:
+                x += rng.uniform(3, 30)
+        y += font.size + rng.uniform(1, 12)
+    return Scene("text", canvas.image, {}, tuple(canvas.glyphs), ())
+
+
+class DenseHeads(nn.Module):
+    """Throw-away linear heads over merged vision tokens [n, width]."""
+
+    def __init__(self, width: int) -> None:
+        """Make three heads: characters, shapes, colours."""
+        super().__init__()
+        self.chars = nn.Linear(width, SLOTS * (len(_CHAR_CLASS) + 1))
+        self.shapes = nn.Linear(width, len(_SHAPE_CLASS) + 1)
+        self.colors = nn.Linear(width, len(_COLOR_CLASS) + 1)
+
+    def forward(self, features: Tensor, labels: DenseLabels) -> tuple[Tensor, dict[str, float]]:
+        """Return the summed loss and the accuracy on occupied slots and cells."""
+        chars = self.chars(features).view(-1, len(_CHAR_CLASS) + 1)
+        char_labels = labels.chars.view(-1)
+        cross = nn.functional.cross_entropy
+        blank = torch.ones(chars.shape[-1])
+        blank[0] = 0.15
+        shape_weight = torch.ones(len(_SHAPE_CLASS) + 1)
+        shape_weight[0] = 0.15
+        color_weight = torch.ones(len(_COLOR_CLASS) + 1)
+        color_weight[0] = 0.15
+        shapes, colors = self.shapes(features), self.colors(features)
+        loss = cross(chars, char_labels, blank)
+        loss = loss + 0.4 * cross(shapes, labels.shapes, shape_weight)
+        loss = loss + 0.4 * cross(colors, labels.colors, color_weight)
+
+        def right(logits: Tensor, target: Tensor) -> float:
+            there = target > 0
+            return (logits.argmax(-1)[there] == target[there]).float().mean().item()
+
+        accuracy = {
+            "chars": right(chars, char_labels),
+            "shapes": right(shapes, labels.shapes),
+            "colors": right(colors, labels.colors),
+        }
+        return loss, accuracy

@@ -1,0 +1,149 @@
+"""The training loop: one stage after the other, with checkpoints, resume and a progress bar."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+
+from capsight.reference.training.batches import Batch, Batcher, patches
+from capsight.reference.training.dense import DenseHeads, dense_labels
+from capsight.reference.training.stages import STAGES, Stage, pages, prompts
+
+
+def answer_loss(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    """Cross entropy over the answer tokens of a batch, and the share of them that are right."""
+    core = model.model
+    with torch.set_grad_enabled(core.visual.patch_embed.proj.weight.requires_grad):
+        features = core.visual(batch.pixel_values, grid_thw=batch.grid_thw).pooler_output
+    embeds = core.get_input_embeddings()(batch.input_ids)
+    images = (batch.input_ids == model.config.image_token_id).unsqueeze(-1)
+    embeds = embeds.masked_scatter(images, features.to(embeds.dtype))
+    hidden = core.language_model(
+        inputs_embeds=embeds, position_ids=batch.position_ids, attention_mask=None, use_cache=False
+    ).last_hidden_state
+    answers = batch.labels >= 0
+    logits = model.lm_head(hidden[answers]).float()
+    target = batch.labels[answers]
+    loss = nn.functional.cross_entropy(logits, target)
+    return loss, {"tokens": (logits.argmax(-1) == target).float().mean().item()}
+
+
+class Trainer:
+    """Trains a model through the stages; everything it needs to go on lies in one checkpoint file."""
+
+    def __init__(
+        self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path
+    ) -> None:
+        """Write checkpoints and the log into `folder`; resume from there if a checkpoint exists."""
+        self.model, self.folder = model, folder
+        self.heads = DenseHeads(model.config.vision_config.out_hidden_size)
+        self.batcher = Batcher(tokenizer)
+        self.stage_index, self.step = 0, 0
+        self.optimizers: list[torch.optim.Optimizer] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def checkpoint(self) -> Path:
+        """Path of the checkpoint file."""
+        return self.folder / "checkpoint.pt"
+
+    def _start(self, stage: Stage) -> None:
+        self.model.model.visual.requires_grad_(stage.vision_lr > 0)
+        learner = self.heads if stage.name == "see" else self.model.model.language_model
+        groups = [([*learner.parameters()], stage.lr)]
+        if stage.vision_lr > 0:
+            groups.append(([*self.model.model.visual.parameters()], stage.vision_lr))
+        matrices, others = [], []
+        embedding = self.model.get_input_embeddings().weight
+        for parameters, lr in groups:
+            flat = [p for p in parameters if p.ndim == 2 and p is not embedding and p.shape[0] < 1500]
+            rest = [p for p in parameters if not any(p is q for q in flat)]
+            matrices.append({"params": flat, "lr": lr, "peak": lr})
+            others.append({"params": rest, "lr": lr, "peak": lr})
+        self.optimizers = [
+            torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw", ns_steps=5),
+            torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        state = {
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "stage": self.stage_index,
+            "step": self.step,
+        }
+        temporary = self.checkpoint.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, self.checkpoint)
+
+    def resume(self) -> bool:
+        """Go on from the checkpoint; False when there is none."""
+        if not self.checkpoint.exists():
+            return False
+        state = torch.load(self.checkpoint, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        self.stage_index, self.step = state["stage"], state["step"]
+        if self.stage_index < len(STAGES):
+            self._start(STAGES[self.stage_index])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+        return True
+
+    def _loss(self, stage: Stage) -> tuple[Tensor, dict[str, float]]:
+        if stage.name == "see":
+            scenes = pages(stage, self.step)
+            values, grid = patches([s.image for s in scenes])
+            features = self.model.model.visual(values, grid_thw=grid).pooler_output
+            return self.heads(features, dense_labels(scenes))
+        return answer_loss(self.model, self.batcher(prompts(stage, self.step)))
+
+    def _update(self, stage: Stage, loss: Tensor) -> None:
+        done = self.step / stage.steps
+        factor = min(1.0, (self.step + 1) / 40) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for o in self.optimizers for g in o.param_groups for p in g["params"]], 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def run(self, until: str = STAGES[-1].name, every: int = 50) -> None:
+        """Train up to and including stage ``until``; log and checkpoint every ``every`` steps."""
+        last = [s.name for s in STAGES].index(until)
+        with Progress() as progress, (self.folder / "log.jsonl").open("a") as log:
+            while self.stage_index <= last:
+                stage = STAGES[self.stage_index]
+                if not self.optimizers:
+                    self._start(stage)
+                bar = progress.add_task(stage.name, total=stage.steps, completed=self.step)
+                totals: dict[str, float] = {}
+                began, count = time.time(), 0
+                while self.step < stage.steps:
+                    loss, accuracy = self._loss(stage)
+                    self._update(stage, loss)
+                    for key, value in {"loss": loss.item(), **accuracy}.items():
+                        totals[key] = totals.get(key, 0.0) + (0.0 if math.isnan(value) else value)
+                    self.step, count = self.step + 1, count + 1
+                    progress.advance(bar)
+                    if self.step % every == 0 or self.step == stage.steps:
+                        row: dict[str, Any] = {"stage": stage.name, "step": self.step}
+                        row |= {k: round(v / count, 4) for k, v in totals.items()}
+                        row["seconds_a_step"] = round((time.time() - began) / count, 3)
+                        log.write(json.dumps(row) + "\n")
+                        log.flush()
+                        progress.console.print(row)
+                        totals, began, count = {}, time.time(), 0
+                        self.save()
+                self.stage_index, self.step, self.optimizers = self.stage_index + 1, 0, []
+                self.save()

@@ -1,0 +1,56 @@
+"""The three lessons: see (vision alone, dense labels), read (one image), compare (one to eight images)."""
+
+import random
+from dataclasses import dataclass
+
+from capsight.reference.drawing import draw_scene
+from capsight.reference.drawing.scene import Scene
+from capsight.reference.prompts import Prompt, draw_prompt, split_rng
+from capsight.reference.training.dense import text_page
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One lesson.
+
+    Attributes:
+        name: name of the stage.
+        steps: optimiser steps.
+        images: images a step, shared out over its prompts.
+        counts: image counts of a prompt; one is drawn for each step.
+        lr: peak learning rate of the language model (of the tower in the first stage).
+        vision_lr: peak learning rate of the vision tower; 0 freezes it.
+        large: probability of a page of 128 instead of 64 vision tokens.
+        cross: probability that a question needs several images.
+    """
+
+    name: str
+    steps: int
+    images: int
+    counts: tuple[int, ...]
+    lr: float
+    vision_lr: float
+    large: float
+    cross: float = 0.35
+
+
+STAGES = (
+    Stage("see", 450, 32, (), 1.2e-3, 1.2e-3, 0.2),
+    Stage("read", 800, 24, (1,), 1.2e-3, 3e-4, 0.2),
+    Stage("compare", 1000, 24, (1, 2, 3, 4, 6, 8), 8e-4, 0.0, 0.5),
+)
+
+
+def pages(stage: Stage, step: int) -> list[Scene]:
+    """The pictures of one step of the first stage: half of them pages of text."""
+    rng = split_rng("train", step, stage.name)
+    return [text_page(rng) if i % 2 else draw_scene(rng, None, stage.large) for i in range(stage.images)]
+
+
+def prompts(stage: Stage, step: int) -> list[Prompt]:
+    """The prompts of one step: all with the same number of images, ten questions and more each."""
+    rng: random.Random = split_rng("train", step, stage.name)
+    count = rng.choice(stage.counts)
+    return [
+        draw_prompt(rng, count, 10 + count // 2, stage.large, stage.cross) for _ in range(max(1, stage.images // count))
+    ]
