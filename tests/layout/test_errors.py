@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import FAMILIES
 from transformers import LlamaConfig
 
 from capsight.errors import LayoutError, UnsupportedModelError
 from capsight.layout import build_layout, supported_families
+from tiny import FAMILIES
 
 ALL = sorted(FAMILIES)
 DELIMITED = [name for name in ALL if name != "llava_onevision"]

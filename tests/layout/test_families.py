@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES
 
 from capsight.layout import RowLayout, VisionBlock, build_layout, supported_families
+from tiny import FAMILIES
 
 IMAGE = "image"
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, clip
 
 from capsight.layout import RowLayout, VisionBlock, build_layout
+from tiny import FAMILIES, clip
 
 
 def film(start, end, image, delimiters, grid):

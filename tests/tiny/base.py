@@ -68,7 +68,7 @@ class TinyVLM:
             self.template.format(images=self.video_placeholder * len(clips), text=text)
             for clips, text in samples
         ]
-        clips = [clip for row, _ in samples for clip in row]
+        clips = [list(row) for row, _ in samples]
         return self.processor(text=texts, videos=clips, padding=True, return_tensors="pt", **kwargs)
 
     def process(self, texts: list[str], images: list[list[Image.Image]], **kwargs: Any) -> Any:

@@ -24,6 +24,7 @@ class PatchVideos:
         self.patch_size, self.merge_size = patch_size, merge_size
 
     def __call__(self, videos: list[Any], **kwargs: Any) -> dict[str, Any]:
+        videos = _flat(videos)
         patches, grids = [], []
         for video in videos:
             frames = torch.as_tensor(video).float().permute(0, 3, 1, 2) / 127.5 - 1  # [T, 3, H, W]
@@ -49,11 +50,17 @@ class FrameVideos:
         self.model_input_names = (key,)
 
     def __call__(self, videos: list[Any], **kwargs: Any) -> dict[str, Any]:
+        videos = _flat(videos)
         scaled = [
             interpolate(torch.as_tensor(video).float().permute(0, 3, 1, 2) / 127.5 - 1, self.size)
             for video in videos
         ]
         return {self.key: torch.stack(scaled), "video_metadata": [_metadata(len(v)) for v in videos]}
+
+
+def _flat(videos: list[Any]) -> list[Any]:
+    """The clips of all rows; processors pass on what they were given, clips or one list a row."""
+    return [clip for row in videos for clip in (row if isinstance(row, list) else [row])]
 
 
 def _metadata(frames: int) -> VideoMetadata:

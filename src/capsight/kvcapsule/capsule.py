@@ -115,12 +115,14 @@ class KVCapsule:
         codecs = {}
         for layer in info.layers:
             prefix = f"layers.{layer.index}."
-            own = {
-                name.removeprefix(prefix): tensors.pop(name)
-                for name in list(tensors)
-                if name.startswith(prefix)
-            }
-            codecs[layer.index] = _codec_from_file(own, info, layer, folder)
+            names = [name for name in tensors if name.startswith(prefix)]
+            try:
+                own = {name.removeprefix(prefix): tensors.pop(name) for name in names}
+                codecs[layer.index] = _make_codec(own, info, layer)
+            except OptionError as error:
+                raise CapsuleFileError(
+                    f"{folder}, layer {layer.index}: {error}; fit the capsule again"
+                ) from error
         if tensors:
             raise CapsuleFileError(
                 f"{folder} holds tensors of layers it does not list: {sorted(tensors)[:3]}"
@@ -191,11 +193,12 @@ class KVCapsule:
         pair = ("adaptive", "evict")
         if name not in pair or self.info.codec not in pair:
             raise OptionError(f"only {pair} share what they learn; fit a capsule with codec={name!r}")
+        info = replace(self.info, codec=name)
         codecs = {
-            index: CODECS[name].from_tensors(codec.state_dict(), codec.block_size, codec.kept)
-            for index, codec in self.codecs.items()
+            layer.index: _make_codec(self.codecs[layer.index].state_dict(), info, layer)
+            for layer in info.layers
         }
-        return type(self)(codecs, replace(self.info, codec=name))
+        return type(self)(codecs, info)
 
     @property
     def retained(self) -> float:
@@ -226,10 +229,6 @@ class KVCapsule:
 _INDEX_NBYTES = 16  # of a run in `Placement`: row and start, shared by all layers
 
 
-def _codec_from_file(
-    tensors: dict[str, Tensor], info: CapsuleInfo, layer: LayerInfo, folder: Path
-) -> LayerCodec:
-    try:
-        return CODECS[info.codec].from_tensors(tensors, info.block_size, layer.kept)
-    except OptionError as error:
-        raise CapsuleFileError(f"{folder}, layer {layer.index}: {error}; fit the capsule again") from error
+def _make_codec(tensors: dict[str, Tensor], info: CapsuleInfo, layer: LayerInfo) -> LayerCodec:
+    shape = (layer.heads, info.block_size, layer.head_dim)
+    return CODECS[info.codec].from_tensors(tensors, shape, layer.kept)

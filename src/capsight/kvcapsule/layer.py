@@ -108,12 +108,12 @@ class CapsuleLayer(DynamicLayer):
         runs = self._ledger.complete(length)
         stored = () if self.placement is None else self.placement.runs
         kv = torch.stack([x[:, :, length - new :].transpose(1, 2) for x in (keys, values)])  # [2, B, Q, H, D]
-        if new == 1 and len(runs) == len(stored) and self._tail is not None:
+        if new == 1 and len(runs) == len(stored) and self._tail is not None and self._past_padding():
             self._tail = torch.cat([self._tail, kv], 2)
             return
         self._tail = kv[:, :, :0].clone()
         placement = self._ledger.place(runs, length, keys.device)
-        known, slots = set(stored), placement.run_slots(length).view(len(runs), -1)
+        known, slots = set(stored), placement.run_slots(length).view(len(runs), placement.block_size)
         fresh = torch.tensor([run not in known for run in runs], dtype=torch.bool, device=keys.device)
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (keys, values)]  # [B * S, H, D]
         if len(runs) > len(stored):
@@ -129,6 +129,9 @@ class CapsuleLayer(DynamicLayer):
         exact = placement.exact_slots(length)
         self._packed = torch.stack([x[exact] for x in flat])
         self.placement = placement
+
+    def _past_padding(self) -> bool:
+        return self.placement is not None and self.placement.settled >= max(self.placement.pads)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `tokens_to_remove` tokens (given as a negative number; 0 does nothing).

@@ -68,16 +68,17 @@ class AdaptiveCodec(LayerCodec):
         return cls(c[:, rows, cols].float(), mean.float(), scale.float(), moments.block_size, kept)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], block_size: int, kept: int) -> Self:
-        """The codec whose `state_dict()` gave `tensors`."""
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int, int], kept: int) -> Self:
+        """The codec for blocks of `shape` (H, N, D) whose `state_dict()` gave `tensors`."""
+        heads, block_size, head_dim = shape
         shapes = {
             "packed": (None, block_size * (block_size + 1) // 2),
-            "mean": (2, None, None),
-            "scale": (2, None),
+            "mean": (2, heads, head_dim),
+            "scale": (2, heads),
         }
         packed, mean, scale = take_tensors(tensors, shapes, {})
-        if len(packed) not in (1, 2) or mean.shape[1] != scale.shape[1]:
-            raise OptionError(f"tensors packed {tuple(packed.shape)}, mean and scale do not belong together")
+        if len(packed) not in (1, 2):
+            raise OptionError(f"tensor packed holds {len(packed)} second moments, expected 1 or 2")
         codec = cls(packed, mean, scale, block_size, kept)
         if (scale <= 0).any() or torch.linalg.cholesky_ex(codec.covariance()).info.any():
             raise OptionError("tensors packed and scale are not those of a positive definite second moment")
@@ -143,7 +144,7 @@ class AdaptiveCodec(LayerCodec):
 
 
 def _rebuild(weights: Tensor, x: Tensor, kept: Tensor, mean: Tensor) -> Tensor:
-    """Blocks `[M, H, N, D]` from weights `[M, N, r]`, tokens `[M, r, H, D]` kept at `[M, r]`, mean `[H, D]`."""
+    """Blocks `[M, H, N, D]` from weights `[M, N, r]`, kept tokens `[M, r, H, D]`, mean `[H, D]`."""
     blocks, size, _ = weights.shape
     full = torch.bmm(weights, (x - mean).flatten(2)).view(blocks * size, *mean.shape)
     full += mean

@@ -59,8 +59,7 @@ class LayerCodec(nn.Module, ABC):
             OptionError: `kept` is not in 1..block_size.
         """
         super().__init__()
-        if not 1 <= kept <= block_size:
-            raise OptionError(f"a capsule keeps between 1 and {block_size} tokens of a block, not {kept}")
+        check_kept(kept, block_size)
         self.block_size, self.kept = block_size, kept
 
     @classmethod
@@ -70,8 +69,8 @@ class LayerCodec(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], block_size: int, kept: int) -> Self:
-        """The codec whose `state_dict()` gave `tensors`.
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int, int], kept: int) -> Self:
+        """The codec for blocks of `shape` (H, N, D) whose `state_dict()` gave `tensors`.
 
         Raises:
             OptionError: a tensor is missing, of the wrong shape or dtype, or one too many.
@@ -138,6 +137,16 @@ def take_tensors(
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise OptionError(f"tensor {name} holds NaN or infinite values")
     return [tensors[name] for name in shapes]
+
+
+def check_kept(kept: int, block_size: int) -> None:
+    """Refuse a number of kept tokens that a block cannot have.
+
+    Raises:
+        OptionError: `kept` is not in 1..block_size.
+    """
+    if not 1 <= kept <= block_size:
+        raise OptionError(f"a capsule keeps between 1 and {block_size} tokens of a block, not {kept}")
 
 
 def check_ridge(ridge: float) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from capsight.errors import OptionError
-from capsight.kvcapsule.codecs.base import LayerCodec, Payload, check_ridge, take_tensors
+from capsight.kvcapsule.codecs.base import LayerCodec, Payload, check_kept, check_ridge, take_tensors
 from capsight.kvcapsule.kriging import pivoted_cholesky, prediction_weights, with_nugget
 from capsight.kvcapsule.moments import LayerMoments, rms
 
@@ -55,6 +55,7 @@ class StaticCodec(LayerCodec):
             kept: keys and principal components kept of each block (r).
             ridge: noise variance added to the keys' second moment, as a fraction of its mean variance.
         """
+        check_kept(kept, moments.block_size)
         check_ridge(ridge)
         heads = moments.keys.about(torch.zeros(1, dtype=torch.float64))  # [H, N, N]
         c = with_nugget((heads / rms(heads)[:, None, None] ** 2).mean(0), ridge)  # [N, N]
@@ -66,8 +67,10 @@ class StaticCodec(LayerCodec):
         return cls(index, key_map.float(), mean.float(), basis.float().contiguous())
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], block_size: int, kept: int) -> Self:
-        """The codec whose `state_dict()` gave `tensors`."""
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int, int], kept: int) -> Self:
+        """The codec for blocks of `shape` (H, N, D) whose `state_dict()` gave `tensors`."""
+        block_size = shape[1]
+        check_kept(kept, block_size)
         wide = (block_size, kept)
         shapes = {"kept_index": (kept,), "key_map": wide, "value_mean": (block_size,), "value_basis": wide}
         index, *rest = take_tensors(tensors, shapes, {"kept_index": torch.int64})

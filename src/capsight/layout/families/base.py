@@ -129,7 +129,7 @@ def check_length(row: TokenRow, span: Span, expected: int, what: str) -> None:
     found = span[1] - span[0]
     if found == expected:
         return
-    if span[1] == len(row.ids) and found < expected:
+    if found < expected and (span[0] == row.pad_left or span[1] == len(row.ids)):
         reason = "the prompt was truncated inside an image; raise max_length or turn truncation off"
     elif expected and found % expected == 0:
         reason = "neighbouring images stand there without the delimiters that the family writes between them"

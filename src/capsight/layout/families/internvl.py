@@ -32,27 +32,36 @@ class InternVL:
     ) -> list[list[VisionBlock]]:
         """See `Family.blocks`."""
         runs = [(row, span) for row in rows for span in row.runs(config.image_token_id)]
-        found: list[list[VisionBlock]] = [[] for _ in rows]
-        numbers = {id(row): number for number, row in enumerate(rows)}
-        if runs:
-            pair = _delimiter_ids(rows, runs, config)
-            for row, span in runs:
-                blocks = found[numbers[id(row)]]
-                blocks += _tiles(row, span, pair, blocks[-1].image + 1 if blocks else 0, config)
+        for row, span in runs:
+            _check_run(row, span, config.image_seq_length)
+        pair = _delimiter_ids(rows, runs, config) if runs else None
+        found: list[list[VisionBlock]] = []
+        for row in rows:
+            blocks: list[VisionBlock] = []
+            for image, span in enumerate(row.runs(config.image_token_id)):
+                assert pair is not None
+                blocks += _tiles(span, enclosing(row, span, *pair), image, config.image_seq_length)
+            found.append(blocks)
         check_pictures(inputs, sum(len(blocks) for blocks in found))
         return found
 
 
-def _tiles(row: TokenRow, span: Span, pair: Span, image: int, config: Any) -> list[VisionBlock]:
-    per_tile = config.image_seq_length
-    tiles = (span[1] - span[0]) // per_tile
-    check_length(row, span, max(tiles, 1) * per_tile, f"config.image_seq_length ({per_tile} a tile)")
-    opener, closer = enclosing(row, span, *pair)
+def _check_run(row: TokenRow, span: Span, per_tile: int) -> None:
+    whole = max((span[1] - span[0]) // per_tile, 1) * per_tile
+    check_length(row, span, whole, f"config.image_seq_length ({per_tile} a tile)")
+    if span[1] == len(row.ids):
+        raise row.error(
+            f"the prompt ends with the vision tokens at {span[0]}, without </img>; it was truncated: "
+            "raise max_length or turn truncation off"
+        )
+
+
+def _tiles(span: Span, pair: Span, image: int, per_tile: int) -> list[VisionBlock]:
     blocks: list[VisionBlock] = []
-    for tile in range(tiles):
-        start = span[0] + tile * per_tile
-        delimiters = ((opener,) if tile == 0 else ()) + ((closer,) if tile == tiles - 1 else ())
-        blocks.append(VisionBlock(start, start + per_tile, "image", square(per_tile), image, delimiters))
+    for start in range(span[0], span[1], per_tile):
+        end = start + per_tile
+        delimiters = (pair[:1] if start == span[0] else ()) + (pair[1:] if end == span[1] else ())
+        blocks.append(VisionBlock(start, end, "image", square(per_tile), image, delimiters))
     return blocks
 
 
@@ -62,16 +71,12 @@ def _delimiter_ids(rows: Sequence[TokenRow], runs: list[tuple[TokenRow, Span]], 
     if start is not None and end is not None:
         return start, end
     row, span = runs[0]
-    opener, closer = row.at(span[0] - 1), row.at(span[1])
-    for number in (opener, closer):
-        uses = sum(r.ids[r.pad_left :].count(number) for r in rows) if number is not None else 0
-        if opener == closer or uses != len(runs):
-            what = "cut off" if number is None else f"{opener} and {closer} stand around the first image"
-            raise row.error(
-                f"the images are not each enclosed in <img> and </img> ({what}; the pair must stand "
-                "around every image and nowhere else); build the prompt with the model's own chat "
-                "template and processor, without truncation"
-            )
-    assert opener is not None
-    assert closer is not None
-    return opener, closer
+    pair = row.at(span[0] - 1), row.at(span[1])
+    uses = [sum(r.ids[r.pad_left :].count(number) for r in rows) for number in pair if number is not None]
+    if pair[0] is None or pair[1] is None or pair[0] == pair[1] or uses != [len(runs)] * 2:
+        raise row.error(
+            f"the images are not each enclosed in <img> and </img>: {pair[0]} and {pair[1]} stand around the "
+            "first one, but not around every image and nowhere else; build the prompt with the model's own "
+            "chat template and processor"
+        )
+    return pair[0], pair[1]

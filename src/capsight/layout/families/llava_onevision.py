@@ -12,8 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers.image_processing_utils import select_best_resolution
-
 from capsight.errors import LayoutError
 from capsight.layout.families.base import Supply, TokenRow, check_length
 from capsight.layout.row_layout import Grid, Kind, Span, VisionBlock
@@ -119,7 +117,7 @@ def _detail_grid(size: tuple[int, ...], config: Any) -> Grid:
     """
     height, width = size
     side, pixels = _base_grid(config)[1], config.vision_config.image_size
-    best = select_best_resolution(size, config.image_grid_pinpoints)
+    best = _best_resolution(height, width, config.image_grid_pinpoints)
     rows, columns = best[0] // pixels * side, best[1] // pixels * side
     if width / height > columns / rows:
         rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
@@ -130,3 +128,17 @@ def _detail_grid(size: tuple[int, ...], config: Any) -> Grid:
     if ratio > 1.1:
         rows, columns = int(rows // ratio), int(columns // ratio)
     return 1, rows, columns + 1
+
+
+def _best_resolution(height: int, width: int, resolutions: Sequence[Sequence[int]]) -> Sequence[int]:
+    """The `(height, width)` that shows most of a picture scaled into it and, of these, wastes least.
+
+    The same as transformers' `select_best_resolution`, without importing torch for it.
+    """
+
+    def fit(resolution: Sequence[int]) -> tuple[int, int]:
+        scale = min(resolution[1] / width, resolution[0] / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        return shown, shown - resolution[0] * resolution[1]
+
+    return max(resolutions, key=fit)

@@ -1,0 +1,48 @@
+# Every target does its own set-up into .venv from nothing; a second call finds it done.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+# Idle OpenMP threads must not spin: on two cores they would take the other process's time.
+export KMP_BLOCKTIME ?= 0
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help setup demo test lint train-reference fit-reference accuracy clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+setup: $(STAMP)  ## make .venv and install capsight with the tested set of packages
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable . \
+		pytest hypothesis pytest-benchmark ruff mypy
+	@touch $@
+
+demo: setup  ## answer questions about six images, full cache against capsules
+	@mkdir -p out
+	$(BIN)/capsight demo --png out/demo.png --json out/demo.json
+
+test: setup  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: setup  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+train-reference: setup  ## train the reference VLM from nothing (resumes; writes runs/reference)
+	$(BIN)/python -m capsight.reference.training --out runs/reference
+
+fit-reference: setup  ## fit the capsule that ships with the reference VLM
+	$(BIN)/capsight fit --model reference --out src/capsight/reference/weights/capsule
+
+accuracy: setup  ## accuracy of the reference VLM on its test split, full cache and capsules
+	$(BIN)/python benchmarks/accuracy.py --json benchmarks/results/accuracy.json
+
+clean:  ## remove .venv and what tools left behind
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis

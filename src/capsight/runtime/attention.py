@@ -1,0 +1,64 @@
+"""capsight's attention function, registered with transformers under its own name.
+
+It is the stock SDPA attention, with what the runtime state adds to it: the key bias of a cache that has
+evicted tokens. It is installed for the text model only, and only while `enable` needs it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from capsight.runtime.state import current_state
+
+ATTENTION_NAME = "capsight"
+
+
+def capsight_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer, with transformers' signature.
+
+    Args:
+        module: the attention module; its `layer_idx` names the layer.
+        query: `[B, Hq, Q, D]`.
+        key: `[B, Hkv, S, D]`.
+        value: `[B, Hkv, S, D]`.
+        attention_mask: bool or additive `[B, 1, Q, S]`; None means causal.
+        **kwargs: passed on to SDPA attention (`scaling`, `dropout`...).
+
+    Returns:
+        Output `[B, Q, Hq, D]`, and None for the weights.
+    """
+    cache = current_state().cache
+    bias = None if cache is None else cache.key_bias(int(module.layer_idx))  # type: ignore[arg-type]
+    if bias is not None:
+        attention_mask = _with_bias(attention_mask, bias, query, key)
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return output, None
+
+
+def _with_bias(mask: Tensor | None, bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Add `bias` `[B, 1, 1, S]` to a mask, made causal first where there is none: `[B, 1, Q, S]`."""
+    if mask is None:
+        q, s = query.shape[2], key.shape[2]
+        mask = torch.ones(q, s, dtype=torch.bool, device=query.device).tril(s - q)
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(query.dtype).min)
+    return mask + bias
+
+
+def register() -> None:
+    """Make the name known to transformers; calling it again changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, capsight_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

@@ -1,0 +1,141 @@
+"""`enable`: the one way in. Inside the context a model runs with capsules; outside it is what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capsight.errors import OptionError
+from capsight.kvcapsule import CapsuleCache, KVCapsule
+from capsight.layout import build_layout
+from capsight.runtime.attention import ATTENTION_NAME, register
+from capsight.runtime.positions import RopeDeltas
+from capsight.runtime.split import first_tokens, sequence_length, without_pixels
+from capsight.runtime.state import RuntimeState, running
+
+
+class FastModel:
+    """A model with its capsule, as `enable` hands it out.
+
+    Attributes:
+        model: the transformers model, its weights and modules untouched.
+        capsule: the capsule in use, or None.
+        cache: the cache of the last call; give it to the next turn as `past_key_values`.
+    """
+
+    def __init__(self, model: Any, capsule: KVCapsule | None) -> None:
+        """Use `enable` instead."""
+        self.model, self.capsule = model, capsule
+        self.cache: Any = None
+        self._deltas = RopeDeltas(model)
+
+    def new_cache(self, inputs: Mapping[str, Any]) -> CapsuleCache | None:
+        """An empty capsule cache for a batch of prompts; None without a capsule (transformers makes its own)."""
+        if self.capsule is None:
+            return None
+        cache = self.capsule.cache(inputs, self.model.config)
+        cache.honours_key_bias = True
+        return cache
+
+    def generate(self, past_key_values: Any = None, **inputs: Any) -> Tensor:
+        """Generate, as `model.generate` does and with all of its options.
+
+        Args:
+            past_key_values: cache of an earlier turn or of `encapsulate`; by default a new one.
+            **inputs: processor outputs of the whole conversation so far, and generation options.
+                Images that the cache holds already are not looked at again.
+
+        Returns:
+            `[B, S + new]` token ids, prompt included (int64).
+
+        Raises:
+            LayoutError: the inputs do not continue what the cache holds.
+        """
+        cache = self.new_cache(inputs) if past_key_values is None else past_key_values
+        if cache is not None and cache.get_seq_length():
+            inputs = self._continue(cache, inputs)
+            self._deltas.restore(cache)
+        with running(RuntimeState(cache if isinstance(cache, CapsuleCache) else None)):
+            tokens: Tensor = self.model.generate(past_key_values=cache, **inputs)
+        if cache is not None:
+            self._deltas.remember(cache)
+        self.cache = cache
+        return tokens
+
+    def _continue(self, cache: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        layout = build_layout(inputs, self.model.config)
+        seen = cache.get_seq_length()
+        if layout.length <= seen:
+            raise OptionError(
+                f"the cache holds {seen} tokens and the prompt has {layout.length}; pass the whole conversation, "
+                "with the new turn at its end"
+            )
+        if layout.last_vision_end > seen:
+            raise OptionError(
+                "the new turn brings images; start a new cache for it (a turn of text can go on with this one)"
+            )
+        dropped = set(inputs) - set(without_pixels(inputs))
+        pixels = {k for k in dropped if k.startswith(("pixel_", "image_", "video_", "second_per_grid"))}
+        return {k: v for k, v in inputs.items() if k not in pixels}
+
+    @torch.no_grad()
+    def encapsulate(self, **inputs: Any) -> Any:
+        """Prefill the images alone (protocol `after`): what comes after the last image is left for `generate`.
+
+        Args:
+            **inputs: processor outputs; the part after the last image may be missing or is ignored.
+
+        Returns:
+            The cache, for `generate(past_key_values=..., **inputs)`: every later token attends to capsules.
+        """
+        layout = build_layout(inputs, self.model.config)
+        length = layout.last_vision_end or sequence_length(inputs)
+        head = first_tokens(inputs, length)
+        cache = self.new_cache(head)
+        with running(RuntimeState(cache)):
+            output = self.model(**head, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        self._deltas.remember(cache)
+        self.cache = cache
+        return cache
+
+
+@contextmanager
+def enable(model: Any, *, capsule: KVCapsule | None = None) -> Iterator[FastModel]:
+    """Run a model with capsules.
+
+    Args:
+        model: a transformers vision-language model of a supported family.
+        capsule: fitted to this very model.
+
+    Yields:
+        A `FastModel`: `generate` takes what `model.generate` takes.
+
+    Raises:
+        ModelMismatchError: the capsule was fitted to another model.
+        UnsupportedModelError: the model's architecture is not known.
+
+    Example:
+        >>> with capsight.enable(model, capsule=capsule) as fast:
+        ...     tokens = fast.generate(**inputs, max_new_tokens=32)
+    """
+    if capsule is not None:
+        capsule.check_model(model)
+    fast = FastModel(model, capsule)
+    deltas = fast._deltas.value()
+    needs_attention = capsule is not None and capsule.info.codec == "evict"
+    text = model.config.get_text_config()
+    before = text._attn_implementation
+    try:
+        if needs_attention:
+            register()
+            model.set_attn_implementation({"text_config": ATTENTION_NAME})
+        yield fast
+    finally:
+        if needs_attention:
+            model.set_attn_implementation({"text_config": before})
+        fast._deltas.put(deltas)

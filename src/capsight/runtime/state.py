@@ -1,0 +1,39 @@
+"""What the attention function has to know while a model runs: carried by a context variable, not by the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from capsight.kvcapsule import CapsuleCache
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeState:
+    """State of one call of the model.
+
+    Attributes:
+        cache: the capsule cache in use; its `key_bias` hides evicted tokens.
+    """
+
+    cache: CapsuleCache | None = None
+
+
+_STATE: ContextVar[RuntimeState] = ContextVar("capsight_runtime_state", default=RuntimeState())
+
+
+def current_state() -> RuntimeState:
+    """State of the call that is running."""
+    return _STATE.get()
+
+
+@contextmanager
+def running(state: RuntimeState) -> Iterator[None]:
+    """Make `state` the current one inside the block."""
+    token = _STATE.set(state)
+    try:
+        yield
+    finally:
+        _STATE.reset(token)

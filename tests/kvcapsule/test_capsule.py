@@ -1,0 +1,280 @@
+"""The facade: fit, save, load, refuse."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import DynamicCache
+
+from capsight.errors import (
+    CalibrationError,
+    CapsightError,
+    CapsuleFileError,
+    ModelMismatchError,
+    OptionError,
+)
+from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.fingerprint import model_fingerprint
+from capsight.kvcapsule.fit import add_sample, collect_moments
+from kvcapsule.conftest import BLOCK, fitted
+
+
+@pytest.fixture
+def capsule(qwen):
+    return fitted(qwen)
+
+
+@pytest.fixture
+def saved(capsule, tmp_path):
+    capsule.save_pretrained(tmp_path / "capsule")
+    return tmp_path / "capsule"
+
+
+@pytest.mark.parametrize("codec", ["adaptive", "static", "evict"])
+def test_save_and_load(qwen, tmp_path, codec):
+    inputs = qwen.inputs([([qwen.picture(0)], "hi")])
+    capsule = fitted(qwen, codec=codec, ridge=0.02)
+    capsule.save_pretrained(tmp_path)
+    again = KVCapsule.from_pretrained(tmp_path)
+    assert again.info == capsule.info
+    assert (again.retained, again.module_nbytes) == (capsule.retained, capsule.module_nbytes)
+    again.check_model(qwen.model)
+    for index, layer in capsule.codecs.items():
+        for name, tensor in layer.state_dict().items():
+            assert torch.equal(tensor, again.codecs[index].state_dict()[name])
+    cache = again.cache(inputs)
+    with torch.no_grad():
+        qwen.model(**inputs, past_key_values=cache, use_cache=True)
+    assert cache.nbytes < cache.nbytes_full
+    assert cache.module_nbytes == capsule.module_nbytes
+
+
+def test_config_travels_with_every_family(vlm, tmp_path):
+    fitted(vlm).save_pretrained(tmp_path)
+    inputs = vlm.inputs([([vlm.picture(0)], "hi")])
+    assert (
+        len(KVCapsule.from_pretrained(tmp_path).cache(inputs).layers)
+        == vlm.config.get_text_config().num_hidden_layers
+    )
+
+
+def test_saving_again_replaces_and_leaves_no_litter(qwen, capsule, saved):
+    other = fitted(qwen, 0.8)
+    other.with_retained(0.5).save_pretrained(saved)
+    assert KVCapsule.from_pretrained(saved).retained == 0.5
+    fitted(qwen, 0.5, codec="static").save_pretrained(saved)
+    assert KVCapsule.from_pretrained(saved).info.codec == "static"
+    assert len(list(saved.iterdir())) == 2
+    with pytest.raises(CapsuleFileError, match="cannot write"):
+        capsule.save_pretrained(saved / "capsule.json" / "below")
+    assert KVCapsule.from_pretrained(saved).info.codec == "static"
+
+
+def test_a_full_disk_loses_nothing(qwen, saved, monkeypatch):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    monkeypatch.setattr(
+        "os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(CapsuleFileError, match="No space left"):
+        fitted(qwen, codec="static").save_pretrained(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def edit_header(folder: Path, **changes: object) -> None:
+    header = json.loads((folder / "capsule.json").read_text())
+    (folder / "capsule.json").write_text(json.dumps(header | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 99}, "format version 99"),
+        ({"format": "something"}, "does not describe"),
+        ({"sha256": "0"}, "checksum"),
+        ({"tensors": "../../etc/passwd"}, "does not name"),
+        ({"tensors": "capsule-0123456789abcdef.safetensors"}, "missing"),
+        ({"codec": "magic"}, "magic"),
+        ({"block_size": 8}, "layer 0"),
+        ({"block_size": "16"}, "block_size"),
+        ({"layers": []}, "no layers"),
+        ({"layers": [{"index": 0}]}, "malformed layer"),
+        ({"layers": [{"index": 0, "kept": 0, "heads": 2, "head_dim": 16}]}, "kept"),
+        ({"layers": [{"index": 0, "kept": 99, "heads": 2, "head_dim": 16}]}, "keeps between"),
+        ({"layers": [{"index": 0, "kept": 6, "heads": 3, "head_dim": 16}]}, "layer 0"),
+        ({"layers": [{"index": 0, "kept": 6, "heads": 2, "head_dim": 16}]}, "does not list"),
+        ({"layers": [{"index": 7, "kept": 6, "heads": 2, "head_dim": 16}]}, "layer 7"),
+        ({"fingerprint": None}, "fingerprint"),
+        ({"model_config": []}, "model_config"),
+    ],
+)
+def test_malformed_headers_are_refused(saved, changes, message):
+    edit_header(saved, **changes)
+    with pytest.raises(CapsuleFileError, match=message):
+        KVCapsule.from_pretrained(saved)
+
+
+def test_missing_truncated_and_tampered_files_are_refused(saved, tmp_path):
+    tensors = next(saved.glob("*.safetensors"))
+    data = bytearray(tensors.read_bytes())
+    tensors.write_bytes(data[:-3])
+    with pytest.raises(CapsuleFileError, match="truncated"):
+        KVCapsule.from_pretrained(saved)
+    data[-1] ^= 1
+    tensors.write_bytes(data)
+    with pytest.raises(CapsuleFileError, match="changed"):
+        KVCapsule.from_pretrained(saved)
+    (saved / "capsule.json").write_text("{")
+    with pytest.raises(CapsuleFileError, match="not JSON"):
+        KVCapsule.from_pretrained(saved)
+    for missing in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(CapsuleFileError, match="missing"):
+            KVCapsule.from_pretrained(missing)
+    with pytest.raises(CapsuleFileError, match="no folder"):
+        KVCapsule.from_pretrained("not a repository name!")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_damage_gives_a_capsule_file_error_or_the_same_capsule(saved, data):
+    path = data.draw(st.sampled_from(sorted(saved.iterdir())))
+    good = path.read_bytes()
+    at = data.draw(st.integers(0, len(good) - 1))
+    try:
+        path.write_bytes(
+            good[:at] + data.draw(st.binary(max_size=3)) + good[at + data.draw(st.integers(0, 3)) :]
+        )
+        KVCapsule.from_pretrained(saved).retained  # noqa: B018
+    except CapsuleFileError as error:
+        assert str(error)
+    finally:
+        path.write_bytes(good)
+
+
+def test_no_temporary_files_stay(saved):
+    assert sorted(path.suffix for path in saved.iterdir()) == [".json", ".safetensors"]
+
+
+def test_another_model_is_refused(qwen, capsule):
+    capsule.check_model(qwen.model)
+    assert model_fingerprint(copy.deepcopy(qwen.model).to(torch.bfloat16)) != ""
+    other = copy.deepcopy(qwen.model)
+    with torch.no_grad():
+        for name, weight in other.named_parameters():
+            if "v_proj" in name:
+                weight += 0.01
+    with pytest.raises(ModelMismatchError, match="another"):
+        capsule.check_model(other)
+    config = copy.deepcopy(qwen.config)
+    config.text_config.num_hidden_layers = 2
+    config.text_config.layer_types = ["full_attention"] * 2
+    with pytest.raises(ModelMismatchError, match="layers"):
+        capsule.cache(qwen.inputs([([], "x")]), config)
+
+
+def test_fit_is_one_pass_over_any_batching_and_leaves_the_model_alone(qwen):
+    pairs = [([qwen.picture(seed)], "x") for seed in range(3)]
+    one = collect_moments(qwen.model, None, [qwen.inputs([pair]) for pair in pairs], BLOCK, False)
+    together = collect_moments(qwen.model, None, iter([qwen.inputs(pairs)]), BLOCK, False)
+    for index in one:
+        torch.testing.assert_close(one[index].keys.second, together[index].keys.second, rtol=1e-4, atol=1e-4)
+        assert one[index].blocks == 3 * 64 // BLOCK
+    qwen.model.train()
+    collect_moments(qwen.model, None, [qwen.inputs(pairs)], BLOCK, True)
+    assert qwen.model.training
+    qwen.model.eval()
+
+
+def test_moments_of_a_sample_are_those_of_its_blocks(qwen):
+    inputs = qwen.inputs([([qwen.picture(0)], "x")])
+    found: dict = {}
+    add_sample(found, qwen.model, inputs, BLOCK)
+    cache = DynamicCache(config=qwen.config)
+    with torch.no_grad():
+        qwen.model(**inputs, past_key_values=cache, use_cache=True)
+    start = int((inputs["input_ids"][0] == qwen.config.image_token_id).nonzero()[0])
+    expected = torch.zeros(BLOCK, BLOCK, dtype=torch.float64)
+    for run in range(start, start + 64, BLOCK):
+        x = cache.layers[1].keys[0, 1, run : run + BLOCK].double()
+        expected += x @ x.T
+    torch.testing.assert_close(found[1].keys.second[1], expected)
+
+
+def test_calibration_without_a_block_or_with_nan_is_refused(qwen):
+    fit = KVCapsule.fit
+    image = qwen.inputs([([qwen.picture(0)], "x")])
+    for samples, size in (([], BLOCK), ([qwen.inputs([([], "text")])], BLOCK), ([image], 65)):
+        with pytest.raises(CalibrationError, match="no calibration sample"):
+            fit(qwen.model, None, samples, block_size=size, progress=False)
+    broken = copy.deepcopy(qwen.model)
+    with torch.no_grad():
+        broken.model.language_model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
+    with pytest.raises(CalibrationError, match=r"layer 1: .*NaN"):
+        fit(broken, None, [image], block_size=BLOCK, progress=False)
+    with pytest.raises(CalibrationError, match="processor"):
+        fit(qwen.model, None, [[{"role": "user", "content": "x"}]], progress=False)
+
+
+def test_chat_messages_are_rendered_by_the_processor(qwen, monkeypatch):
+    rendered = qwen.inputs([([qwen.picture(0)], "x")])
+    monkeypatch.setattr(qwen.processor, "apply_chat_template", lambda *_, **__: rendered, raising=False)
+    messages = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (64, 64))}]}]
+    assert collect_moments(qwen.model, qwen.processor, [messages], BLOCK, False)[0].blocks == 64 // BLOCK
+
+
+def test_options_are_checked_before_calibration(qwen):
+    for options in ({"retained": 0.0}, {"retained": 1.1}, {"retained": float("nan")}):
+        with pytest.raises(OptionError, match="retained"):
+            KVCapsule.fit(qwen.model, None, [], **options)
+    with pytest.raises(OptionError, match="codec"):
+        KVCapsule.fit(qwen.model, None, [], codec="zip")
+    with pytest.raises(OptionError, match="magic"):
+        KVCapsule.fit(qwen.model, None, [], magic=1)
+    with pytest.raises(OptionError, match="joint"):
+        KVCapsule.fit(qwen.model, None, [], codec="static", joint=True)
+    with pytest.raises(OptionError, match="ridge"):
+        KVCapsule.fit(qwen.model, None, [], ridge=7)
+    with pytest.raises(CapsightError):
+        KVCapsule.fit(
+            qwen.model, None, [qwen.inputs([([qwen.picture(0)], "x")])], block_size=1, progress=False
+        )
+
+
+def test_with_retained_equals_a_fit_and_with_codec_is_the_control(qwen, capsule):
+    for a, b in (
+        (capsule.with_retained(0.75), fitted(qwen, 0.75)),
+        (capsule.with_codec("evict"), fitted(qwen, codec="evict")),
+    ):
+        assert a.info == b.info
+        assert a.retained == b.retained
+        for index in a.codecs:
+            assert type(a.codecs[index]) is type(b.codecs[index])
+            assert torch.equal(a.codecs[index].packed, b.codecs[index].packed)
+    assert capsule.with_codec("evict").with_codec("adaptive").info == capsule.info
+    with pytest.raises(OptionError, match="share"):
+        capsule.with_codec("static")
+    with pytest.raises(OptionError, match="fit again"):
+        fitted(qwen, codec="static").with_retained(0.5)
+
+
+@pytest.mark.parametrize("codec", ["adaptive", "static"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_break_even_by_counting_up(qwen, codec, batch):
+    capsule = fitted(qwen, 0.4, codec=codec)
+    tokens = 0
+    while True:
+        tokens += BLOCK
+        runs = tokens // BLOCK * batch
+        full = runs * BLOCK * 3 * 2 * 2 * 16 * 4  # 3 layers, K and V, 2 heads of 16, float32
+        small = runs * (3 * 6 * (2 * 2 * 16 * 4 + (codec == "adaptive")) + 16)
+        if small + capsule.module_nbytes < full:
+            break
+    assert capsule.break_even_tokens(batch) == tokens
+    assert capsule.break_even_tokens() >= capsule.break_even_tokens(100)
+    assert fitted(qwen, 1.0).break_even_tokens() is None
