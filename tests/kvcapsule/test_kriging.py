@@ -26,7 +26,7 @@ def predicted(c: torch.Tensor, kept: list[int], x: torch.Tensor) -> torch.Tensor
 sizes = st.tuples(st.integers(2, 9), st.integers(1, 2), st.integers(1, 4), st.integers(0, 999), st.data())
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(sizes)
 def test_greedy_selection_takes_the_worst_predicted_token_each_time(case):
     size, groups, count, seed, data = case
@@ -46,7 +46,7 @@ def test_greedy_selection_takes_the_worst_predicted_token_each_time(case):
         assert found[block].tolist() == sorted(chosen)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(sizes)
 def test_prediction_weights_solve_the_normal_equations(case):
     size, groups, count, seed, data = case
@@ -59,7 +59,7 @@ def test_prediction_weights_solve_the_normal_equations(case):
             torch.testing.assert_close(weights[block, group], expected)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(2, 9), st.integers(0, 999), st.data())
 def test_pivoted_cholesky_takes_the_largest_residual_variance_each_time(size, seed, data):
     c, kept = covariance(size, 1, seed)[0], data.draw(st.integers(1, size))

@@ -16,7 +16,7 @@ from capsight.errors import CapsuleFileError, ModelMismatchError, OptionError
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.codecs import CODECS, LayerCodec
 from capsight.kvcapsule.fingerprint import model_fingerprint
-from capsight.kvcapsule.fit import collect_moments, kept_tokens, solve
+from capsight.kvcapsule.fit import check_options, collect_moments, kept_tokens, solve
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
 from capsight.kvcapsule.store import locate, read_folder, write_folder
@@ -65,7 +65,7 @@ class KVCapsule:
             CalibrationError: no image is as long as a block, or keys or values are not finite.
             OptionError: an option is unknown or out of range.
         """
-        kept_tokens(retained, block_size)  # refuse bad options before the long part
+        check_options(codec, retained, block_size, options)  # before the long part
         moments = collect_moments(model, processor, samples, block_size, progress)
         codecs = solve(moments, codec, retained, options)
         layers = tuple(

@@ -98,6 +98,18 @@ def solve(moments: Moments, codec: str, retained: float, options: Mapping[str, A
     }
 
 
+def check_options(codec: str, retained: float, block_size: int, options: Mapping[str, Any]) -> None:
+    """Refuse what `solve` would refuse, by fitting a codec to one block of zeros.
+
+    Raises:
+        OptionError: an option is unknown or out of range.
+    """
+    plan = CapsulePlan(block_size, (), ())
+    dry = LayerMoments(1, plan.block_size, 1)
+    dry.update(torch.zeros(1, 1, block_size, 1), torch.zeros(1, 1, block_size, 1))
+    solve({0: dry}, codec, retained, options)
+
+
 def kept_tokens(retained: float, block_size: int) -> int:
     """Tokens kept of a block: the nearest whole number, at least one.
 

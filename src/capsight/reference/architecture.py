@@ -1,4 +1,4 @@
-"""The reference VLM's configuration, tokenizer, chat template and processor, made from nothing but this file."""
+"""The reference VLM's configuration, tokenizer, chat template and processor."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,7 +38,7 @@ PATCH, MERGE, TEMPORAL = 14, 2, 2
 
 
 def build_tokenizer(corpus: Iterable[str], vocab_size: int = 640) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE on the task's wording; digits never merge, any other text falls back to bytes."""
+    """Train a byte-level BPE on the task's wording; digits never merge, other text falls back to bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -90,12 +90,14 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> ReferenceProcessor:
         image_std=[0.5, 0.5, 0.5],
         size={"shortest_edge": 56 * 56, "longest_edge": 896 * 896},
     )
-    return ReferenceProcessor(image_processor=image_processor, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
+    return ReferenceProcessor(
+        image_processor=image_processor, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE
+    )
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    """About 9 M parameters: 8 LM layers (8 query / 4 KV heads of 32), 4 vision layers (2 windowed, 2 full)."""
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    """About 9 M parameters: 8 LM layers (8 query / 4 KV heads of 32), 4 vision layers (2 windowed)."""
+    ids = tokenizer.get_vocab()
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -135,8 +137,8 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
 def build_model(config: Qwen2_5_VLConfig) -> Qwen2_5_VLForConditionalGeneration:
     """The untrained model in float32, with greedy generation defaults."""
     model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = config.text_config.eos_token_id
-    model.generation_config.pad_token_id = config.text_config.pad_token_id
+    model.generation_config.eos_token_id = config.get_text_config().eos_token_id
+    model.generation_config.pad_token_id = config.get_text_config().pad_token_id
     return model
 
 

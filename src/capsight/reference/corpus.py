@@ -1,4 +1,4 @@
-"""The wording the tokenizer is trained on: questions and word answers of the train split, without its codes."""
+"""The wording the tokenizer is trained on: questions and word answers of the train split."""
 
 from collections.abc import Iterator
 

@@ -39,7 +39,8 @@ def load_reference_vlm(
     """
     folder = reference_path()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return model.to(device).eval(), load_reference_processor()
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval(), load_reference_processor()
 
 
 def load_reference_processor() -> ReferenceProcessor:

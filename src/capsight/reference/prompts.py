@@ -11,7 +11,11 @@ from capsight.reference.questions import Question, ask
 Split = Literal["train", "calibration", "test"]
 
 #: Every split draws from its own seeds, so no image or question of one is drawn for another.
-_SPLIT_SALT: dict[str, str] = {"train": "capsight/train", "calibration": "capsight/calibration", "test": "capsight/test"}
+_SPLIT_SALT: dict[str, str] = {
+    "train": "capsight/train",
+    "calibration": "capsight/calibration",
+    "test": "capsight/test",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,5 +58,5 @@ def draw_prompt(
 
 
 def split_prompt(split: Split, index: int, images: int, questions: int = 6) -> Prompt:
-    """Prompt ``index`` of a split at an image count; the same arguments give the same prompt on any machine."""
+    """Prompt ``index`` of a split at an image count; equal arguments give equal prompts on any machine."""
     return draw_prompt(split_rng(split, index, f"{images} images"), images, questions)

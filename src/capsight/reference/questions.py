@@ -121,7 +121,9 @@ def _find(scenes: list[Scene], rng: random.Random) -> Question | None:
 
 def _count(scenes: list[Scene], rng: random.Random) -> Question | None:
     kind = rng.choice(scenes).kind if rng.random() < 0.8 else rng.choice(KINDS)
-    return Question("count_images", f"How many images are {PLURAL[kind]}?", str(sum(s.kind == kind for s in scenes)))
+    return Question(
+        "count_images", f"How many images are {PLURAL[kind]}?", str(sum(s.kind == kind for s in scenes))
+    )
 
 
 def _same(scenes: list[Scene], rng: random.Random) -> Question | None:

@@ -34,7 +34,7 @@ class FastModel:
         self._deltas = RopeDeltas(model)
 
     def new_cache(self, inputs: Mapping[str, Any]) -> CapsuleCache | None:
-        """An empty capsule cache for a batch of prompts; None without a capsule (transformers makes its own)."""
+        """An empty capsule cache for a batch of prompts; None without a capsule."""
         if self.capsule is None:
             return None
         cache = self.capsule.cache(inputs, self.model.config)
@@ -71,12 +71,12 @@ class FastModel:
         seen = cache.get_seq_length()
         if layout.length <= seen:
             raise OptionError(
-                f"the cache holds {seen} tokens and the prompt has {layout.length}; pass the whole conversation, "
-                "with the new turn at its end"
+                f"the cache holds {seen} tokens and the prompt has {layout.length}; pass the whole "
+                "conversation, with the new turn at its end"
             )
         if layout.last_vision_end > seen:
             raise OptionError(
-                "the new turn brings images; start a new cache for it (a turn of text can go on with this one)"
+                "the new turn brings images; start a new cache for it (text alone can go on with this one)"
             )
         dropped = set(inputs) - set(without_pixels(inputs))
         pixels = {k for k in dropped if k.startswith(("pixel_", "image_", "video_", "second_per_grid"))}
@@ -84,7 +84,7 @@ class FastModel:
 
     @torch.no_grad()
     def encapsulate(self, **inputs: Any) -> Any:
-        """Prefill the images alone (protocol `after`): what comes after the last image is left for `generate`.
+        """Prefill the images alone (protocol `after`); what follows the last is left for `generate`.
 
         Args:
             **inputs: processor outputs; the part after the last image may be missing or is ignored.

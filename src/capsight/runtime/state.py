@@ -1,4 +1,4 @@
-"""What the attention function has to know while a model runs: carried by a context variable, not by the model."""
+"""What the attention function has to know while a model runs; a context variable carries it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class RuntimeState:
     cache: CapsuleCache | None = None
 
 
-_STATE: ContextVar[RuntimeState] = ContextVar("capsight_runtime_state", default=RuntimeState())
+_STATE: ContextVar[RuntimeState | None] = ContextVar("capsight_runtime_state", default=None)
 
 
 def current_state() -> RuntimeState:
     """State of the call that is running."""
-    return _STATE.get()
+    return _STATE.get() or RuntimeState()
 
 
 @contextmanager

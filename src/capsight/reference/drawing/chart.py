@@ -4,12 +4,12 @@ import random
 from typing import Any
 
 from capsight.reference.drawing.canvas import Canvas
-from capsight.reference.drawing.palette import COLORS, jitter, random_font
+from capsight.reference.drawing.palette import COLORS, jitter, light, random_font
 
 
 def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str, Any]]:
     """Draw a chart; facts: ``bars`` {colour: height}; the highest and the lowest bar are unique."""
-    canvas = Canvas(rng, width, height, tuple(rng.randint(240, 255) for _ in range(3)))
+    canvas = Canvas(rng, width, height, light(rng, 240))
     colors = rng.sample(list(COLORS), rng.randint(3, 5))
     while True:
         heights = [rng.randint(1, 9) for _ in colors]

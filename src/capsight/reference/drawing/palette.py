@@ -20,7 +20,7 @@ COLORS: dict[str, RGB] = {
     "black": (25, 25, 25),
 }
 
-#: Fonts that matplotlib ships, so that every machine draws the same glyphs. Name -> smallest legible size in px.
+#: Fonts that matplotlib ships, so that every machine draws the same glyphs: name -> smallest size in px.
 FONTS: dict[str, int] = {
     "DejaVuSans": 13,
     "DejaVuSans-Bold": 13,
@@ -60,6 +60,11 @@ def random_font(rng: random.Random, low: int, high: int) -> ImageFont.FreeTypeFo
 def jitter(rng: random.Random, color: RGB, amount: int = 14) -> RGB:
     """Vary a colour a little, so that no two reds are the same bytes."""
     return tuple(min(255, max(0, c + rng.randint(-amount, amount))) for c in color)  # type: ignore[return-value]
+
+
+def light(rng: random.Random, low: int, high: int = 255) -> RGB:
+    """A background whose channels lie in ``[low, high]``."""
+    return rng.randint(low, high), rng.randint(low, high), rng.randint(low, high)
 
 
 def random_code(rng: random.Random, low: int = 4, high: int = 6) -> str:

@@ -6,12 +6,12 @@ from typing import Any
 from PIL import Image
 
 from capsight.reference.drawing.canvas import Canvas
-from capsight.reference.drawing.palette import COLORS, jitter, random_code, random_font
+from capsight.reference.drawing.palette import COLORS, jitter, light, random_code, random_font
 
 
 def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str, Any]]:
     """Draw the plate; facts: ``code``, five or six characters."""
-    canvas = Canvas(rng, width, height, tuple(rng.randint(120, 220) for _ in range(3)))
+    canvas = Canvas(rng, width, height, light(rng, 120, 220))
     noise = Image.frombytes("L", (width // 4, height // 4), rng.randbytes((width // 4) * (height // 4)))
     noise = noise.resize((width, height), Image.Resampling.BILINEAR)
     canvas.image.paste(Image.blend(canvas.image, noise.convert("RGB"), rng.uniform(0.1, 0.35)))
@@ -30,6 +30,12 @@ def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str
     font = random_font(rng, 18, 24)
     plate_w, plate_h = canvas.text_width(code, font) + 20, font.size + 18
     left, top = rng.uniform(2, width - plate_w - 2), rng.uniform(2, height - plate_h - 2)
-    canvas.draw.rectangle((left, top, left + plate_w, top + plate_h), fill=jitter(rng, (240, 240, 225), 12), outline=(30, 30, 30))
-    canvas.text(left + 10, top + plate_h / 2, code, font, jitter(rng, COLORS[rng.choice(("black", "blue", "red"))]))
+    canvas.draw.rectangle(
+        (left, top, left + plate_w, top + plate_h),
+        fill=jitter(rng, (240, 240, 225), 12),
+        outline=(30, 30, 30),
+    )
+    canvas.text(
+        left + 10, top + plate_h / 2, code, font, jitter(rng, COLORS[rng.choice(("black", "blue", "red"))])
+    )
     return canvas, {"code": code}

@@ -4,12 +4,12 @@ import random
 from typing import Any
 
 from capsight.reference.drawing.canvas import Canvas
-from capsight.reference.drawing.palette import ITEMS, jitter, random_font
+from capsight.reference.drawing.palette import ITEMS, jitter, light, random_font
 
 
 def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str, Any]]:
     """Draw a receipt; facts: ``prices`` {item: "d.dd"} and ``total`` "d.dd" or "dd.dd"."""
-    canvas = Canvas(rng, width, height, tuple(rng.randint(200, 240) for _ in range(3)))
+    canvas = Canvas(rng, width, height, light(rng, 200, 240))
     items = rng.sample(ITEMS, rng.randint(3, 5))
     cents = rng.sample(range(50, 1000, 5), len(items))
     prices = {item: f"{c / 100:.2f}" for item, c in zip(items, cents, strict=True)}

@@ -5,7 +5,7 @@ import random
 from typing import Any
 
 from capsight.reference.drawing.canvas import Canvas
-from capsight.reference.drawing.palette import COLORS, RGB, jitter
+from capsight.reference.drawing.palette import COLORS, RGB, jitter, light
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 
@@ -30,7 +30,7 @@ def _draw(canvas: Canvas, shape: str, x: float, y: float, r: float, fill: RGB) -
 
 def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str, Any]]:
     """Draw 2 to 7 shapes that do not touch; facts: ``shapes`` [(shape, colour), ...]."""
-    canvas = Canvas(rng, width, height, tuple(rng.randint(228, 255) for _ in range(3)))
+    canvas = Canvas(rng, width, height, light(rng, 228))
     few = rng.sample(SHAPES, rng.randint(2, 4))
     tints = rng.sample(list(COLORS), rng.randint(2, 4))
     placed: list[tuple[float, float, float]] = []

@@ -4,12 +4,12 @@ import random
 from typing import Any
 
 from capsight.reference.drawing.canvas import Canvas
-from capsight.reference.drawing.palette import COLORS, jitter, random_font
+from capsight.reference.drawing.palette import COLORS, jitter, light, random_font
 
 
 def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str, Any]]:
     """Draw a table; facts: ``cells`` {(row letter, column number): "dd"}."""
-    canvas = Canvas(rng, width, height, tuple(rng.randint(235, 255) for _ in range(3)))
+    canvas = Canvas(rng, width, height, light(rng, 235))
     rows, columns = rng.randint(3, 4), rng.randint(3, 4)
     cell_w, cell_h = rng.randint(36, 41), rng.randint(30, 38)
     full_w, full_h = cell_w * (columns + 1), cell_h * (rows + 1)

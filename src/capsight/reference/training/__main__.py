@@ -13,7 +13,9 @@ from capsight.reference.training.stages import STAGES
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of checkpoint, log and tokenizer; training resumes from it.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder of checkpoint, log and tokenizer; training resumes from it.")
+    ],
     until: Annotated[str, typer.Option(help="Last stage to train.")] = STAGES[-1].name,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the initial weights.")] = 0,

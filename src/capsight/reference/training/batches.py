@@ -63,8 +63,9 @@ class Batcher:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Look up the special tokens once."""
         self._tokenizer = tokenizer
-        self._special = {t: tokenizer.convert_tokens_to_ids(t) for t in (USER, ASSISTANT, END, PAD)}
-        self._vision = {t: tokenizer.convert_tokens_to_ids(t) for t in (VISION_START, VISION_END, IMAGE_PAD)}
+        vocabulary = tokenizer.get_vocab()
+        self._special = {t: vocabulary[t] for t in (USER, ASSISTANT, END, PAD)}
+        self._vision = {t: vocabulary[t] for t in (VISION_START, VISION_END, IMAGE_PAD)}
         self._memo: dict[str, list[int]] = {}
 
     def _encode(self, text: str) -> list[int]:
@@ -73,7 +74,12 @@ class Batcher:
         return self._memo[text]
 
     def _row(self, prompt: Prompt) -> tuple[list[int], Tensor, list[int]]:
-        ids, labels, positions, offset = [self._special[USER]], [_IGNORE], [torch.zeros(3, 1, dtype=torch.long)], 1
+        ids, labels, positions, offset = (
+            [self._special[USER]],
+            [_IGNORE],
+            [torch.zeros(3, 1, dtype=torch.long)],
+            1,
+        )
 
         def text(tokens: list[int], answer: bool) -> None:
             nonlocal offset
@@ -88,7 +94,11 @@ class Batcher:
             ids.extend([self._vision[IMAGE_PAD]] * (h * w))
             labels.extend([_IGNORE] * (h * w))
             where = torch.stack(
-                [torch.zeros(h * w, dtype=torch.long), torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)]
+                [
+                    torch.zeros(h * w, dtype=torch.long),
+                    torch.arange(h).repeat_interleave(w),
+                    torch.arange(w).repeat(h),
+                ]
             )
             positions.append(where + offset)
             offset += max(h, w)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from capsight.reference.drawing import Canvas, Scene
-from capsight.reference.drawing.palette import CODE_ALPHABET, COLORS, jitter, random_font
+from capsight.reference.drawing.palette import CODE_ALPHABET, COLORS, jitter, light, random_font
 from capsight.reference.drawing.shapes import SHAPES
 
 CELL, SLOT_W, SLOT_H = 28, 7, 14
@@ -25,7 +25,7 @@ _COLOR_CLASS = {c: i + 1 for i, c in enumerate(COLORS)}
 
 @dataclass(frozen=True, slots=True)
 class DenseLabels:
-    """Labels of ``n`` merged tokens, row by row: chars [n, 8], shapes [n], colors [n]; 0 means nothing there."""
+    """Labels of ``n`` merged tokens, row by row: chars [n, 8], shapes [n], colors [n]; 0 is nothing."""
 
     chars: Tensor
     shapes: Tensor
@@ -40,7 +40,11 @@ def dense_labels(scenes: list[Scene]) -> DenseLabels:
         c = torch.zeros(rows * columns, SLOTS, dtype=torch.long)
         s, k = torch.zeros(rows * columns, dtype=torch.long), torch.zeros(rows * columns, dtype=torch.long)
         for glyph in scene.glyphs:
-            if glyph.char in _CHAR_CLASS and 0 <= glyph.x < scene.image.width and 0 <= glyph.y < scene.image.height:
+            if (
+                glyph.char in _CHAR_CLASS
+                and 0 <= glyph.x < scene.image.width
+                and 0 <= glyph.y < scene.image.height
+            ):
                 column, row = int(glyph.x // CELL), int(glyph.y // CELL)
                 slot = int(glyph.y % CELL // SLOT_H) * (CELL // SLOT_W) + int(glyph.x % CELL // SLOT_W)
                 c[row * columns + column, slot] = _CHAR_CLASS[glyph.char]
@@ -55,7 +59,7 @@ def dense_labels(scenes: list[Scene]) -> DenseLabels:
 
 def text_page(rng: random.Random, width: int = 224, height: int = 224) -> Scene:
     """A page full of random characters: the densest lesson in reading."""
-    canvas = Canvas(rng, width, height, tuple(rng.randint(205, 255) for _ in range(3)))
+    canvas = Canvas(rng, width, height, light(rng, 205))
     y = rng.uniform(9, 16)
     while y < height - 8:
         font = random_font(rng, 13, 23)

@@ -19,7 +19,7 @@ def export(
     model = build_model(build_config(tokenizer))
     state = torch.load(run / "checkpoint.pt", weights_only=True)
     model.load_state_dict(state["model"])
-    model.to(torch.bfloat16).save_pretrained(out)
+    model.bfloat16().save_pretrained(out)
     build_processor(tokenizer).save_pretrained(out)
     size = sum(f.stat().st_size for f in out.iterdir() if f.is_file())
     print(f"stage {state['stage']}, step {state['step']} -> {out}: {size / 1e6:.1f} MB")

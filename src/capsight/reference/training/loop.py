@@ -16,12 +16,18 @@ from capsight.reference.training.batches import Batch, Batcher, patches
 from capsight.reference.training.dense import DenseHeads, dense_labels
 from capsight.reference.training.stages import STAGES, Stage, pages, prompts
 
+#: Muon's learning rate over AdamW's: at this width its matched step is too small otherwise.
+MUON_FACTOR = 4.0
 
-def answer_loss(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-    """Cross entropy over the answer tokens of a batch, and the share of them that are right."""
+
+def answer_loss(
+    model: Qwen2_5_VLForConditionalGeneration, batch: Batch, features: Tensor
+) -> tuple[Tensor, dict[str, float]]:
+    """Cross entropy over the answer tokens of a batch, and the share of them that are right.
+
+    `features` are the merged vision tokens `[n, width]` of the batch's images.
+    """
     core = model.model
-    with torch.set_grad_enabled(core.visual.patch_embed.proj.weight.requires_grad):
-        features = core.visual(batch.pixel_values, grid_thw=batch.grid_thw).pooler_output
     embeds = core.get_input_embeddings()(batch.input_ids)
     images = (batch.input_ids == model.config.image_token_id).unsqueeze(-1)
     embeds = embeds.masked_scatter(images, features.to(embeds.dtype))
@@ -43,7 +49,7 @@ class Trainer:
     ) -> None:
         """Write checkpoints and the log into `folder`; resume from there if a checkpoint exists."""
         self.model, self.folder = model, folder
-        self.heads = DenseHeads(model.config.vision_config.out_hidden_size)
+        self.heads = DenseHeads(model.model.visual.config.out_hidden_size)
         self.batcher = Batcher(tokenizer)
         self.stage_index, self.step = 0, 0
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -56,16 +62,18 @@ class Trainer:
 
     def _start(self, stage: Stage) -> None:
         self.model.model.visual.requires_grad_(stage.vision_lr > 0)
-        learner = self.heads if stage.name == "see" else self.model.model.language_model
-        groups = [([*learner.parameters()], stage.lr)]
+        groups = []
         if stage.vision_lr > 0:
+            groups.append(([*self.heads.parameters()], stage.vision_lr))
             groups.append(([*self.model.model.visual.parameters()], stage.vision_lr))
+        if stage.lr > 0:
+            groups.append(([*self.model.model.language_model.parameters()], stage.lr))
         matrices, others = [], []
         embedding = self.model.get_input_embeddings().weight
         for parameters, lr in groups:
             flat = [p for p in parameters if p.ndim == 2 and p is not embedding and p.shape[0] < 1500]
             rest = [p for p in parameters if not any(p is q for q in flat)]
-            matrices.append({"params": flat, "lr": lr, "peak": lr})
+            matrices.append({"params": flat, "lr": lr, "peak": MUON_FACTOR * lr})
             others.append({"params": rest, "lr": lr, "peak": lr})
         self.optimizers = [
             torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw", ns_steps=5),
@@ -102,16 +110,28 @@ class Trainer:
     def _loss(self, stage: Stage) -> tuple[Tensor, dict[str, float]]:
         if stage.name == "see":
             scenes = pages(stage, self.step)
-            values, grid = patches([s.image for s in scenes])
-            features = self.model.model.visual(values, grid_thw=grid).pooler_output
+            features = self._see(*patches([s.image for s in scenes]))
             return self.heads(features, dense_labels(scenes))
-        return answer_loss(self.model, self.batcher(prompts(stage, self.step)))
+        asked = prompts(stage, self.step)
+        batch = self.batcher(asked)
+        features = self._see(batch.pixel_values, batch.grid_thw)
+        loss, accuracy = answer_loss(self.model, batch, features)
+        if stage.vision_lr > 0:
+            dense, seen = self.heads(features, dense_labels([s for p in asked for s in p.scenes]))
+            loss, accuracy = loss + 0.3 * dense, accuracy | seen
+        return loss, accuracy
+
+    def _see(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.model.model.visual.patch_embed.proj.weight.requires_grad):
+            return self.model.model.visual(pixel_values, grid_thw=grid_thw).pooler_output
 
     def _update(self, stage: Stage, loss: Tensor) -> None:
         done = self.step / stage.steps
         factor = min(1.0, (self.step + 1) / 40) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
         loss.backward()
-        nn.utils.clip_grad_norm_([p for o in self.optimizers for g in o.param_groups for p in g["params"]], 1.0)
+        nn.utils.clip_grad_norm_(
+            [p for o in self.optimizers for g in o.param_groups for p in g["params"]], 1.0
+        )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor

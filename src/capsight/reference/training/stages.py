@@ -18,7 +18,7 @@ class Stage:
         steps: optimiser steps.
         images: images a step, shared out over its prompts.
         counts: image counts of a prompt; one is drawn for each step.
-        lr: peak learning rate of the language model (of the tower in the first stage).
+        lr: peak learning rate of the language model (the first stage has none).
         vision_lr: peak learning rate of the vision tower; 0 freezes it.
         large: probability of a page of 128 instead of 64 vision tokens.
         cross: probability that a question needs several images.
@@ -35,8 +35,8 @@ class Stage:
 
 
 STAGES = (
-    Stage("see", 450, 32, (), 1.2e-3, 1.2e-3, 0.2),
-    Stage("read", 800, 24, (1,), 1.2e-3, 3e-4, 0.2),
+    Stage("see", 850, 32, (), 0.0, 1.2e-3, 0.2),
+    Stage("read", 550, 24, (1,), 1.2e-3, 3e-4, 0.2),
     Stage("compare", 1000, 24, (1, 2, 3, 4, 6, 8), 8e-4, 0.0, 0.5),
 )
 
@@ -52,5 +52,6 @@ def prompts(stage: Stage, step: int) -> list[Prompt]:
     rng: random.Random = split_rng("train", step, stage.name)
     count = rng.choice(stage.counts)
     return [
-        draw_prompt(rng, count, 10 + count // 2, stage.large, stage.cross) for _ in range(max(1, stage.images // count))
+        draw_prompt(rng, count, 10 + count // 2, stage.large, stage.cross)
+        for _ in range(max(1, stage.images // count))
     ]

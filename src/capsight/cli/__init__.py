@@ -1,0 +1,1 @@
+"""The command line: ``capsight demo | generate | fit | inspect | eval``."""

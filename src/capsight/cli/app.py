@@ -1,0 +1,40 @@
+"""The `capsight` command."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from capsight.cli.demo import demo
+from capsight.cli.evaluate import evaluate_command
+from capsight.cli.fit import fit
+from capsight.cli.generate import generate
+from capsight.cli.inspect import inspect
+from capsight.errors import CapsightError
+
+app = typer.Typer(
+    help="Cheaper vision-language models without retraining.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+app.command()(demo)
+app.command()(generate)
+app.command()(fit)
+app.command()(inspect)
+app.command("eval")(evaluate_command)
+
+
+def main() -> None:
+    """Run the command line; bad input ends in one clear line and exit code 2."""
+    try:
+        app()
+    except CapsightError as error:
+        Console(stderr=True).print(f"[bold red]capsight:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""`capsight fit`: fit a capsule to a model in one calibration pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from capsight.cli.models import REFERENCE, load_model
+from capsight.cli.output import human_bytes
+from capsight.errors import OptionError
+from capsight.evaluation import Item, jsonl_items, open_image, reference_items
+from capsight.evaluation.asking import process
+from capsight.kvcapsule import KVCapsule
+
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+def fit(
+    out: Annotated[Path, typer.Option(help="Folder to write the capsule to.")],
+    model: Annotated[str, typer.Option(help="'reference', a folder or a hub id.")] = REFERENCE,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of pictures, or JSONL of {images, question}; the reference task has its own."
+        ),
+    ] = None,
+    retained: Annotated[float, typer.Option(help="Fraction of each block's tokens to keep, (0, 1].")] = 0.40,
+    codec: Annotated[str, typer.Option(help="adaptive, static, or evict (control).")] = "adaptive",
+    samples: Annotated[int, typer.Option(help="Calibration prompts to use at most.")] = 96,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+) -> None:
+    """Fit a capsule to a model and write it to a folder."""
+    vlm, processor = load_model(model, dtype, device)
+    items = calibration_items(model, data, samples)
+    prompts = [process(processor, item, [item.asks[0].question]) for item in items]
+    began = time.perf_counter()
+    capsule = KVCapsule.fit(vlm, processor, prompts, retained=retained, codec=codec)
+    capsule.save_pretrained(out)
+    Console().print(
+        f"{len(prompts)} prompts in {time.perf_counter() - began:.0f} s -> {out} "
+        f"({human_bytes(capsule.module_nbytes)}, break-even at {capsule.break_even_tokens()} vision tokens)"
+    )
+
+
+def calibration_items(model: str, data: Path | None, samples: int) -> list[Item]:
+    """Calibration prompts: the user's, or those of the reference task's calibration split (1 to 8 images).
+
+    Raises:
+        OptionError: no data is named for a model other than the reference, or there is none.
+    """
+    if samples < 1:
+        raise OptionError(f"samples is {samples}; it must be at least 1")
+    if data is None:
+        if model != REFERENCE:
+            raise OptionError("name calibration data with --data: a folder of pictures or a JSONL file")
+        counts = (1, 2, 4, 8)
+        return [i for c in counts for i in reference_items("calibration", c, -(-samples // len(counts)))][
+            :samples
+        ]
+    items = _take(_folder_items(data) if data.is_dir() else jsonl_items(data), samples)
+    if not items:
+        raise OptionError(f"{data} holds no pictures or lines to calibrate with")
+    return items
+
+
+def _folder_items(folder: Path) -> Iterable[Item]:
+    from capsight.evaluation import Ask
+
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _PICTURES):
+        yield Item(path.name, (open_image(path),), (Ask("Describe the image.", ""),))
+
+
+def _take(items: Iterable[Any], count: int) -> list[Any]:
+    return [item for item, _ in zip(items, range(count), strict=False)]

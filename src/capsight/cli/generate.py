@@ -1,0 +1,50 @@
+"""`capsight generate`: one answer about some images, with capsules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from capsight.cli.models import REFERENCE, load_capsule, load_model
+from capsight.cli.output import human_bytes
+from capsight.errors import OptionError
+from capsight.evaluation import Ask, Item, ask_item, open_image
+from capsight.runtime import enable
+
+
+def generate(
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[list[Path] | None, typer.Option(help="An image; give the option once for each.")] = None,
+    model: Annotated[str, typer.Option(help="'reference', a folder or a hub id.")] = REFERENCE,
+    capsule: Annotated[
+        str | None, typer.Option(help="'reference', a folder, a hub id, or 'none' for the full cache.")
+    ] = None,
+    retained: Annotated[
+        float | None, typer.Option(help="Another retained fraction than the capsule's.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 64,
+    protocol: Annotated[
+        str, typer.Option(help="within: images and question in one prefill; after: question over capsules.")
+    ] = "within",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+) -> None:
+    """Answer a prompt about images, keeping vision KV as capsules."""
+    if max_new_tokens < 1:
+        raise OptionError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
+    images = tuple(open_image(path) for path in image or ())
+    vlm, processor = load_model(model, dtype, device)
+    loaded = None if capsule == "none" else load_capsule(capsule, model)
+    if loaded is not None and retained is not None:
+        loaded = loaded.with_retained(retained)
+    item = Item("command line", images, (Ask(prompt, ""),))
+    with enable(vlm, capsule=loaded) as fast, torch.no_grad():
+        answers = ask_item(fast, processor, item, protocol, max_new_tokens)
+    print(answers.texts[0])
+    Console(stderr=True).print(
+        f"[dim]KV cache {human_bytes(answers.nbytes)}, full {human_bytes(answers.nbytes_full)}[/]"
+    )

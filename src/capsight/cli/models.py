@@ -1,0 +1,74 @@
+"""Loads what a command line names: models, processors, capsules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
+
+from capsight.errors import CapsightError, OptionError
+from capsight.kvcapsule import KVCapsule
+from capsight.layout import supported_families
+from capsight.reference import load_reference_vlm
+
+REFERENCE = "reference"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any]:
+    """Load a model and its processor.
+
+    Args:
+        name: "reference", a folder, or a hub id.
+        dtype: compute type.
+        device: where to put it.
+
+    Raises:
+        OptionError: the dtype is unknown, or the model cannot be loaded.
+        CapsightError: its family is not supported.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if dtype not in _DTYPES:
+        raise OptionError(f"dtype is {dtype!r}; use one of {', '.join(_DTYPES)}")
+    if name == REFERENCE:
+        return load_reference_vlm(_DTYPES[dtype], device)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=_DTYPES[dtype])
+        processor = AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OptionError(f"cannot load the model {name!r}: {reason}") from error
+    if model.config.model_type not in supported_families():
+        raise CapsightError(
+            f"{name!r} is a {model.config.model_type} model; supported are {', '.join(supported_families())}"
+        )
+    processor.tokenizer.padding_side = "left"
+    model.to(torch.device(device))
+    return model.eval(), processor
+
+
+def load_capsule(source: str | None, model_name: str) -> KVCapsule:
+    """Load a capsule; without a source the one shipped for the reference VLM.
+
+    Raises:
+        OptionError: there is none for this model.
+    """
+    if source is not None:
+        return KVCapsule.from_pretrained(source)
+    if model_name != REFERENCE:
+        raise OptionError("name the capsule of this model with --capsule; `capsight fit` makes one")
+    return KVCapsule.from_pretrained(REFERENCE)
+
+
+def check_out(path: Path | None) -> None:
+    """Refuse an output path whose folder is missing, before the long work starts.
+
+    Raises:
+        OptionError: it is.
+    """
+    if path is not None and not path.absolute().parent.is_dir():
+        raise OptionError(f"the folder of {path} does not exist; make it first")

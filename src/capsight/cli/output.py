@@ -1,0 +1,45 @@
+"""Output that all commands share: JSON files, byte counts, the machine line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+def write_json(path: Path | None, values: dict[str, Any]) -> None:
+    """Write `values` with the machine and versions beside them; nothing when `path` is None."""
+    if path is not None:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(values | {"machine": machine()}, indent=2) + "\n")
+        os.replace(temporary, path)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    from capsight import __version__
+
+    return {
+        "cpu": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "capsight": __version__,
+    }
+
+
+def human_bytes(count: float) -> str:
+    """Bytes as B, KB, MB or GB (powers of 1000)."""
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"

@@ -1,0 +1,161 @@
+"""Asks a model the questions of an item, by either of two protocols.
+
+- ``after``: the images are prefilled and encapsulated first; every question comes as new tokens over the
+  capsules, so all that the model says has to come through them. This is the judge.
+- ``within``: images and question are one prefill; the first answer token comes from the full cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capsight.errors import LayoutError, OptionError
+from capsight.evaluation.items import Item
+from capsight.layout import build_layout
+from capsight.runtime import FastModel
+from capsight.runtime.split import first_tokens
+
+PROTOCOLS = ("after", "within")
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a model said to the questions of one item.
+
+    Attributes:
+        texts: one answer per question.
+        first_logits: `[Q, V]` float32, logits of the first answer token.
+        nbytes: bytes of the KV cache after the images, modules not counted.
+        nbytes_full: bytes that a full cache takes for the same tokens.
+    """
+
+    texts: tuple[str, ...]
+    first_logits: Tensor
+    nbytes: int
+    nbytes_full: int
+
+
+def chat_text(processor: Any, images: int, question: str) -> str:
+    """One user turn of `images` images and a question, rendered by the processor's chat template."""
+    content: list[dict[str, str]] = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    return str(
+        processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    )
+
+
+def process(processor: Any, item: Item, questions: Sequence[str]) -> dict[str, Any]:
+    """Processor outputs for one row per question, each with all images of the item."""
+    texts = [chat_text(processor, len(item.images), q) for q in questions]
+    images = [list(item.images) for _ in questions] if item.images else None
+    return dict(processor(text=texts, images=images, return_tensors="pt", padding=True))
+
+
+def ask_item(
+    fast: FastModel, processor: Any, item: Item, protocol: str = "after", max_new_tokens: int = 24
+) -> Answers:
+    """Ask all questions of one item, greedily and independently of each other.
+
+    Args:
+        fast: the model inside `enable`.
+        processor: its processor (left padding).
+        item: images and questions.
+        protocol: "after" or "within".
+        max_new_tokens: most tokens of an answer.
+
+    Raises:
+        OptionError: the protocol is unknown.
+    """
+    if protocol not in PROTOCOLS:
+        raise OptionError(f"protocol is {protocol!r}; use 'after' or 'within'")
+    questions = [ask.question for ask in item.asks]
+    device = fast.model.device
+    if protocol == "within" or not item.images:
+        inputs = _to(process(processor, item, questions), device)
+        cache = fast.new_cache(inputs)
+    else:
+        inputs, cache = _after_images(fast, processor, item, questions)
+    nbytes, nbytes_full = cache_nbytes(cache)
+    out: Any = fast.generate(
+        past_key_values=cache,
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    if protocol == "within":
+        nbytes, nbytes_full = cache_nbytes(out.past_key_values)
+    new = out.sequences[:, inputs["input_ids"].shape[1] :]
+    texts = processor.batch_decode(new, skip_special_tokens=True)
+    return Answers(tuple(t.strip() for t in texts), out.logits[0].float(), nbytes, nbytes_full)
+
+
+def _after_images(
+    fast: FastModel, processor: Any, item: Item, questions: Sequence[str]
+) -> tuple[dict[str, Any], Any]:
+    """Encapsulate the images once; return inputs `[Q, S]` with one question a row, and a cache of Q rows."""
+    whole = _to(process(processor, item, questions[:1]), fast.model.device)
+    split = build_layout(whole, fast.model.config).last_vision_end
+    head = first_tokens(whole, split)
+    cache = fast.encapsulate(**head)
+    cache.batch_repeat_interleave(len(questions))
+    tails = question_tokens(processor, len(item.images), questions, whole["input_ids"].shape[1] - split)
+    width = max(len(tail) for tail in tails)
+    pad = processor.tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (width - len(t)) + t for t in tails], device=fast.model.device)
+    mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in tails], device=fast.model.device)
+    rows = len(questions)
+    inputs = {
+        "input_ids": torch.cat([head["input_ids"].expand(rows, -1), ids], 1),
+        "attention_mask": torch.cat([head["attention_mask"].expand(rows, -1), mask], 1),
+    }
+    for key in ("mm_token_type_ids", "token_type_ids"):
+        if key in head:
+            inputs[key] = torch.cat([head[key].expand(rows, -1), torch.zeros_like(ids)], 1)
+    return inputs, cache
+
+
+def question_tokens(
+    processor: Any, images: int, questions: Sequence[str], first_length: int
+) -> list[list[int]]:
+    """Token ids of what follows the images, for each question.
+
+    Args:
+        processor: the processor.
+        images: number of images of the prompt.
+        questions: the questions.
+        first_length: how many tokens follow the images in the prompt of the first question.
+
+    Raises:
+        LayoutError: the chat template writes something before the images that depends on the question.
+    """
+    plain = [
+        processor.tokenizer(chat_text(processor, images, q), add_special_tokens=False)["input_ids"]
+        for q in questions
+    ]
+    start = len(plain[0]) - first_length
+    if any(row[:start] != plain[0][:start] for row in plain):
+        raise LayoutError("the chat template puts a question before the images; use protocol 'within'")
+    return [row[start:] for row in plain]
+
+
+def cache_nbytes(cache: Any) -> tuple[int, int]:
+    """Bytes a cache takes now, and what a full cache would take for the same tokens."""
+    if cache is None:
+        return 0, 0
+    if hasattr(cache, "nbytes_full"):
+        return cache.nbytes, cache.nbytes_full
+    held = [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
+    total = sum(x.nbytes for x in held)
+    return total, total
+
+
+def _to(inputs: dict[str, Any], device: Any) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
