@@ -47,7 +47,7 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[
             f"{name!r} is a {model.config.model_type} model; supported are {', '.join(supported_families())}"
         )
     processor.tokenizer.padding_side = "left"
-    model.to(torch.device(device))
+    model.to(torch.device(device))  # type: ignore[arg-type]
     return model.eval(), processor
 
 

@@ -76,7 +76,8 @@ class ReferenceProcessor(Qwen2_5_VLProcessor):
         """Take the parts; the image token is the tokenizer's ``<|image_pad|>``."""
         self.image_token, self.video_token = IMAGE_PAD, VIDEO_PAD
         if tokenizer is not None:
-            self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids([IMAGE_PAD, VIDEO_PAD])
+            ids = tokenizer.get_vocab()
+            self.image_token_id, self.video_token_id = ids[IMAGE_PAD], ids[VIDEO_PAD]
         super(Qwen2_5_VLProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from capsight.errors import OptionError
@@ -82,7 +81,6 @@ class FastModel:
         pixels = {k for k in dropped if k.startswith(("pixel_", "image_", "video_", "second_per_grid"))}
         return {k: v for k, v in inputs.items() if k not in pixels}
 
-    @torch.no_grad()
     def encapsulate(self, **inputs: Any) -> Any:
         """Prefill the images alone (protocol `after`); what follows the last is left for `generate`.
 
@@ -97,7 +95,10 @@ class FastModel:
         head = first_tokens(inputs, length)
         cache = self.new_cache(head)
         with running(RuntimeState(cache)):
-            output = self.model(**head, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            # generate, not forward: it derives positions from the padding as later turns will.
+            output = self.model.generate(
+                **head, past_key_values=cache, max_new_tokens=1, do_sample=False, return_dict_in_generate=True
+            )
         cache = output.past_key_values
         self._deltas.remember(cache)
         self.cache = cache

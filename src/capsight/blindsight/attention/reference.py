@@ -1,0 +1,23 @@
+"""The oracle: a dense boolean mask, straight from the definition, and plain SDPA."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from capsight.blindsight.attention.work import Work
+from capsight.blindsight.masks import base_mask, category_mask
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, work: Work, scaling: float) -> Tensor:
+    """See `Attend`. Makes an S x S mask, and is slower than dense attention."""
+    chunk, skip = work.chunk, work.first_row - work.chunk.first_query
+    mask = base_mask(work.row, work.rule) & category_mask(work.row, work.options, work.category)
+    mask = mask[work.first_row : chunk.end, chunk.first_key : chunk.end].to(query.device)
+    out = query.new_zeros(query.shape)
+    if mask.shape[0]:
+        rows = scaled_dot_product_attention(
+            query[None, :, skip:], key[None], value[None], attn_mask=mask, scale=scaling
+        )
+        out[:, skip:] = rows[0]
+    return out
