@@ -67,7 +67,8 @@ def add_sample(moments: Moments, model: Any, inputs: Mapping[str, Any], block_si
         return
     cache = DynamicCache(config=model.config)
     on_device = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    model(**on_device, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    # generate, not forward: it derives the positions of padded rows as later calls will.
+    model.generate(**on_device, past_key_values=cache, max_new_tokens=1, do_sample=False)
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
             keys, values = _blocks(layer.keys, plan), _blocks(layer.values, plan)

@@ -13,7 +13,7 @@ from capsight.kvcapsule import CapsuleCache, KVCapsule
 from capsight.layout import build_layout
 from capsight.runtime.attention import ATTENTION_NAME, register
 from capsight.runtime.positions import RopeDeltas
-from capsight.runtime.split import first_tokens, sequence_length, without_pixels
+from capsight.runtime.split import PIXEL_PREFIXES, first_tokens, has_vision, sequence_length, tokens_after
 from capsight.runtime.state import RuntimeState, running
 
 
@@ -56,7 +56,7 @@ class FastModel:
         """
         cache = self.new_cache(inputs) if past_key_values is None else past_key_values
         if cache is not None and cache.get_seq_length():
-            inputs = self._continue(cache, inputs)
+            inputs = self._continue(cache.get_seq_length(), inputs)
             self._deltas.restore(cache)
         with running(RuntimeState(cache if isinstance(cache, CapsuleCache) else None)):
             tokens: Tensor = self.model.generate(past_key_values=cache, **inputs)
@@ -65,21 +65,19 @@ class FastModel:
         self.cache = cache
         return tokens
 
-    def _continue(self, cache: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        layout = build_layout(inputs, self.model.config)
-        seen = cache.get_seq_length()
-        if layout.length <= seen:
+    def _continue(self, seen: int, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs of a turn of text whose first `seen` tokens the cache holds: no pixels."""
+        length = sequence_length(inputs)
+        if length <= seen:
             raise OptionError(
-                f"the cache holds {seen} tokens and the prompt has {layout.length}; pass the whole "
+                f"the cache holds {seen} tokens and the prompt has {length}; pass the whole "
                 "conversation, with the new turn at its end"
             )
-        if layout.last_vision_end > seen:
+        if has_vision(tokens_after(inputs, seen), self.model.config):
             raise OptionError(
                 "the new turn brings images; start a new cache for it (text alone can go on with this one)"
             )
-        dropped = set(inputs) - set(without_pixels(inputs))
-        pixels = {k for k in dropped if k.startswith(("pixel_", "image_", "video_", "second_per_grid"))}
-        return {k: v for k, v in inputs.items() if k not in pixels}
+        return {k: v for k, v in inputs.items() if not k.startswith(PIXEL_PREFIXES)}
 
     def encapsulate(self, **inputs: Any) -> Any:
         """Prefill the images alone (protocol `after`); what follows the last is left for `generate`.

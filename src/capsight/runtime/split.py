@@ -7,6 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from capsight.errors import LayoutError
+from capsight.layout import build_layout
+
+#: Entries that describe images and are not needed once the cache holds them.
+PIXEL_PREFIXES = ("pixel_", "image_", "video_", "second_per_grid", "batch_num_images")
 #: Entries with one column per token; all others of a processor's outputs belong to the images.
 TOKEN_ENTRIES = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "position_ids")
 
@@ -16,9 +21,17 @@ def first_tokens(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
     return {k: v[..., :length] if k in TOKEN_ENTRIES else v for k, v in inputs.items()}
 
 
-def without_pixels(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The token entries alone: what a call needs whose images are all in the cache."""
-    return {k: v for k, v in inputs.items() if k in TOKEN_ENTRIES}
+def tokens_after(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """The token entries of what follows the first `length` tokens; no pixels."""
+    return {k: v[..., length:] for k, v in inputs.items() if k in TOKEN_ENTRIES}
+
+
+def has_vision(tokens: Mapping[str, Any], config: Any) -> bool:
+    """Whether token entries without pixels hold an image or a video."""
+    try:
+        return build_layout(tokens, config).vision_tokens > 0
+    except LayoutError:
+        return True  # vision tokens without their grids, or cut ones
 
 
 def sequence_length(inputs: Mapping[str, Any]) -> int:

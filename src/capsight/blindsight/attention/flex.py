@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._inductor.exc import InductorError
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from capsight.blindsight.attention.flex_plan import TILE, flex_plan
@@ -46,12 +48,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, work: Work, scaling: float
     try:
         with torch.no_grad(), _LOCK, torch._dynamo.config.patch(recompile_limit=COMPILE_LIMIT):
             found = _compiled()(q, k, v, *tiles, plan.bounds, plan.codes, scaling)  # [H, 1, Q, D]
-    except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+    except FailOnRecompileLimitHit as error:
         raise FlexUnavailableError(
             f"FlexAttention was compiled {COMPILE_LIMIT} times in this process, for that many dtypes, head "
             'sizes and scalings; use implementation="segments", or a new process'
         ) from error
-    except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+    except (TorchDynamoException, InductorError) as error:
         raise FlexUnavailableError(
             f'FlexAttention does not compile here ({error}); use implementation="segments"'
         ) from error

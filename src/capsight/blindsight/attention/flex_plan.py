@@ -141,7 +141,7 @@ def _pack(runs: list[Tensor]) -> Tensor:
     """Runs of positions in one row of slots, -1 where none is; whole tiles."""
     parts: list[Tensor] = []
     length = 0
-    for run in runs:
+    for run in (run for run in runs if len(run)):
         waste = -len(run) % TILE
         if waste <= ALIGN_SLACK * len(run):
             parts.append(torch.full((-length % TILE,), -1))

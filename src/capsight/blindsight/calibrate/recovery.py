@@ -1,0 +1,82 @@
+"""Returns heads to Dense, those that lose most first, until the measured drop is tolerable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from capsight.blindsight.calibrate.votes import Votes
+from capsight.blindsight.categories import Category
+from capsight.blindsight.head_map import HeadMap
+from capsight.errors import CalibrationError
+
+Evaluate = Callable[[HeadMap], float]
+"""What a head map costs: 0 for the dense model, larger is worse; accuracy points, KL, anything."""
+
+_Unit = list[tuple[int, int]]
+
+
+def recover(
+    head_map: HeadMap,
+    votes: Votes,
+    evaluate: Evaluate,
+    tolerance: float,
+    group: int = 1,
+    on_step: Callable[[], None] = lambda: None,
+) -> tuple[HeadMap, float]:
+    """The map with as few heads returned to Dense as bring the drop within the tolerance.
+
+    How many is found by bisection, so the drop is measured about log2(L * Hq) times; the map that is
+    returned has itself been measured.
+
+    Args:
+        head_map: as voted.
+        votes: what each head loses by its category.
+        evaluate: measures a map; has to be within the tolerance for an all-Dense one.
+        tolerance: in the unit of `evaluate`.
+        group: query heads that return together (Hq / Hkv for tied maps).
+        on_step: called after each measurement.
+
+    Returns:
+        The map, and its drop.
+
+    Raises:
+        CalibrationError: even an all-Dense map is outside the tolerance.
+    """
+    order = _units(head_map, votes, group)
+
+    def measured(units: int) -> tuple[HeadMap, float]:
+        changed = head_map.replaced({head: Category.DENSE for unit in order[:units] for head in unit})
+        drop = float(evaluate(changed))
+        on_step()
+        return changed, drop
+
+    best = measured(0)
+    if best[1] <= tolerance:
+        return best
+    few, enough = 0, len(order)
+    best = measured(enough)
+    if not best[1] <= tolerance:
+        raise CalibrationError(
+            f"evaluate gives a drop of {best[1]:.4g} for the dense model itself, more than the tolerance of "
+            f"{tolerance:.4g}; it must return how much worse than the dense model a head map is"
+        )
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        found = measured(middle)
+        if found[1] <= tolerance:
+            best, enough = found, middle
+        else:
+            few = middle
+    return best
+
+
+def _units(head_map: HeadMap, votes: Votes, group: int) -> list[_Unit]:
+    """The heads (or groups of heads) that are not Dense, those with the largest loss first."""
+    units: list[tuple[float, _Unit]] = []
+    for layer, categories in enumerate(head_map.categories):
+        for first in range(0, len(categories), group):
+            unit = [(layer, head) for head in range(first, first + group)]
+            if categories[first] is not Category.DENSE:
+                loss = sum(votes.lost(layer, head, categories[head]) for _, head in unit)
+                units.append((loss, unit))
+    return [unit for _, unit in sorted(units, key=lambda item: (-item[0], item[1]))]

@@ -1,0 +1,153 @@
+"""`calibrate`: from prompts to a head map, in two stages and a recovery pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from capsight.blindsight.calibrate.capture import shape_of
+from capsight.blindsight.calibrate.criteria import CRITERIA
+from capsight.blindsight.calibrate.held_out import HeldOut
+from capsight.blindsight.calibrate.recovery import Evaluate, recover
+from capsight.blindsight.calibrate.samples import Digest, Prompt, Sample, prompts
+from capsight.blindsight.calibrate.votes import Thresholds, Votes
+from capsight.blindsight.categories import Category, MaskOptions
+from capsight.blindsight.head_map import CalibrationRecord, HeadMap
+from capsight.errors import CalibrationError, OptionError
+
+CriterionName = Literal["mass", "output", "distribution"]
+"""What a head is judged by; see `criteria.py`."""
+
+ALPHAS: dict[str, float] = {"mass": 0.1, "output": 0.1, "distribution": 0.001}
+"""Default alpha: share of attention, relative change of the layer's output, nats."""
+
+HOLD_EVERY = 4
+"""Every so many prompts, one does not vote but measures the drop."""
+
+
+def calibrate(
+    model: Any,
+    processor: Any,
+    samples: Iterable[Sample],
+    *,
+    criterion: CriterionName = "output",
+    alpha: float | tuple[float, float] | None = None,
+    gamma_d: float = 0.1,
+    gamma_s: float = 0.9,
+    gamma_i: float = 0.9,
+    options: MaskOptions | None = None,
+    tolerance: float | None = 0.01,
+    evaluate: Evaluate | None = None,
+    held_out: Iterable[Sample] | None = None,
+    tie_kv_groups: bool = False,
+    fingerprint: str = "",
+    progress: bool = True,
+) -> HeadMap:
+    """Give every attention head of a model its category.
+
+    Deterministic: the same model, samples and options give the same map. The model leaves as it came.
+
+    Args:
+        model: a transformers vision-language model of a supported family.
+        processor: its processor; used for samples that are not processor outputs yet, else None will do.
+        samples: processor outputs, or keyword arguments for the processor (`text=`, `images=`). Read
+            once, one at a time; those without a second image do not vote.
+        criterion: what a head is judged by: "mass", "output" or "distribution".
+        alpha: what a category may lose, in the criterion's unit: one number, or two for the first and
+            the last layer, linear in between. None: `ALPHAS`.
+        gamma_d: see `Thresholds`.
+        gamma_s: see `Thresholds`.
+        gamma_i: see `Thresholds`.
+        options: which tokens are sinks, and the window of Sink heads.
+        tolerance: the drop that is allowed, in the unit of `evaluate`; None: no recovery pass.
+        evaluate: the drop of a head map against the dense model (0 for an all-Dense map). None: the
+            fraction of positions after the images whose most likely next token changes on held-out prompts.
+        held_out: prompts for that, kept in memory. None: every fourth of `samples`, which then do not vote.
+        tie_kv_groups: one category per group of query heads that share a key-value head.
+        fingerprint: of the model, stored in the map.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The head map, with its record.
+
+    Raises:
+        CalibrationError: no prompt with two images, NaN or infinite attention, nothing to measure the
+            drop on, or a dense model outside the tolerance.
+        OptionError: an option is out of range.
+        UnsupportedModelError: the model is not of a kind that can be read.
+        LayoutError: a sample is not what the model's processor writes.
+    """
+    if criterion not in CRITERIA:
+        raise OptionError(f"criterion must be one of {get_args(CriterionName)}, not {criterion!r}")
+    if tolerance is not None and not tolerance >= 0:
+        raise OptionError(f"tolerance must be 0 or more, not {tolerance}")
+    chosen = options or MaskOptions()
+    ends = ALPHAS[criterion] if alpha is None else alpha
+    thresholds = Thresholds(ends if isinstance(ends, tuple) else (ends, ends), gamma_d, gamma_s, gamma_i)
+    layers, heads = shape_of(model)
+    votes, digest, kept = Votes(layers, heads, thresholds), Digest(), list[Prompt]()
+    set_aside = tolerance is not None and evaluate is None and held_out is None
+    with _bar(progress) as bar:
+        task = bar.add_task(f"judging heads by {criterion}", total=_length(samples))
+        for index, prompt in enumerate(_multi_image(model, processor, samples, bar, task)):
+            if set_aside and index % HOLD_EVERY == HOLD_EVERY - 1:
+                kept.append(prompt)
+                continue
+            digest.add(prompt)
+            votes.add(CRITERIA[criterion](model, prompt.inputs, prompt.layout, chosen))
+        if not votes.prompts:
+            raise CalibrationError("no calibration prompt has two images; heads differ only between images")
+        head_map = HeadMap(votes.decide(), chosen, fingerprint)
+        size = heads // _kv_heads(model, heads) if tie_kv_groups else 1
+        if tie_kv_groups:
+            head_map = head_map.tie_kv_groups(heads // size)
+        drop = None
+        voted = head_map
+        if tolerance is not None:
+            if evaluate is None:
+                kept += prompts(model, processor, held_out or ())
+                evaluate = HeldOut(model, kept).disagreement
+            steps = bar.add_task("measuring the drop", total=None)
+            head_map, drop = recover(voted, votes, evaluate, tolerance, size, lambda: bar.advance(steps))
+            bar.update(steps, total=bar.tasks[steps].completed)
+    record = CalibrationRecord(
+        criterion=criterion,
+        thresholds=thresholds.to_dict(),
+        votes=votes.to_dict(),
+        prompts=votes.prompts,
+        dataset=digest.hexdigest(),
+        recovered=_dense(head_map) - _dense(voted),
+        measured_drop=drop,
+        tolerance=tolerance,
+    )
+    return replace(head_map, calibration=record)
+
+
+def _multi_image(
+    model: Any, processor: Any, samples: Iterable[Sample], bar: Progress, task: TaskID
+) -> Iterator[Prompt]:
+    for prompt in prompts(model, processor, samples):
+        if prompt.is_multi_image:
+            yield prompt
+        bar.advance(task)
+
+
+def _bar(shown: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not shown)
+
+
+def _length(samples: Iterable[Sample]) -> int | None:
+    return len(samples) if hasattr(samples, "__len__") else None
+
+
+def _kv_heads(model: Any, heads: int) -> int:
+    return int(getattr(model.config.get_text_config(decoder=True), "num_key_value_heads", None) or heads)
+
+
+def _dense(head_map: HeadMap) -> int:
+    return head_map.counts()[Category.DENSE]

@@ -1,0 +1,82 @@
+"""Calibration prompts as they come: processor outputs, or what the processor makes them from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capsight.errors import CalibrationError
+from capsight.layout import PromptLayout, build_layout
+
+Sample = Mapping[str, Any]
+"""Processor outputs (with `input_ids`), or keyword arguments of the processor (`text`, `images`...)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """A batch of prompts, ready for the model.
+
+    Attributes:
+        inputs: processor outputs on the model's device, in its dtype.
+        layout: their layout.
+    """
+
+    inputs: dict[str, Any]
+    layout: PromptLayout
+
+    @property
+    def is_multi_image(self) -> bool:
+        """Whether a row has two images or more, so that there is something to leave out."""
+        return any(row.num_images + row.num_videos > 1 for row in self.layout.rows)
+
+
+def prompts(model: Any, processor: Any, samples: Iterable[Sample]) -> Iterator[Prompt]:
+    """The samples one by one, none kept.
+
+    Args:
+        model: names the device, the dtype and the config.
+        processor: makes inputs of samples that have no `input_ids`; may be None if all have them.
+        samples: any iterable.
+
+    Raises:
+        CalibrationError: a sample has no `input_ids` and there is no processor.
+        LayoutError: a sample is not what the model's processor writes.
+    """
+    for index, sample in enumerate(samples):
+        if "input_ids" not in sample:
+            if processor is None:
+                raise CalibrationError(f"sample {index} has no input_ids; pass the processor, or its outputs")
+            sample = processor(**{"return_tensors": "pt", **sample})
+        inputs = {name: _ready(model, value) for name, value in sample.items()}
+        yield Prompt(inputs, build_layout(inputs, model.config))
+
+
+class Digest:
+    """SHA-256 over the prompts seen, so that a head map tells what it was calibrated on."""
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self._hash = hashlib.sha256()
+
+    def add(self, prompt: Prompt) -> None:
+        """Take in the tensors of one prompt, in the order of their names."""
+        for name, value in sorted(prompt.inputs.items()):
+            if isinstance(value, Tensor):
+                self._hash.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                content = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+                self._hash.update(content.numpy().tobytes())
+
+    def hexdigest(self) -> str:
+        """64 hex digits."""
+        return self._hash.hexdigest()
+
+
+def _ready(model: Any, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)

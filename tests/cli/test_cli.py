@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from capsight.cli.app import main
+
+
+def run(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["capsight", *map(str, arguments)])
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_demo_writes_table_json_and_picture(monkeypatch, capsys, tmp_path):
+    code, out, _ = run(
+        monkeypatch, capsys, "demo", "--images", 3, "--questions", 3,
+        "--json", tmp_path / "demo.json", "--png", tmp_path / "demo.png",
+    )  # fmt: skip
+    assert code == 0
+    assert "smaller" in out
+    figures = json.loads((tmp_path / "demo.json").read_text())
+    full, ours = figures["sides"].values()
+    assert full["kv_bytes"] > ours["kv_bytes"] > 0
+    assert len(figures["questions"]) == len(full["answers"]) == 3
+    assert Image.open(tmp_path / "demo.png").width > 800
+
+
+def test_generate(monkeypatch, capsys, tmp_path):
+    from capsight.reference import split_prompt
+
+    prompt = split_prompt("calibration", 0, 1)
+    prompt.scenes[0].image.save(tmp_path / "a.png")
+    for protocol in ("within", "after"):
+        code, out, err = run(
+            monkeypatch, capsys, "generate", "--image", tmp_path / "a.png",
+            "--prompt", prompt.questions[0].text, "--protocol", protocol, "--retained", 1.0,
+        )  # fmt: skip
+        assert code == 0
+        assert out.strip()
+        assert "KV cache" in err
+
+
+def test_fit_then_inspect_then_eval(monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "capsule"
+    code, out, _ = run(monkeypatch, capsys, "fit", "--out", folder, "--samples", 4, "--retained", 0.5)
+    assert code == 0
+    assert "break-even" in out
+    code, out, _ = run(monkeypatch, capsys, "inspect", folder, "--json", tmp_path / "i.json")
+    assert code == 0
+    assert json.loads((tmp_path / "i.json").read_text())["retained"] == 0.5
+    code, out, _ = run(
+        monkeypatch, capsys, "eval", "--capsule", folder, "--method", "adaptive", "--retained", 0.5,
+        "--images", "2", "--samples", 2, "--json", tmp_path / "e.json",
+    )  # fmt: skip
+    assert code == 0
+    assert set(json.loads((tmp_path / "e.json").read_text())["methods"]) == {"full", "adaptive 0.5"}
+
+
+def test_fit_on_a_folder_of_pictures(monkeypatch, capsys, tmp_path):
+    (tmp_path / "data").mkdir()
+    for shade in (10, 200):
+        Image.linear_gradient("L").convert("RGB").resize((224, 224)).point(lambda p, s=shade: p ^ s).save(
+            tmp_path / "data" / f"{shade}.png"
+        )
+    code, _, _ = run(monkeypatch, capsys, "fit", "--data", tmp_path / "data", "--out", tmp_path / "capsule")
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "--prompt", "x", "--image", "none.png"], "none.png"),
+        (["generate", "--prompt", "x", "--model", "/no/such/folder"], "cannot load"),
+        (["generate", "--prompt", "x", "--capsule", "/no/such/folder"], "/no/such/folder"),
+        (["generate", "--prompt", "x", "--retained", "1.5"], "1.5"),
+        (["generate", "--prompt", "x", "--dtype", "int3"], "int3"),
+        (["generate", "--prompt", "x", "--protocol", "before"], "before"),
+        (["generate", "--prompt", "x", "--max-new-tokens", "0"], "max-new-tokens"),
+        (["fit", "--out", "x", "--data", "/no/such.jsonl"], "/no/such.jsonl"),
+        (["fit", "--out", "x", "--retained", "0"], "retained"),
+        (["fit", "--out", "x", "--samples", "0"], "samples"),
+        (["inspect", "/no/such/folder"], "/no/such/folder"),
+        (["eval", "--images", "one"], "one"),
+        (["eval", "--method", "magic"], "magic"),
+        (["demo", "--json", "/no/such/folder/x.json"], "does not exist"),
+        (["demo", "--images", "0"], "at least 1"),
+    ],
+)
+def test_bad_input_is_one_clear_line(monkeypatch, capsys, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert words in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_installed_command_has_help():
+    out = subprocess.run(
+        [sys.executable, "-m", "capsight.cli.app", "--help"], capture_output=True, text=True, check=True
+    )
+    for command in ("demo", "generate", "fit", "inspect", "eval"):
+        assert command in out.stdout
