@@ -62,9 +62,8 @@ def sees(row, options, category, rule, q, k):
     owner = theirs or next((b for b in row.blocks if k in b.delimiters), None)
     if owner is None:
         return True
-    if owner.image == mine.image:
-        if category is not Category.SINK or abs(q - k) < options.own_window:
-            return True
+    if owner.image == mine.image and (category is not Category.SINK or abs(q - k) < options.own_window):
+        return True
     if category is Category.INTRA_IMAGE:
         return False
     if theirs is None:

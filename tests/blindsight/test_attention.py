@@ -1,6 +1,7 @@
 """Segments and flex against the reference, and all-Dense against plain attention."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from blindsight.layouts import CATEGORIES, layouts, options, prompt
 from capsight.blindsight import BaseRule, Category, MaskOptions, sparse_attention
-from capsight.blindsight.attention import auto
+from capsight.blindsight.attention import auto, flex, segments
 from capsight.blindsight.attention.flex_plan import TILE, flex_plan
 from capsight.blindsight.attention.segment_plan import segment_plan
 from capsight.blindsight.attention.work import Work
@@ -41,9 +42,7 @@ def check(layout, categories, chosen, rule, implementation, prefix=0, kv_heads=2
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    layouts(), st.lists(st.sampled_from(CATEGORIES), min_size=4, max_size=4), options(), RULES, st.data()
-)
+@given(layouts(), st.lists(st.sampled_from(CATEGORIES), min_size=4, max_size=4), options(), RULES, st.data())
 def test_segments_equal_the_reference(layout, categories, chosen, rule, data):
     prefix = data.draw(st.integers(0, layout.length - 1))
     check(layout, categories, chosen, rule, "segments", prefix, forget=data.draw(st.integers(0, prefix)))
@@ -51,9 +50,7 @@ def test_segments_equal_the_reference(layout, categories, chosen, rule, data):
 
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
-@given(
-    layouts(), st.lists(st.sampled_from(CATEGORIES), min_size=4, max_size=4), options(), RULES, st.data()
-)
+@given(layouts(), st.lists(st.sampled_from(CATEGORIES), min_size=4, max_size=4), options(), RULES, st.data())
 def test_flex_equals_the_reference(layout, categories, chosen, rule, data):
     prefix = data.draw(st.integers(0, layout.length - 1))
     check(layout, categories, chosen, rule, "flex", prefix, forget=data.draw(st.integers(0, prefix)))
@@ -92,7 +89,8 @@ def test_all_dense_is_plain_causal_attention(layout, extra):
     found = sparse_attention(q, k, v, layout, [Category.DENSE] * 4)
     for index, row in enumerate(layout.rows):
         real = slice(row.pad_left, None)
-        plain = scaled_dot_product_attention(*(x[index : index + 1, :, real] for x in (q, k, v)), is_causal=True)
+        mine = (x[index : index + 1, :, real] for x in (q, k, v))
+        plain = scaled_dot_product_attention(*mine, is_causal=True)
         assert torch.equal(found[index, :, real], plain[0])
         assert not found[index, :, : row.pad_left].any()
 
@@ -158,23 +156,30 @@ def test_flex_computes_few_tiles():
     assert flex_plan(work, torch.device("cpu")).tiles() < 0.13 * dense
 
 
-def test_auto_uses_flex_for_long_prompts_and_says_so_when_it_cannot(monkeypatch):
-    from capsight.blindsight.attention import flex, segments
-
+def test_auto_uses_flex_for_long_prompts():
     row = prompt(*[512] * 9)
     work = Work(row, Category.SINK, MaskOptions(), BaseRule(), whole(row))
     query = torch.zeros(1, row.length, D)
-    assert auto.choose(work, query) is flex.attend
+    assert auto.choose(work, query) is auto._flex_or_segments
     assert auto.choose(work, query[:, :100]) is segments.attend
+    dense = Work(row, Category.DENSE, MaskOptions(), BaseRule(), whole(row))
+    assert auto.choose(dense, query) is segments.attend
+
+
+def test_auto_says_so_when_it_cannot_use_flex(monkeypatch):
     monkeypatch.setattr(flex, "missing", lambda device, dtype: "no compiler")
-    auto._warn.cache_clear()
+    monkeypatch.setattr(auto, "FLEX_FROM", {"cpu": 300})
+    monkeypatch.setattr(auto, "_WITHOUT_FLEX", set())
+    layout = PromptLayout((prompt(200, 200),))
+    q, k, v = qkv(1, 4, 2, layout.length, layout.length)
     with pytest.warns(RuntimeWarning, match="no compiler"):
-        assert auto.choose(work, query) is segments.attend
+        found = sparse_attention(q, k, v, layout, MIXED)
+    with warnings.catch_warnings(action="error"):  # once is enough
+        assert torch.equal(found, sparse_attention(q, k, v, layout, MIXED))
+    assert torch.equal(found, sparse_attention(q, k, v, layout, MIXED, implementation="segments"))
 
 
 def test_flex_that_cannot_compile_raises(monkeypatch):
-    from capsight.blindsight.attention import flex
-
     monkeypatch.setattr(flex, "missing", lambda device, dtype: "no compiler")
     layout = PromptLayout((prompt(8, 8),))
     q, k, v = qkv(1, 1, 1, layout.length, layout.length)
@@ -183,8 +188,6 @@ def test_flex_that_cannot_compile_raises(monkeypatch):
 
 
 def test_flex_does_not_compile_without_end(monkeypatch):
-    from capsight.blindsight.attention import flex
-
     monkeypatch.setattr(flex, "COMPILE_LIMIT", 0)
     layout = PromptLayout((prompt(8, 8),))
     q, k, v = (torch.randn(1, 1, layout.length, 20, dtype=torch.float16) for _ in range(3))

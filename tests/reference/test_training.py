@@ -9,8 +9,9 @@ from capsight.reference.architecture import build_config, build_model, build_pro
 from capsight.reference.corpus import wording
 from capsight.reference.drawing import draw_scene
 from capsight.reference.prompts import split_prompt
-from capsight.reference.training.batches import Batcher
+from capsight.reference.training.batches import Batcher, patches
 from capsight.reference.training.dense import CHARACTERS, SLOTS, dense_labels, text_page
+from capsight.reference.training.feed import lesson
 from capsight.reference.training.loop import Trainer
 from capsight.reference.training.stages import Stage
 
@@ -29,8 +30,9 @@ def test_batches_are_what_processor_and_model_make(tokenizer):
     expected = processor(text=[text], images=[s.image for s in prompt.scenes], return_tensors="pt")
     length = expected["input_ids"].shape[1]
     assert torch.equal(batch.input_ids[:, :length], expected["input_ids"])
-    assert torch.equal(batch.pixel_values, expected["pixel_values"])
-    assert torch.equal(batch.grid_thw, expected["image_grid_thw"])
+    pixel_values, grid_thw = patches([s.image for s in prompt.scenes])
+    assert torch.equal(pixel_values, expected["pixel_values"])
+    assert torch.equal(grid_thw, expected["image_grid_thw"])
     model = build_model(build_config(tokenizer)).model
     positions, _ = model.get_rope_index(
         expected["input_ids"], expected["mm_token_type_ids"], expected["image_grid_thw"]
@@ -74,3 +76,23 @@ def test_training_resumes_where_it_stopped(tokenizer, tmp_path, monkeypatch):
     second.run("read", every=1)
     for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_standardising_changes_what_the_language_model_gets_but_not_what_the_heads_say(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    trainer = Trainer(build_model(build_config(tokenizer)), tokenizer, tmp_path)
+    merger = trainer.model.model.visual.merger
+    with torch.no_grad():
+        for parameter in merger.parameters():
+            parameter.mul_(5).add_(0.3)
+    some = lesson(Stage("see", 1, 3, (), 0.0, 1e-3, 0.5), 0, trainer.batcher)
+
+    def look():
+        features = trainer._see(some.pixel_values, some.grid_thw)
+        return features, trainer.heads(features, some.labels)[0]
+
+    before, loss = look()
+    trainer.standardise()
+    after, same_loss = look()
+    assert (loss - same_loss).abs() < 1e-3 * loss.abs()
+    assert after.std() < 0.2 < before.abs().mean()

@@ -6,7 +6,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from capsight.blindsight.categories import SPARSE, Category, MaskOptions
@@ -57,7 +57,7 @@ class HeadMap:
     """
 
     categories: tuple[Categories, ...]
-    options: MaskOptions = MaskOptions()
+    options: MaskOptions = field(default_factory=MaskOptions)
     model: str = ""
     calibration: CalibrationRecord | None = None
 
@@ -170,11 +170,11 @@ class HeadMap:
         if self.model and model and self.model != model:
             raise ModelMismatchError(
                 "the head map was made for other weights of this architecture; calibrate one for this model, "
-                "or take its `model` out with dataclasses.replace(head_map, model='') if you mean it"
+                "or use head_map.for_model('') if you mean it"
             )
 
     def for_model(self, fingerprint: str) -> HeadMap:
-        """This map with the fingerprint of the model it belongs to."""
+        """This map with the fingerprint of the model it belongs to; empty: for any of this shape."""
         return replace(self, model=fingerprint)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:

@@ -123,6 +123,4 @@ def reference_mask(
         bool `[B, S, S]`, true where the query (second axis) sees the key (third axis). Rows and
         columns of padding are false.
     """
-    return torch.stack(
-        [base_mask(row, rule) & category_mask(row, options, category) for row in layout.rows]
-    )
+    return torch.stack([base_mask(row, rule) & category_mask(row, options, category) for row in layout.rows])

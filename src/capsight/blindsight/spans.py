@@ -64,6 +64,21 @@ class Intervals:
     split: Tensor
     last: Tensor
 
+    def seen(self, rows: slice | Tensor, position: Tensor) -> Tensor:
+        """The integers of some queries, written out over some keys.
+
+        Args:
+            rows: which queries (n), counted from the first of the chunk.
+            position: int64 `[m]`, positions of keys that are at hand.
+
+        Returns:
+            bool `[n, m]`.
+        """
+        lo, split, last = (x[rows, None] for x in (self.lo, self.split, self.last))  # [n, 1]
+        own = (position >= torch.maximum(lo, split)) & (position <= last)
+        front = torch.isin(position, self.front) & (position >= lo) & (position < split)
+        return own | front
+
     def pairs(self) -> Tensor:
         """How many keys each query sees: int64 `[S]`."""
         seen = torch.searchsorted(self.front, self.split) - torch.searchsorted(self.front, self.lo)
@@ -86,7 +101,9 @@ def extents(row: RowLayout) -> list[Span]:
     reached = 0
     for image in range(row.num_images + row.num_videos):
         blocks = row.image_blocks(image)
-        start = min(min(block.delimiters[:1] + (block.start,)) for block in blocks)
+        start = min(
+            min(block.start, *block.delimiters) if block.delimiters else block.start for block in blocks
+        )
         if start < reached:
             raise LayoutError(
                 f"image {image} begins at {start}, before image {image - 1} with its delimiters ends at "

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -138,6 +139,10 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
 def build_model(config: Qwen2_5_VLConfig) -> Qwen2_5_VLForConditionalGeneration:
     """The untrained model in float32, with greedy generation defaults."""
     model = Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():  # small residual branches: a layer at first leaves what it is given almost as it is
+        for layer in model.model.language_model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.25)
+            layer.mlp.down_proj.weight.mul_(0.25)
     model.generation_config.eos_token_id = config.get_text_config().eos_token_id
     model.generation_config.pad_token_id = config.get_text_config().pad_token_id
     return model

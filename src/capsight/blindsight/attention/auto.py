@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from functools import cache
 
+import torch
 from torch import Tensor
 
 from capsight.blindsight.attention import segments
@@ -18,6 +18,9 @@ FLEX_FROM: dict[str, int] = {"cpu": 4096, "cuda": 4096}
 `benchmarks/prefill_attention.py` measures both sides. On 2 CPU cores a FlexAttention kernel over a mask
 like ours took 97 ms at 4k tokens where dense causal SDPA took 308 and an SDPA loop over images 367.
 """
+
+_WITHOUT_FLEX: set[tuple[str, torch.dtype]] = set()
+"""Device types and dtypes for which compiling has failed in this process."""
 
 FEW_ROWS = 256
 """Below so many queries (decoding, the question after a cached prompt) segments make one or two calls."""
@@ -35,19 +38,19 @@ def choose(work: Work, query: Tensor) -> Attend:
     """
     keys, rows = work.chunk.end - work.chunk.first_key, query.shape[1]
     plain = work.category is Category.DENSE and work.rule == CAUSAL and rows == keys
-    if plain or rows < FEW_ROWS or keys < FLEX_FROM.get(query.device.type, keys + 1):
-        return segments.attend
+    kind = (query.device.type, query.dtype)
+    short = rows < FEW_ROWS or keys < FLEX_FROM.get(query.device.type, keys + 1)
+    return segments.attend if plain or short or kind in _WITHOUT_FLEX else _flex_or_segments
+
+
+def _flex_or_segments(query: Tensor, key: Tensor, value: Tensor, work: Work, scaling: float) -> Tensor:
+    """Flex; where it cannot be compiled, segments from then on, and a warning."""
     from capsight.blindsight.attention import flex  # torch.compile is imported by those who need it
 
-    reason = flex.missing(query.device.type, query.dtype)
-    if reason:
-        _warn(reason)
-        return segments.attend
-    return flex.attend
-
-
-@cache
-def _warn(reason: str) -> None:
-    warnings.warn(
-        f"sparse attention runs in segments, slower at this length: {reason}", RuntimeWarning, stacklevel=2
-    )
+    try:
+        return flex.attend(query, key, value, work, scaling)
+    except flex.FlexUnavailableError as error:
+        _WITHOUT_FLEX.add((query.device.type, query.dtype))
+        message = f"sparse attention runs in segments, slower at this length: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return segments.attend(query, key, value, work, scaling)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
+import torch.fx.experimental._config
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._inductor.exc import InductorError
@@ -25,6 +28,7 @@ COMPILE_LIMIT = 64
 """Variants (dtype, head size, scaling, one head or several, threads) before compiling is refused."""
 
 _LOCK = threading.Lock()
+"""The compiler's settings are global to the process."""
 
 
 class FlexUnavailableError(CapsightError):
@@ -46,7 +50,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, work: Work, scaling: float
     k, v = (x.index_select(1, plan.keys)[:, None] for x in (key, value))  # [H, 1, K, D]
     tiles = (plan.partial_count, plan.partial, plan.full_count, plan.full)
     try:
-        with torch.no_grad(), _LOCK, torch._dynamo.config.patch(recompile_limit=COMPILE_LIMIT):
+        with torch.no_grad(), _LOCK, _config():
             found = _compiled()(q, k, v, *tiles, plan.bounds, plan.codes, scaling)  # [H, 1, Q, D]
     except FailOnRecompileLimitHit as error:
         raise FlexUnavailableError(
@@ -59,6 +63,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, work: Work, scaling: float
         ) from error
     out = query.new_zeros(query.shape)
     return out.index_copy_(1, plan.targets, found[:, 0].index_select(1, plan.slots))
+
+
+@contextmanager
+def _config() -> Iterator[None]:
+    """Compiler settings: a limit of our own, and no two dimensions taken for one that happen to be equal."""
+    limit = torch._dynamo.config.patch(recompile_limit=COMPILE_LIMIT)
+    with limit, torch.fx.experimental._config.patch(use_duck_shape=False):
+        yield
 
 
 @cache

@@ -75,6 +75,11 @@ def flex_plan(work: Work, device: torch.device) -> FlexPlan:
     Raises:
         LayoutError: images interleave.
     """
+    with torch.inference_mode(False):  # the plan outlives the call
+        return _plan(work).to(device)
+
+
+def _plan(work: Work) -> FlexPlan:
     found = intervals(work.row, work.category, work.options, work.rule, work.chunk)
     row_slots, is_text = _query_slots(work)  # [Q] positions, -1 empty
     key_slots, codes, is_rest = _key_slots(work, found)  # [K]
@@ -98,7 +103,7 @@ def flex_plan(work: Work, device: torch.device) -> FlexPlan:
         partial=partial_list,
         full_count=full_count,
         full=full_list,
-    ).to(device)
+    )
 
 
 def _query_slots(work: Work) -> tuple[Tensor, Tensor]:
@@ -119,7 +124,7 @@ def _range(work: Work, span: tuple[int, int]) -> Tensor:
 
 
 def _key_slots(work: Work, found: Intervals) -> tuple[Tensor, Tensor, Tensor]:
-    """Position and code of the key in each slot `[K]`, and which tiles `[K / 128]` are text outside images."""
+    """Position and code of the key in each slot `[K]`; which tiles `[K / 128]` are text outside images."""
     chunk = work.chunk
     spans = [] if work.category is Category.DENSE else extents(work.row)
     outside = torch.ones(chunk.end, dtype=torch.bool)  # [T]

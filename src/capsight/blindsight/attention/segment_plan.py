@@ -21,6 +21,9 @@ PIECE = 256
 WINDOW_PIECE = 128
 """The same for the rows of an image in a Sink head, which need keys as wide as the segment."""
 
+SMALL = 128
+"""Runs of fewer rows share a call with their neighbours, at the price of a mask."""
+
 CAUSAL_SLACK = 1.2
 """A causal segment may have this many times its queries in keys before them, each an empty query more."""
 
@@ -68,6 +71,11 @@ def segment_plan(work: Work, device: torch.device) -> SegmentPlan:
     Raises:
         LayoutError: images interleave.
     """
+    with torch.inference_mode(False):  # the plan outlives the call
+        return _plan(work, device)
+
+
+def _plan(work: Work, device: torch.device) -> SegmentPlan:
     found = intervals(work.row, work.category, work.options, work.rule, work.chunk)
     segments = [_segment(work, found, rows) for rows in _merged(list(_pieces(work, found)))]
     moved = tuple(
@@ -113,6 +121,8 @@ def _one_call(work: Work, found: Intervals, span: Span, is_text: bool) -> bool:
     """Whether a run of rows needs no mask: all see the same, or it is causal and short of keys before it."""
     if not is_text and not work.category.sees_own_image:
         return False
+    if work.category is not Category.DENSE and span[1] - span[0] < SMALL:
+        return False
     if work.rule.bidirectional_images and not is_text:
         return work.rule.sliding_window is None
     if work.rule != CAUSAL and (work.rule.sliding_window is not None or work.category is Category.DENSE):
@@ -146,7 +156,8 @@ def _fits(group: list[_Piece], piece: _Piece) -> bool:
     rows = sum(p.span[1] - p.span[0] for p in (*group, piece))
     width = piece.span[1] - group[0].span[0]
     near = piece.is_text or width <= rows + PIECE
-    return near and rows <= PIECE and piece.is_text == group[0].is_text and not (piece.whole or group[-1].whole)
+    alike = piece.is_text == group[0].is_text and not (piece.whole or group[-1].whole)
+    return alike and near and rows <= PIECE
 
 
 def _segment(work: Work, found: Intervals, pieces: list[_Piece]) -> Segment:
@@ -159,16 +170,5 @@ def _segment(work: Work, found: Intervals, pieces: list[_Piece]) -> Segment:
     if pieces[0].whole:
         two_way = work.rule.bidirectional_images and not pieces[0].is_text
         return Segment(rows, context, own, None, not two_way)
-    mask = _mask(found, rows, context, own)
+    mask = found.seen(rows, torch.cat((found.front[:context], torch.arange(*own))))  # [n, m]
     return Segment(rows, context, own, None if mask.all() else mask, False)
-
-
-def _mask(found: Intervals, rows: slice | Tensor, context: int, own: Span) -> Tensor:
-    """The three integers of each row, written out over the keys of its segment: bool `[n, m]`."""
-    lo, split, last = (x[rows, None] for x in (found.lo, found.split, found.last))  # [n, 1]
-    front = found.front[:context]  # [c]
-    position = torch.arange(*own)  # [m - c]
-    is_front = torch.isin(position, found.front)  # [m - c]
-    seen = (position >= torch.maximum(lo, split)) & (position <= last)
-    seen |= is_front & (position >= lo) & (position < split)
-    return torch.cat(((front >= lo) & (front < split), seen), 1)

@@ -97,8 +97,8 @@ def check(query: Tensor, key: Tensor, value: Tensor, layout: PromptLayout, categ
     b, hq, s, _ = query.shape
     if key.shape != value.shape or key.shape[0] != b or hq % key.shape[1] or key.shape[2] < s:
         raise OptionError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not belong "
-            "together: expected [B, Hq, S, D] and twice [B, Hkv, T, D] with T >= S and Hq a multiple of Hkv"
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not "
+            "belong together: expected [B, Hq, S, D] and twice [B, Hkv, T, D], T >= S, Hq a multiple of Hkv"
         )
     if categories != hq:
         raise OptionError(f"{categories} categories for {hq} query heads; give one per head of the layer")

@@ -6,7 +6,7 @@ chosen for the text model while the context lasts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from capsight.blindsight.attention import sparse_attention
-from capsight.blindsight.categories import Category
+from capsight.blindsight.categories import Category, MaskOptions
 from capsight.blindsight.head_map import HeadMap
 from capsight.blindsight.rule import BaseRule
 from capsight.errors import UnsupportedModelError
@@ -49,24 +49,22 @@ class LayerCall:
     rule: BaseRule
     scaling: float
 
-    def attend(self, layout: PromptLayout, category: Category, head_map: HeadMap) -> Tensor:
-        """Attention of this layer if all of its heads were of one category: `[B, Hq, S, D]`."""
-        return self.attend_each(layout, (category,) * self.query.shape[1], head_map)
-
-    def attend_each(
-        self, layout: PromptLayout, categories: tuple[Category, ...], head_map: HeadMap
-    ) -> Tensor:
-        """Attention of this layer with a category per head and the options of a map: `[B, Hq, S, D]`."""
+    def attend(self, layout: PromptLayout, categories: Sequence[Category], options: MaskOptions) -> Tensor:
+        """Attention of this layer with a category per query head: `[B, Hq, S, D]`."""
         return sparse_attention(
             self.query,
             self.key,
             self.value,
             layout,
             categories,
-            options=head_map.options,
+            options=options,
             rule=self.rule,
             scaling=self.scaling,
         )
+
+    def attend_uniform(self, layout: PromptLayout, category: Category, options: MaskOptions) -> Tensor:
+        """Attention of this layer if all of its heads were of one category: `[B, Hq, S, D]`."""
+        return self.attend(layout, (category,) * self.query.shape[1], options)
 
 
 Observer = Callable[[LayerCall], Tensor]
@@ -108,7 +106,7 @@ def watching(model: Any, observer: Observer) -> Iterator[None]:
 
 def following(layout: PromptLayout, head_map: HeadMap) -> Observer:
     """The observer that runs a model with a head map."""
-    return lambda call: call.attend_each(layout, head_map.categories[call.layer], head_map)
+    return lambda call: call.attend(layout, head_map.categories[call.layer], head_map.options)
 
 
 def shape_of(model: Any) -> tuple[int, int]:
@@ -123,7 +121,7 @@ def _attention(
     """transformers' attention signature: returns `[B, S, Hq, D]` and no weights."""
     observer, config = _WATCH.get()
     if kwargs.get("softcap") is not None:
-        raise UnsupportedModelError("this model caps its attention scores (softcap), which has no sparse form")
+        raise UnsupportedModelError("this model caps its attention scores (softcap); that has no sparse form")
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
     rule = BaseRule.of(config, kwargs.get("sliding_window"))
     call = LayerCall(module, int(module.layer_idx), query, key, value, rule, scaling)

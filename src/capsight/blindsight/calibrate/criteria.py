@@ -31,30 +31,28 @@ Criterion = Callable[[Any, Mapping[str, Any], PromptLayout, MaskOptions], Tensor
 
 def mass(model: Any, inputs: Mapping[str, Any], layout: PromptLayout, options: MaskOptions) -> Tensor:
     """Attention probability cut off, mean over rows."""
-    dense = HeadMap.all_dense(*shape_of(model))
     found: dict[int, Tensor] = {}
 
     def observe(call: LayerCall) -> Tensor:
         found[call.layer] = missing_mass(attention_mass(call, layout, options)).cpu()
-        return call.attend(layout, Category.DENSE, dense)
+        return call.attend_uniform(layout, Category.DENSE, options)
 
     return _collect(model, inputs, observe, found)
 
 
 def output(model: Any, inputs: Mapping[str, Any], layout: PromptLayout, options: MaskOptions) -> Tensor:
     """Root-mean-square change of the attention output through W_O, over the root mean square of it."""
-    head_map = HeadMap.uniform(Category.DENSE, *shape_of(model), options)
     rows = [later_rows(row) for row in layout.rows]
     found: dict[int, Tensor] = {}
 
     def observe(call: LayerCall) -> Tensor:
-        dense = call.attend(layout, Category.DENSE, head_map)
+        dense = call.attend_uniform(layout, Category.DENSE, options)
         weight = _output_weight(call)  # [E, Hq, D]
         grams = torch.einsum("ehd,ehf->hdf", weight, weight)  # [Hq, D, D]
         whole = torch.einsum("hnd,ehd->ne", _at(dense, rows), weight).square().sum()
         moved = []
         for category in SPARSE:
-            delta = _at(call.attend(layout, category, head_map), rows) - _at(dense, rows)  # [Hq, N, D]
+            delta = _at(call.attend_uniform(layout, category, options), rows) - _at(dense, rows)  # [Hq, N, D]
             moved.append(torch.einsum("hnd,hdf,hnf->h", delta, grams, delta))
         found[call.layer] = (torch.stack(moved).clamp(min=0) / whole).sqrt().cpu()
         return dense
@@ -62,9 +60,7 @@ def output(model: Any, inputs: Mapping[str, Any], layout: PromptLayout, options:
     return _collect(model, inputs, observe, found)
 
 
-def distribution(
-    model: Any, inputs: Mapping[str, Any], layout: PromptLayout, options: MaskOptions
-) -> Tensor:
+def distribution(model: Any, inputs: Mapping[str, Any], layout: PromptLayout, options: MaskOptions) -> Tensor:
     """KL divergence of the next-token distributions after the last image, head by head."""
     layers, heads = shape_of(model)
     dense = HeadMap.uniform(Category.DENSE, layers, heads, options)

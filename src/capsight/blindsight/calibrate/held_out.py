@@ -50,7 +50,8 @@ class HeldOut:
 
     def _mean(self, head_map: HeadMap, measure: Callable[[Tensor, Tensor], float]) -> float:
         pairs = zip(self._prompts, self._before, strict=True)
-        return sum(measure(before, self._run(prompt, head_map)) for prompt, before in pairs) / len(self._prompts)
+        drops = [measure(before, self._run(prompt, head_map)) for prompt, before in pairs]
+        return sum(drops) / len(drops)
 
     def _run(self, prompt: Prompt, head_map: HeadMap) -> Tensor:
         with watching(self._model, following(prompt.layout, head_map)):

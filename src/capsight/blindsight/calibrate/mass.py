@@ -69,8 +69,7 @@ def _chunk(call: LayerCall, index: int, rows: Tensor, found: Intervals, bins: Te
     query = call.query[index].index_select(1, rows.to(device)).float()  # [Hq, n, D]
     hq, n, d = query.shape
     scores = (query.view(key.shape[0], -1, d) @ key.mT).view(hq, n, -1) * call.scaling  # [Hq, n, S]
-    position = torch.arange(key.shape[1])
-    seen = (position >= found.lo[rows, None]) & (position <= found.last[rows, None])  # [n, S]
+    seen = found.seen(rows, torch.arange(key.shape[1]))  # [n, S]
     probability = scores.masked_fill_(~seen.to(device), -torch.inf).softmax(-1)
     bins = bins.to(device)
     return torch.stack([(probability * (bins == b)).sum((1, 2)) for b in range(5)], 1)

@@ -17,6 +17,8 @@ def train(
         Path, typer.Option(help="Folder of checkpoint, log and tokenizer; training resumes from it.")
     ],
     until: Annotated[str, typer.Option(help="Last stage to train.")] = STAGES[-1].name,
+    device: Annotated[str, typer.Option(help="cpu, or cuda (bf16 autocast).")] = "cpu",
+    workers: Annotated[int, typer.Option(help="Processes that draw ahead; worth it from four cores on.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the initial weights.")] = 0,
 ) -> None:
@@ -25,8 +27,9 @@ def train(
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(wording())
     model = build_model(build_config(tokenizer)).train()
+    model.to(torch.device(device))
     tokenizer.save_pretrained(out / "tokenizer")
-    trainer = Trainer(model, tokenizer, out)
+    trainer = Trainer(model, tokenizer, out, workers)
     if trainer.resume():
         print(f"resuming at {STAGES[min(trainer.stage_index, len(STAGES) - 1)].name}, step {trainer.step}")
     trainer.run(until)

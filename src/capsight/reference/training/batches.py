@@ -33,15 +33,15 @@ class Batch:
         input_ids: [B, S] int64, right-padded.
         position_ids: [3, B, S] int64, M-RoPE.
         labels: [B, S] int64, the next token where it belongs to an answer, else -100.
-        pixel_values: [patches, 1176] float32 in Qwen's patch order.
-        grid_thw: [images, 3] int64.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
-    pixel_values: Tensor
-    grid_thw: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All tensors, in the order of the fields."""
+        return self.input_ids, self.position_ids, self.labels
 
 
 def patches(images: list[Image.Image]) -> tuple[Tensor, Tensor]:
@@ -120,5 +120,4 @@ class Batcher:
             input_ids[b, : len(ids)] = torch.tensor(ids)
             position_ids[:, b, : len(ids)] = positions
             labels[b, : len(ids) - 1] = torch.tensor(row_labels[1:])
-        values, grid = patches([s.image for p in prompts for s in p.scenes])
-        return Batch(input_ids, position_ids, labels, values, grid)
+        return Batch(input_ids, position_ids, labels)

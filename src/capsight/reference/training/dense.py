@@ -31,6 +31,10 @@ class DenseLabels:
     shapes: Tensor
     colors: Tensor
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All tensors, in the order of the fields."""
+        return self.chars, self.shapes, self.colors
+
 
 def dense_labels(scenes: list[Scene]) -> DenseLabels:
     """Labels of all merged tokens of the scenes, one scene after the other."""
@@ -88,17 +92,8 @@ class DenseHeads(nn.Module):
         """Return the summed loss and the accuracy on occupied slots and cells."""
         chars = self.chars(features).view(-1, len(_CHAR_CLASS) + 1)
         char_labels = labels.chars.view(-1)
-        cross = nn.functional.cross_entropy
-        blank = torch.ones(chars.shape[-1])
-        blank[0] = 0.15
-        shape_weight = torch.ones(len(_SHAPE_CLASS) + 1)
-        shape_weight[0] = 0.15
-        color_weight = torch.ones(len(_COLOR_CLASS) + 1)
-        color_weight[0] = 0.15
         shapes, colors = self.shapes(features), self.colors(features)
-        loss = cross(chars, char_labels, blank)
-        loss = loss + 0.4 * cross(shapes, labels.shapes, shape_weight)
-        loss = loss + 0.4 * cross(colors, labels.colors, color_weight)
+        loss = _loss(chars, char_labels) + 0.4 * (_loss(shapes, labels.shapes) + _loss(colors, labels.colors))
 
         def right(logits: Tensor, target: Tensor) -> float:
             there = target > 0
@@ -110,3 +105,10 @@ class DenseHeads(nn.Module):
             "colors": right(colors, labels.colors),
         }
         return loss, accuracy
+
+
+def _loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy in float32 in which an empty place counts little."""
+    weight = torch.ones(logits.shape[-1], device=logits.device)
+    weight[0] = 0.15
+    return nn.functional.cross_entropy(logits.float(), target, weight)

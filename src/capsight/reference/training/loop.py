@@ -12,12 +12,18 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from capsight.reference.training.batches import Batch, Batcher, patches
-from capsight.reference.training.dense import DenseHeads, dense_labels
-from capsight.reference.training.stages import STAGES, Stage, pages, prompts
+from capsight.reference.training.batches import Batch, Batcher
+from capsight.reference.training.dense import DenseHeads
+from capsight.reference.training.feed import Lesson, lesson, lessons
+from capsight.reference.training.stages import STAGES, Stage
 
-#: Muon's learning rate over AdamW's: at this width its matched step is too small otherwise.
-MUON_FACTOR = 4.0
+#: Muon's learning rate over AdamW's: at this width its matched step is too small otherwise. The language
+#: model has no query-key norm and takes less.
+TOWER_FACTOR, LANGUAGE_FACTOR = 4.0, 2.0
+#: Weight of the dense loss beside the answers.
+DENSE_WEIGHT = 0.3
+#: Standard deviation of the tower's output after the first stage.
+FEATURE_STD = 0.1
 
 
 def answer_loss(
@@ -45,11 +51,19 @@ class Trainer:
     """Trains a model through the stages; everything it needs to go on lies in one checkpoint file."""
 
     def __init__(
-        self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, folder: Path
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerFast,
+        folder: Path,
+        workers: int = 0,
     ) -> None:
-        """Write checkpoints and the log into `folder`; resume from there if a checkpoint exists."""
-        self.model, self.folder = model, folder
-        self.heads = DenseHeads(model.model.visual.config.out_hidden_size)
+        """Write checkpoints and the log into `folder`; train on the device where the model is.
+
+        `workers` processes draw the images ahead; 0 draws them in between the steps.
+        """
+        self.model, self.folder, self.workers = model, folder, workers
+        self.device = model.device
+        self.heads = DenseHeads(model.model.visual.config.out_hidden_size).to(self.device)
         self.batcher = Batcher(tokenizer)
         self.stage_index, self.step = 0, 0
         self.optimizers: list[torch.optim.Optimizer] = []
@@ -64,16 +78,16 @@ class Trainer:
         self.model.model.visual.requires_grad_(stage.vision_lr > 0)
         groups = []
         if stage.vision_lr > 0:
-            groups.append(([*self.heads.parameters()], stage.vision_lr))
-            groups.append(([*self.model.model.visual.parameters()], stage.vision_lr))
+            groups.append(([*self.heads.parameters()], stage.vision_lr, TOWER_FACTOR))
+            groups.append(([*self.model.model.visual.parameters()], stage.vision_lr, TOWER_FACTOR))
         if stage.lr > 0:
-            groups.append(([*self.model.model.language_model.parameters()], stage.lr))
+            groups.append(([*self.model.model.language_model.parameters()], stage.lr, LANGUAGE_FACTOR))
         matrices, others = [], []
         embedding = self.model.get_input_embeddings().weight
-        for parameters, lr in groups:
+        for parameters, lr, factor in groups:
             flat = [p for p in parameters if p.ndim == 2 and p is not embedding and p.shape[0] < 1500]
             rest = [p for p in parameters if not any(p is q for q in flat)]
-            matrices.append({"params": flat, "lr": lr, "peak": MUON_FACTOR * lr})
+            matrices.append({"params": flat, "lr": lr, "peak": factor * lr})
             others.append({"params": rest, "lr": lr, "peak": lr})
         self.optimizers = [
             torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw", ns_steps=5),
@@ -97,7 +111,7 @@ class Trainer:
         """Go on from the checkpoint; False when there is none."""
         if not self.checkpoint.exists():
             return False
-        state = torch.load(self.checkpoint, weights_only=True)
+        state = torch.load(self.checkpoint, weights_only=True, map_location=self.device)
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.stage_index, self.step = state["stage"], state["step"]
@@ -107,23 +121,36 @@ class Trainer:
                 optimizer.load_state_dict(saved)
         return True
 
-    def _loss(self, stage: Stage) -> tuple[Tensor, dict[str, float]]:
-        if stage.name == "see":
-            scenes = pages(stage, self.step)
-            features = self._see(*patches([s.image for s in scenes]))
-            return self.heads(features, dense_labels(scenes))
-        asked = prompts(stage, self.step)
-        batch = self.batcher(asked)
-        features = self._see(batch.pixel_values, batch.grid_thw)
-        loss, accuracy = answer_loss(self.model, batch, features)
+    def _loss(self, stage: Stage, lesson: Lesson) -> tuple[Tensor, dict[str, float]]:
+        features = self._see(lesson.pixel_values, lesson.grid_thw)
+        if lesson.batch is None:
+            return self.heads(features, lesson.labels)
+        loss, accuracy = answer_loss(self.model, lesson.batch, features)
         if stage.vision_lr > 0:
-            dense, seen = self.heads(features, dense_labels([s for p in asked for s in p.scenes]))
-            loss, accuracy = loss + 0.3 * dense, accuracy | seen
+            dense, seen = self.heads(features, lesson.labels)
+            loss, accuracy = loss + DENSE_WEIGHT * dense, accuracy | seen
         return loss, accuracy
 
     def _see(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         with torch.set_grad_enabled(self.model.model.visual.patch_embed.proj.weight.requires_grad):
             return self.model.model.visual(pixel_values, grid_thw=grid_thw).pooler_output
+
+    @torch.no_grad()
+    def standardise(self) -> None:
+        """Give the tower's output zero mean and the spread of text embeddings; the heads see no difference.
+
+        Trained alone, the tower's tokens come out a hundred times longer than text embeddings and mostly
+        constant, and the language model, whose layers add to them, learns nothing from there.
+        """
+        first = lesson(STAGES[0], -1, self.batcher).to(self.device)
+        features = self._see(first.pixel_values, first.grid_thw)
+        mean, scale = features.mean(0), features.std() / FEATURE_STD
+        last = [m for m in self.model.model.visual.merger.modules() if isinstance(m, nn.Linear)][-1]
+        last.weight.div_(scale)
+        last.bias.sub_(mean).div_(scale)
+        for head in (self.heads.chars, self.heads.shapes, self.heads.colors):
+            head.bias.add_(head.weight @ mean)
+            head.weight.mul_(scale)
 
     def _update(self, stage: Stage, loss: Tensor) -> None:
         done = self.step / stage.steps
@@ -149,8 +176,9 @@ class Trainer:
                 bar = progress.add_task(stage.name, total=stage.steps, completed=self.step)
                 totals: dict[str, float] = {}
                 began, count = time.time(), 0
-                while self.step < stage.steps:
-                    loss, accuracy = self._loss(stage)
+                for one in lessons(stage, self.step, self.batcher, self.workers):
+                    with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+                        loss, accuracy = self._loss(stage, one.to(self.device))
                     self._update(stage, loss)
                     for key, value in {"loss": loss.item(), **accuracy}.items():
                         totals[key] = totals.get(key, 0.0) + (0.0 if math.isnan(value) else value)
@@ -165,5 +193,7 @@ class Trainer:
                         progress.console.print(row)
                         totals, began, count = {}, time.time(), 0
                         self.save()
+                if stage.name == "see":
+                    self.standardise()
                 self.stage_index, self.step, self.optimizers = self.stage_index + 1, 0, []
                 self.save()

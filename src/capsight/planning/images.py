@@ -1,0 +1,128 @@
+"""From an image mix to the layout that a prompt of each family would have; sizes only, no tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from capsight.errors import OptionError
+from capsight.layout import PromptLayout, RowLayout, VisionBlock
+from capsight.layout.families import family_for
+from capsight.planning.vision import Grid
+
+ImageGrids = tuple[Grid, ...]
+"""One image: the token grids (height, width) of its blocks; more than one where it is cut into tiles."""
+
+_TILED_BY_PROCESSOR = ("internvl", "smolvlm", "idefics3")
+
+
+def grids_of_size(config: Any, width: int, height: int, alone: bool = False) -> ImageGrids:
+    """The blocks of an image of `width` x `height` pixels.
+
+    Qwen-VL: each side is rounded to a multiple of patch x merge; the processor's own limits on the
+    number of pixels are not in the config, so give a size within them. Gemma 3: a fixed number of
+    tokens. LLaVA-OneVision: a fixed number where the prompt has several images.
+
+    Args:
+        config: of the whole vision-language model.
+        width: pixels.
+        height: pixels.
+        alone: the prompt has no other image.
+
+    Raises:
+        UnsupportedModelError: the family is not known.
+        OptionError: a side is not positive, or the config does not say how the image is tiled.
+    """
+    family_for(config)
+    if min(width, height) < 1:
+        raise OptionError(f"an image of {width}x{height} pixels has no tokens; give sizes such as 448x224")
+    vision, kind = config.vision_config, config.model_type
+    if kind.startswith("qwen"):
+        step = vision.patch_size * vision.spatial_merge_size
+        return ((max(round(height / step), 1), max(round(width / step), 1)),)
+    if kind in _TILED_BY_PROCESSOR or (kind == "llava_onevision" and alone):
+        raise OptionError(
+            f"how {kind} cuts a {width}x{height} image into tiles is set in its processor, not in its config; "
+            f"give --image-tokens instead ({tile_tokens(config)} a tile)"
+        )
+    return (squarest(tile_tokens(config)),)
+
+
+def grids_of_tokens(config: Any, tokens: int) -> ImageGrids:
+    """The blocks of an image of so many vision tokens, delimiters not counted.
+
+    Where the family cuts images into tiles, the tokens are those of whole tiles; of
+    LLaVA-OneVision, those of the base picture and then of the tiled one, if any.
+
+    Raises:
+        UnsupportedModelError: the family is not known.
+        OptionError: no image of the family has so many tokens.
+    """
+    family_for(config)
+    if tokens < 1:
+        raise OptionError(f"an image has at least one vision token, not {tokens}")
+    if config.model_type.startswith("qwen"):
+        return (squarest(tokens),)
+    tile = tile_tokens(config)
+    if config.model_type == "llava_onevision" and tokens > tile:
+        return squarest(tile), squarest(tokens - tile)
+    if tokens % tile:
+        raise OptionError(f"{config.model_type} images have a multiple of {tile} vision tokens, not {tokens}")
+    return (squarest(tile),) * (tokens // tile)
+
+
+def mix_layout(config: Any, images: Sequence[ImageGrids], text_tokens: int) -> PromptLayout:
+    """One prompt: all images with their delimiters, then the text.
+
+    Args:
+        config: of the whole vision-language model.
+        images: the images, in order.
+        text_tokens: tokens of text after them.
+
+    Raises:
+        UnsupportedModelError: the family is not known.
+        OptionError: the prompt has no token, or a negative number of them.
+    """
+    family_for(config)
+    if text_tokens < 0 or (not images and not text_tokens):
+        raise OptionError(f"a prompt has text or images; text tokens cannot be {text_tokens}")
+    blocks: list[VisionBlock] = []
+    at = 0
+    for image, grids in enumerate(images):
+        for index, (height, width) in enumerate(grids):
+            before, after = _delimiters(config.model_type, index, len(grids))
+            start, end = at + before, at + before + height * width
+            own = (*range(at, start), *range(end, end + after))
+            blocks.append(VisionBlock(start, end, "image", (1, height, width), image, own))
+            at = end + after
+    return PromptLayout((RowLayout(at + text_tokens, 0, tuple(blocks)),))
+
+
+def tile_tokens(config: Any) -> int:
+    """Vision tokens of one tile (Gemma 3, LLaVA-OneVision: of one picture) of a family with fixed tiles."""
+    vision, kind = config.vision_config, config.model_type
+    if kind == "gemma3":
+        return int(config.mm_tokens_per_image)
+    if kind == "internvl":
+        return int(config.image_seq_length)
+    scale = config.scale_factor if kind in ("smolvlm", "idefics3") else 1
+    return int(vision.image_size // vision.patch_size // scale) ** 2
+
+
+def squarest(tokens: int) -> Grid:
+    """The grid of `tokens` tokens, height at most width, that is nearest to a square."""
+    height = next(h for h in range(math.isqrt(tokens), 0, -1) if tokens % h == 0)
+    return height, tokens // height
+
+
+def _delimiters(kind: str, index: int, tiles: int) -> tuple[int, int]:
+    """Delimiter tokens before and after tile `index` of an image of `tiles` tiles, as processors write them."""
+    first, last = index == 0, index == tiles - 1
+    if kind == "llava_onevision":
+        return 0, int(last and tiles == 1)
+    if kind == "internvl":
+        return int(first), int(last)
+    if kind in ("smolvlm", "idefics3"):
+        return 2, int(last)
+    return 1, 1

@@ -1,0 +1,120 @@
+"""`ModelShape`: what a plan needs to know of a model, read from its config and a model without memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText
+from transformers.cache_utils import DynamicCache
+
+from capsight.errors import OptionError
+from capsight.layout.families import family_for
+from capsight.planning.vision import VisionShape
+
+_NOT_MULTIPLIED = ("embed_tokens", "position", "pos_embed", "cls_token", "mask_token", "lm_head")
+_TO_TEXT = ("merger", "projector", "connector")
+_VISION = ("visual", "vision_tower", "vision_model")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """One attention layer of the language model.
+
+    Attributes:
+        query_heads: Hq.
+        kv_heads: Hkv; fewer than Hq with grouped-query attention.
+        head_dim: channels per head (D).
+        window: tokens a query sees at most, itself included; None: all.
+    """
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+
+    def kv_bytes(self, tokens: int, itemsize: int) -> int:
+        """Bytes of exact keys and values: `2 * tokens * Hkv * D * itemsize`."""
+        return 2 * tokens * self.kv_heads * self.head_dim * itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of a vision-language model.
+
+    Attributes:
+        layers: of the language model.
+        parameters: all of them, shared ones once.
+        linear: weights that one token of the language model is multiplied with, without the
+            vocabulary; of a mixture of experts only the active ones.
+        vocabulary: weights that give the logits of one token.
+        vision: the vision tower and what leads from it to the language model.
+    """
+
+    layers: tuple[LayerShape, ...]
+    parameters: int
+    linear: int
+    vocabulary: int
+    vision: VisionShape
+
+    @classmethod
+    def of(cls, config: Any) -> ModelShape:
+        """Read a config; the model is built on the meta device, which takes no memory for weights.
+
+        Args:
+            config: of the whole vision-language model, of a family that `build_layout` knows.
+
+        Raises:
+            UnsupportedModelError: the family is not known.
+            OptionError: transformers cannot build a model from the config.
+        """
+        family_for(config)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(config)
+        except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise OptionError(f"the config does not make a {config.model_type} model: {reason}") from error
+        text, patch, token, pixels = _count_weights(model, config)
+        return cls(
+            layers=_layers(config),
+            parameters=sum(p.numel() for p in model.parameters()),
+            linear=text,
+            vocabulary=model.get_output_embeddings().weight.numel(),
+            vision=VisionShape.of(config, pixels, patch, token),
+        )
+
+
+def _layers(config: Any) -> tuple[LayerShape, ...]:
+    text = config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    # The cache that transformers makes for the config decides which layers slide.
+    windows = (getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers)
+    return tuple(LayerShape(heads, kv_heads, head_dim, window) for window in windows)
+
+
+def _count_weights(model: nn.Module, config: Any) -> tuple[int, int, int, int]:
+    """Weights in matrix products: per text token, per patch, per vision token, per patch of pixels."""
+    text_config = config.get_text_config(decoder=True)
+    experts = getattr(text_config, "num_experts", None) or 1
+    active = getattr(text_config, "num_experts_per_tok", None) or 1
+    text = patch = token = pixels = 0
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or any(part in name for part in _NOT_MULTIPLIED):
+            continue
+        size = math.prod(parameter.shape)
+        if any(part in name for part in _TO_TEXT):
+            token += size
+        elif not any(part in name for part in _VISION):
+            expert_weights = experts > 1 and parameter.ndim == 3 and parameter.shape[0] == experts
+            text += size * active // experts if expert_weights else size
+        elif parameter.ndim > 3:
+            pixels += size
+        else:
+            patch += size
+    return text, patch, token, pixels

@@ -1,0 +1,84 @@
+"""`VisionShape`: what the vision tower computes for an image of so many tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+Grid = tuple[int, int]
+"""Height and width of a block of vision tokens, in tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class VisionShape:
+    """Sizes of a vision tower.
+
+    Attributes:
+        pixels: weights of the convolution that makes a patch of pixels a vector.
+        patch: weights that each patch is multiplied with in the tower's layers.
+        token: weights that each vision token is multiplied with on its way to the language model.
+        width: channels of all heads of a layer together.
+        layers: attention layers over all patches of a block.
+        window_layers: attention layers within windows.
+        window: side of a window in tokens; 0 where there are no windows.
+        patches_per_token: patches that are merged into one vision token.
+        class_tokens: tokens of a block beside its patches.
+    """
+
+    pixels: int
+    patch: int
+    token: int
+    width: int
+    layers: int
+    window_layers: int
+    window: int
+    patches_per_token: int
+    class_tokens: int
+
+    @classmethod
+    def of(cls, config: Any, pixels: int, patch: int, token: int) -> VisionShape:
+        """Read the sizes of the tower of a known family; weights have been counted before."""
+        vision, kind = config.vision_config, config.model_type
+        depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+        window_layers = window = class_tokens = 0
+        if kind.startswith("qwen"):
+            merged = vision.spatial_merge_size**2
+        elif kind == "gemma3":
+            merged = (vision.image_size // vision.patch_size) ** 2 // config.mm_tokens_per_image
+        elif kind == "internvl":
+            merged, class_tokens = round(1 / config.downsample_ratio**2), 1
+        elif kind in ("smolvlm", "idefics3"):
+            merged = config.scale_factor**2
+        else:
+            merged = 1
+        if kind == "qwen2_5_vl":
+            window_layers = depth - len(vision.fullatt_block_indexes)
+            window = vision.window_size // vision.patch_size // vision.spatial_merge_size
+        width = vision.embed_dim if kind == "qwen2_vl" else vision.hidden_size
+        full = depth - window_layers
+        return cls(pixels, patch, token, width, full, window_layers, window, merged, class_tokens)
+
+    def flops(self, grid: Grid) -> int:
+        """FLOPs for one block of vision tokens (an image or a tile).
+
+        With n tokens of P patches each, c class tokens, and windows of at most m^2 tokens:
+        `2 * (pixels * n P + patch * (n P + c) + token * n)
+        + 4 * width * (layers * (n P + c)^2 + window_layers * sum over windows of (m^2 P)^2)`.
+        """
+        height, width = grid
+        tokens = height * width
+        patches = tokens * self.patches_per_token
+        linear = (
+            self.pixels * patches + self.patch * (patches + self.class_tokens) + self.token * tokens
+        )
+        pairs = self.layers * (patches + self.class_tokens) ** 2
+        if self.window_layers:
+            down, across = _windows(height, self.window), _windows(width, self.window)
+            inside = sum((a * b * self.patches_per_token) ** 2 for a in down for b in across)
+            pairs += self.window_layers * inside
+        return 2 * linear + 4 * self.width * pairs
+
+
+def _windows(length: int, side: int) -> list[int]:
+    """Lengths of the windows along one side; the last may be shorter."""
+    return [min(side, length - start) for start in range(0, length, side)]

@@ -1,0 +1,300 @@
+"""Calibration on tiny models: what is measured, what is decided, and that the model stays as it was."""
+
+import pytest
+import torch
+
+from capsight.blindsight import (
+    BlindSight,
+    Category,
+    HeadMap,
+    HeldOut,
+    MaskOptions,
+    Thresholds,
+    prompts,
+    reference_mask,
+)
+from capsight.blindsight.calibrate.capture import following, shape_of, watching
+from capsight.blindsight.calibrate.criteria import distribution, later_rows, mass, output
+from capsight.blindsight.calibrate.recovery import recover
+from capsight.blindsight.calibrate.votes import Votes
+from capsight.blindsight.categories import SPARSE
+from capsight.blindsight.flops import layer_rules
+from capsight.errors import CalibrationError, OptionError
+from capsight.layout import build_layout
+from tiny import FAMILIES
+
+DENSE, SINK = Category.DENSE, Category.SINK
+INTRA, BOTH = Category.INTRA_IMAGE, Category.INTRA_IMAGE_SINK
+OPTIONS = MaskOptions(own_window=4)
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return FAMILIES["qwen2_5_vl"]()
+
+
+def sample(vlm, seed=0, images=2):
+    return dict(vlm.inputs([([vlm.picture(seed + i) for i in range(images)], f"what is it {seed}")]))
+
+
+@pytest.fixture(scope="module")
+def samples(vlm):
+    return [sample(vlm, seed) for seed in range(4)]
+
+
+def state(model):
+    """All that a run could have left behind in a model."""
+    text = model.config.get_text_config()
+    return (
+        {name: (p.data_ptr(), p._version) for name, p in model.named_parameters()},
+        [(name, module.training) for name, module in model.named_modules()],
+        [getattr(module, "rope_deltas", None) is None for module in model.modules()],
+        text._attn_implementation,
+        model.config._attn_implementation,
+        model.config.vision_config._attn_implementation,
+    )
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_all_dense_is_the_untouched_model(family):
+    """The whole path, rules and layouts included, in a left-padded batch of every family."""
+    vlm = FAMILIES[family]()
+    pictures = [vlm.picture(i) for i in range(3)]
+    inputs = vlm.inputs([(pictures[:1], "hi?"), (pictures[1:], "what is it")])
+    layout = build_layout(inputs, vlm.config)
+    dense = HeadMap.all_dense(*shape_of(vlm.model))
+    before = state(vlm.model)
+    with torch.no_grad():
+        plain = vlm.model(**inputs, use_cache=False).logits
+    with watching(vlm.model, following(layout, dense)):
+        found = vlm.model(**inputs, use_cache=False).logits
+    for row, a, b in zip(layout.rows, plain, found, strict=True):
+        assert torch.allclose(a[row.pad_left :], b[row.pad_left :], atol=1e-4)
+    assert state(vlm.model)[1] == before[1]
+    assert state(vlm.model)[3:] == before[3:]
+
+
+def eager_weights(vlm, inputs):
+    """Attention weights as transformers itself computes them: per layer `[B, Hq, S, S]`."""
+    before = vlm.config.get_text_config()._attn_implementation
+    vlm.model.set_attn_implementation({"text_config": "eager"})
+    try:
+        with torch.no_grad():
+            return vlm.model(**inputs, use_cache=False, output_attentions=True).attentions
+    finally:
+        vlm.model.set_attn_implementation({"text_config": before})
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
+def test_mass_is_what_the_masks_cut_off(family):
+    vlm = FAMILIES[family]()
+    inputs = sample(vlm, images=3)
+    layout = build_layout(inputs, vlm.config)
+    found = mass(vlm.model, inputs, layout, OPTIONS)
+    rows, rules = later_rows(layout.rows[0]), layer_rules(vlm.config, len(found))
+    for layer, weights in enumerate(eager_weights(vlm, inputs)):
+        for index, category in enumerate(SPARSE):
+            hidden = ~reference_mask(layout, OPTIONS, category, rules[layer])[0]
+            expected = (weights[0] * hidden)[:, rows].sum(-1).mean(-1)
+            assert torch.allclose(found[layer, index], expected, atol=1e-5)
+
+
+def test_output_is_the_change_through_w_o(vlm, samples):
+    layout = build_layout(samples[0], vlm.config)
+    found = output(vlm.model, samples[0], layout, OPTIONS)
+    rows = later_rows(layout.rows[0])
+    layer, head = 1, 2
+    seen = {}
+
+    def observe(call):
+        out = call.attend_uniform(layout, DENSE, OPTIONS)
+        if call.layer == layer:
+            for category in SPARSE:
+                one = tuple(category if h == head else DENSE for h in range(4))
+                seen[category] = (call.module.o_proj, out, call.attend(layout, one, OPTIONS))
+        return out
+
+    with watching(vlm.model, observe):
+        vlm.model(**samples[0], use_cache=False)
+        for index, category in enumerate(SPARSE):
+            project, *outs = seen[category]
+            a, b = (project(out.transpose(1, 2).flatten(2))[0, rows] for out in outs)
+            assert torch.allclose(found[layer, index, head], (a - b).norm() / a.norm(), atol=1e-4)
+
+
+def test_distribution_is_zero_only_where_nothing_is_lost(vlm, samples):
+    layout = build_layout(samples[0], vlm.config)
+    found = distribution(vlm.model, samples[0], layout, MaskOptions(own_window=4))
+    assert found.shape == (3, 3, 4)
+    assert (found > -1e-6).all()
+    assert found[0].max() > 1e-7
+    assert found[-1].abs().max() < 1e-5  # the last layer's image rows reach no later token
+
+
+def decide(shares, **gammas):
+    chosen = Thresholds((0.1, 0.1), **({"gamma_d": 0.25, "gamma_s": 0.75, "gamma_i": 0.75} | gammas))
+    votes = Votes(1, 1, chosen)
+    for good in shares:
+        votes.add(torch.tensor([0.0 if x else 1.0 for x in good]).view(1, 3, 1))
+    return votes.decide()[0][0]
+
+
+def test_votes():
+    """Columns: Sink, Intra-Image, Intra-Image+Sink good enough for the prompt."""
+    assert decide([(1, 1, 1)] * 4) is SINK
+    assert decide([(1, 1, 1)] * 3 + [(0, 0, 1)]) is SINK
+    assert decide([(0, 1, 1)] * 4) is INTRA
+    assert decide([(1, 0, 1)] * 2 + [(0, 1, 1)] * 2) is BOTH
+    assert decide([(1, 1, 1)] * 2 + [(0, 0, 0)] * 2) is DENSE
+    assert decide([(1, 1, 1)] * 2 + [(0, 0, 0)] * 2, gamma_d=0.5, gamma_s=0.5) is SINK
+
+
+def test_alpha_is_linear_in_depth():
+    assert Thresholds((0.1, 0.3), 0, 0, 0).alphas(3).tolist() == pytest.approx([0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize("wrong", [{"alpha": (-1.0, 0.0)}, {"gamma_d": 1.5}, {"gamma_s": -0.1}])
+def test_thresholds_out_of_range(wrong):
+    with pytest.raises(OptionError):
+        Thresholds(**({"alpha": (0.1, 0.1), "gamma_d": 0, "gamma_s": 0, "gamma_i": 0} | wrong))
+
+
+def voted(lost):
+    votes = Votes(2, 4, Thresholds((1.0, 1.0), 0.1, 0.9, 0.9))
+    votes.add(lost)
+    return votes, HeadMap(votes.decide())
+
+
+def test_recovery_returns_the_worst_heads_first():
+    lost = torch.arange(8).view(2, 1, 4).expand(2, 3, 4) / 10
+    votes, head_map = voted(lost)
+
+    def drop(candidate):
+        return sum(
+            votes.lost(layer, head, category)
+            for layer, heads in enumerate(candidate.categories)
+            for head, category in enumerate(heads)
+        )
+
+    found, measured = recover(head_map, votes, drop, tolerance=1.05)
+    assert found.categories == ((SINK,) * 4, (SINK, DENSE, DENSE, DENSE))
+    assert measured == pytest.approx(drop(found))
+    assert measured <= 1.05
+    assert recover(head_map, votes, drop, tolerance=9.0)[0] == head_map
+    assert recover(head_map, votes, drop, tolerance=0.0)[0].counts()[DENSE] >= 7
+    tied, _ = recover(head_map, votes, drop, tolerance=1.05, group=2)
+    assert tied.categories == ((SINK,) * 4, (DENSE,) * 4)
+
+
+def test_recovery_wants_a_drop():
+    votes, head_map = voted(torch.zeros(2, 3, 4))
+    with pytest.raises(CalibrationError, match="dense model itself"):
+        recover(head_map, votes, lambda candidate: 0.9, tolerance=0.1)
+
+
+def test_calibrate_is_deterministic_and_restores_the_model(vlm, samples):
+    vlm.model(**samples[0], use_cache=False)
+    before = state(vlm.model)
+    deltas = vlm.model.model.rope_deltas
+    maps = [
+        BlindSight.calibrate(
+            vlm.model, None, iter(samples), alpha=0.3, tolerance=0.2, fingerprint="ab", progress=False
+        )
+        for _ in range(2)
+    ]
+    assert maps[0] == maps[1]
+    assert state(vlm.model) == before
+    assert vlm.model.model.rope_deltas is deltas
+    record = maps[0].calibration
+    assert maps[0].model == "ab"
+    assert record.prompts == 3
+    assert record.measured_drop <= 0.2
+    assert record.thresholds["alpha_last"] == 0.3
+    assert len(record.dataset) == 64
+
+
+def test_the_criteria_lead_to_maps_and_loose_ones_to_sparse_maps(vlm, samples):
+    for criterion in ("mass", "output"):
+        none, some, all_ = (
+            BlindSight.calibrate(
+                vlm.model,
+                None,
+                samples[:2],
+                criterion=criterion,
+                alpha=alpha,
+                tolerance=None,
+                progress=False,
+            )
+            for alpha in (0.0, (0.1, 0.5), 100.0)
+        )
+        assert none.counts()[DENSE] == 12
+        assert all_.counts()[SINK] == 12
+        assert some.counts()[DENSE] <= 12
+
+
+def test_a_processor_makes_the_inputs(vlm):
+    text = vlm.prompt([0, 0], "what")
+    raw = {"text": [text], "images": [[vlm.picture(0), vlm.picture(1)]]}
+    ready = vlm.processor(return_tensors="pt", **raw)
+    first, second = (
+        BlindSight.calibrate(vlm.model, processor, [given], criterion="mass", tolerance=None, progress=False)
+        for processor, given in ((vlm.processor, raw), (None, ready))
+    )
+    assert first == second
+    with pytest.raises(CalibrationError, match="processor"):
+        next(prompts(vlm.model, None, [raw]))
+
+
+def test_own_evaluate_own_held_out_and_tied_groups(vlm, samples):
+    seen = []
+
+    def evaluate(head_map):
+        seen.append(head_map)
+        return 0.0 if head_map.counts()[DENSE] >= 6 else 1.0
+
+    tied = BlindSight.calibrate(
+        vlm.model,
+        None,
+        samples[:2],
+        alpha=9.0,
+        evaluate=evaluate,
+        tolerance=0.5,
+        tie_kv_groups=True,
+        progress=False,
+    )
+    assert tied.counts()[DENSE] == 6
+    assert tied.calibration.prompts == 2
+    assert tied.calibration.recovered == 6
+    assert seen[-1].num_heads == 4
+    assert tied.tie_kv_groups(2) == tied.replaced({})
+    other = BlindSight.calibrate(
+        vlm.model, None, samples[:1], alpha=9.0, held_out=samples[3:], tolerance=1.0, progress=False
+    )
+    assert other.calibration.recovered == 0
+
+
+def test_held_out_measures_zero_for_the_dense_map(vlm, samples):
+    held = HeldOut(vlm.model, list(prompts(vlm.model, None, samples[:2])))
+    dense = HeadMap.all_dense(3, 4)
+    sink = HeadMap.uniform(SINK, 3, 4, MaskOptions(False, 0, 1))
+    assert held.kl(dense) == 0
+    assert held.disagreement(dense) == 0
+    assert held.kl(sink) > 0
+
+
+def test_calibration_data_that_will_not_do(vlm, samples):
+    def run(given, **kwargs):
+        return BlindSight.calibrate(vlm.model, None, given, progress=False, **kwargs)
+
+    with pytest.raises(CalibrationError, match="two images"):
+        run([sample(vlm, images=1)])
+    with pytest.raises(CalibrationError, match="held-out"):
+        run(samples[:1])
+    bad = dict(samples[0]) | {"pixel_values": samples[0]["pixel_values"] * torch.nan}
+    with pytest.raises(CalibrationError, match="NaN"):
+        run([bad], tolerance=None)
+    with pytest.raises(OptionError, match="criterion"):
+        run(samples, criterion="colour")
+    with pytest.raises(OptionError, match="tolerance"):
+        run(samples, tolerance=-1)
+    assert vlm.config.get_text_config()._attn_implementation == "sdpa"

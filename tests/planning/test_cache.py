@@ -1,0 +1,84 @@
+"""KV bytes against the caches that real tiny models fill."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from capsight.kvcapsule import KVCapsule
+from capsight.layout import build_layout
+from capsight.planning import ModelShape
+from capsight.planning.cache import capsule_kv_bytes, full_kv_bytes, planned_capsule, scratch_bytes
+from tiny import FAMILIES, TinyVLM
+
+BLOCK, NEW = 16, 3
+
+
+@pytest.fixture(params=list(FAMILIES))
+def vlm(request: pytest.FixtureRequest) -> TinyVLM:
+    return FAMILIES[request.param]()
+
+
+def prompt(tiny: TinyVLM):
+    return tiny.inputs([([tiny.picture(0), tiny.picture(1)], "what is the difference?")])
+
+
+def fill(tiny: TinyVLM, cache, inputs):
+    """Prefill, then `NEW` tokens."""
+    tiny.model.generate(
+        **inputs, past_key_values=cache, max_new_tokens=NEW + 1, min_new_tokens=NEW + 1, do_sample=False
+    )
+    return cache
+
+
+def stored(cache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def test_full_cache(vlm):
+    inputs, shape = prompt(vlm), ModelShape.of(vlm.config)
+    length = inputs["input_ids"].shape[1]
+    cache = fill(vlm, DynamicCache(config=vlm.config), inputs)
+    assert full_kv_bytes(shape, length + NEW, itemsize=4) == stored(cache)
+
+
+def test_sliding_layers_hold_less_than_full_ones():
+    gemma = FAMILIES["gemma3"]()
+    shape = ModelShape.of(gemma.config)
+    assert [layer.window for layer in shape.layers] == [96, None, 96, None]
+    assert full_kv_bytes(shape, 500, 2) == 2 * 2 * 2 * (95 + 500) * 2 * 16
+
+
+def test_grouped_queries_store_kv_heads_only(vlm):
+    layer = ModelShape.of(vlm.config).layers[0]
+    assert (layer.query_heads, layer.kv_heads, layer.head_dim) == (4, 2, 16)
+
+
+@pytest.mark.parametrize("retained", [1.0, 0.4, 0.1])
+def test_capsule_cache(vlm, retained):
+    inputs, shape = prompt(vlm), ModelShape.of(vlm.config)
+    fitted = KVCapsule.fit(
+        vlm.model, vlm.processor, [inputs], retained, block_size=BLOCK, progress=False
+    )
+    cache = fill(vlm, fitted.cache(inputs), inputs)
+    planned = planned_capsule(shape, retained, 4, BLOCK)
+    layout = build_layout(inputs, vlm.config)
+    assert capsule_kv_bytes(shape, layout, NEW, 4, planned) == cache.nbytes
+    assert planned.module_nbytes == fitted.module_nbytes == cache.module_nbytes
+    for batch in (1, 4):
+        assert planned.break_even_tokens(batch) == fitted.break_even_tokens(batch)
+    real = sum(layer._ledger.scratch.nbytes for layer in list(cache.capsule_layers.values())[:1])
+    assert real <= scratch_bytes(shape, layout.length + NEW, 4) <= real * 1.3
+
+
+def test_batch_of_left_padded_rows(vlm):
+    inputs = vlm.inputs([([vlm.picture(0)], "hi"), ([vlm.picture(1)], "what is there to see?")])
+    shape = ModelShape.of(vlm.config)
+    fitted = KVCapsule.fit(vlm.model, vlm.processor, [inputs], 0.4, block_size=BLOCK, progress=False)
+    cache = fitted.cache(inputs)
+    with torch.no_grad():
+        vlm.model(**inputs, past_key_values=cache, use_cache=True)
+    layout = build_layout(inputs, vlm.config)
+    planned = planned_capsule(shape, 0.4, 4, BLOCK)
+    assert capsule_kv_bytes(shape, layout, 0, 4, planned) == cache.nbytes

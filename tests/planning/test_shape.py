@@ -1,0 +1,106 @@
+"""Parameter counts and FLOPs against real tiny models."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from capsight.blindsight import MaskOptions
+from capsight.errors import OptionError, UnsupportedModelError
+from capsight.layout import PromptLayout, build_layout
+from capsight.planning import ModelShape
+from capsight.planning.flops import attention_flops, dense_heads, linear_flops
+from tiny import FAMILIES, TinyVLM
+
+
+@pytest.fixture(params=list(FAMILIES))
+def vlm(request: pytest.FixtureRequest) -> TinyVLM:
+    return FAMILIES[request.param]()
+
+
+def counted(model, inputs) -> int:
+    """All FLOPs of a forward pass, attention as plain matrix products over all pairs."""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    return counter.get_total_flops()
+
+
+def all_pairs(shape: ModelShape, layout: PromptLayout) -> int:
+    """Eager attention multiplies every query with every key, whatever the mask."""
+    return sum(
+        4 * layer.query_heads * layer.head_dim * layout.batch_size * layout.length**2
+        for layer in shape.layers
+    )
+
+
+def test_parameters(vlm):
+    assert ModelShape.of(vlm.config).parameters == sum(p.numel() for p in vlm.model.parameters())
+
+
+def test_parameters_of_the_reference_model():
+    from capsight.reference import load_reference_vlm
+
+    model, _ = load_reference_vlm()
+    assert ModelShape.of(model.config).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_text_prefill_flops(vlm):
+    inputs = vlm.inputs([([], "what is there to see in this picture?")])
+    layout = build_layout(inputs, vlm.config)
+    shape = ModelShape.of(vlm.config)
+    real = counted(vlm.model, {"input_ids": inputs["input_ids"]})
+    rotary = real - linear_flops(shape, layout) - all_pairs(shape, layout)
+    # Rotary angles are small matrix products: one per channel and token.
+    assert 0 <= rotary <= 2 * 3 * shape.layers[0].head_dim * layout.length * 2
+
+
+def test_attention_counts_what_the_mask_leaves(vlm):
+    layout = build_layout(vlm.inputs([([], "a" * 40)]), vlm.config)
+    shape, s = ModelShape.of(vlm.config), layout.length
+    assert all(layer.window is None or layer.window >= s for layer in shape.layers)
+    half = attention_flops(shape, vlm.config, layout, dense_heads(shape), MaskOptions())
+    assert half == all_pairs(shape, layout) * (s + 1) // (2 * s)
+
+
+def test_vision_flops(vlm):
+    inputs = vlm.inputs([([vlm.picture(0), vlm.picture(1)], "hi")])
+    layout = build_layout(inputs, vlm.config)
+    shape = ModelShape.of(vlm.config)
+    text = linear_flops(shape, layout) + all_pairs(shape, layout)
+    real = counted(vlm.model, inputs) - text
+    ours = sum(shape.vision.flops(block.grid[1:]) for row in layout.rows for block in row.blocks)
+    assert ours == pytest.approx(real, rel=0.02)
+
+
+def test_only_active_experts_count():
+    text = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 300,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "decoder_sparse_step": 1,
+            "num_experts": 8, "num_experts_per_tok": 2, "pad_token_id": 0, "intermediate_size": 16}  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32, "intermediate_size": 16,
+              "deepstack_visual_indexes": [0]}  # fmt: skip
+    config = AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=vision)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    others = sum(
+        p.numel() for n, p in model.model.language_model.layers.named_parameters()
+        if p.ndim > 1 and ".experts." not in n
+    )  # fmt: skip
+    assert experts > 0
+    assert ModelShape.of(config).linear == experts * 2 // 8 + others
+
+
+def test_errors():
+    with pytest.raises(UnsupportedModelError, match="gpt2"):
+        ModelShape.of(AutoConfig.for_model("gpt2"))
+    config = copy.deepcopy(FAMILIES["qwen2_vl"]().config)
+    config.text_config.num_attention_heads = 7
+    with pytest.raises(OptionError, match="does not make"):
+        ModelShape.of(config)
