@@ -48,6 +48,11 @@ def draw_prompt(
 ) -> Prompt:
     """Draw ``images`` scenes and ask ``questions`` different questions about them."""
     scenes = [draw_scene(rng, kind, large) for kind in draw_kinds(rng, images)]
+    return ask_about(rng, scenes, questions, cross)
+
+
+def ask_about(rng: random.Random, scenes: list[Scene], questions: int, cross: float) -> Prompt:
+    """Ask ``questions`` different questions about scenes (fewer where they give no more)."""
     asked: dict[str, Question] = {}
     for _ in range(4 * questions):
         question = ask(scenes, rng, cross)

@@ -31,7 +31,7 @@ class Question:
 
 
 def _card(s: Scene, rng: random.Random) -> tuple[str, str, str]:
-    if rng.random() < 0.3:
+    if "small_print" in s.facts and rng.random() < 0.3:
         return "small_print", "what is the small print?", s.facts["small_print"]
     label = rng.choice(list(s.facts["codes"]))
     return "read_code", f"what is the {label} code?", s.facts["codes"][label]
@@ -40,7 +40,7 @@ def _card(s: Scene, rng: random.Random) -> tuple[str, str, str]:
 def _receipt(s: Scene, rng: random.Random) -> tuple[str, str, str]:
     prices: dict[str, str] = s.facts["prices"]
     roll = rng.random()
-    if roll < 0.2:
+    if "total" in s.facts and roll < 0.2:
         return "total", "what is the total?", s.facts["total"]
     if roll < 0.35:
         return "priciest", "which item costs the most?", max(prices, key=lambda k: float(prices[k]))
@@ -155,11 +155,18 @@ def _compare(scenes: list[Scene], rng: random.Random) -> Question | None:
         return [(i, j, a, b) for i, a in found for j, b in found if i < j and a != b]
 
     asks = [("has more shapes", p) for p in pairs("shapes", lambda s: len(s.facts["shapes"]))]
-    asks += [("has the larger total", p) for p in pairs("receipt", lambda s: float(s.facts["total"]))]
+    asks += [
+        ("has the larger total", p)
+        for p in pairs("receipt", lambda s: sum(map(float, s.facts["prices"].values())))
+    ]
     if not asks:
         return None
     what, (i, j, a, b) = rng.choice(asks)
     return Question("compare", f"Which {what}, image {i} or image {j}?", str(i if a > b else j))
+
+
+def _sum_of_prices(scene: Scene) -> float:
+    return sum(map(float, scene.facts["prices"].values()))
 
 
 _CROSS = (_find, _count, _same, _order, _odd, _compare)

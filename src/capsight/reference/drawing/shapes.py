@@ -10,7 +10,8 @@ from capsight.reference.drawing.palette import COLORS, RGB, jitter, light
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 
 
-def _draw(canvas: Canvas, shape: str, x: float, y: float, r: float, fill: RGB) -> None:
+def draw_shape(canvas: Canvas, shape: str, x: float, y: float, r: float, fill: RGB) -> None:
+    """Draw one of `SHAPES` of radius `r` px around (x, y)."""
     pen = canvas.draw
     if shape == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
@@ -42,7 +43,7 @@ def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str
         if any(math.hypot(x - a, y - b) < r + s + 8 for a, b, s in placed):
             continue
         shape, color = rng.choice(few), rng.choice(tints)
-        _draw(canvas, shape, x, y, r, jitter(rng, COLORS[color]))
+        draw_shape(canvas, shape, x, y, r, jitter(rng, COLORS[color]))
         canvas.mark(shape, color, x, y)
         placed.append((x, y, r))
         facts.append((shape, color))

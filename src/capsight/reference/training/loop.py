@@ -115,7 +115,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.stage_index, self.step = state["stage"], state["step"]
-        if self.stage_index < len(STAGES):
+        if state["optimizers"]:  # none at the end of a stage
             self._start(STAGES[self.stage_index])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)

@@ -1,12 +1,13 @@
-"""The three lessons: see (vision alone, dense labels), read (one image), compare (one to eight images)."""
+"""The lessons: see (vision alone, dense labels), spell (snippets), read (one page), compare (up to eight)."""
 
 import random
 from dataclasses import dataclass
 
 from capsight.reference.drawing import draw_scene
 from capsight.reference.drawing.scene import Scene
-from capsight.reference.prompts import Prompt, draw_prompt, split_rng
+from capsight.reference.prompts import Prompt, ask_about, draw_prompt, split_rng
 from capsight.reference.training.dense import text_page
+from capsight.reference.training.snippets import snippet
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class Stage:
         vision_lr: peak learning rate of the vision tower; 0 freezes it.
         large: probability of a page of 128 instead of 64 vision tokens.
         cross: probability that a question needs several images.
+        snippets: probability that a prompt is about snippets instead of pages.
     """
 
     name: str
@@ -32,11 +34,13 @@ class Stage:
     vision_lr: float
     large: float
     cross: float = 0.35
+    snippets: float = 0.0
 
 
 STAGES = (
     Stage("see", 850, 32, (), 0.0, 1.2e-3, 0.2),
-    Stage("read", 550, 24, (1,), 1.2e-3, 3e-4, 0.2),
+    Stage("spell", 500, 48, (1, 2, 3, 4), 1.2e-3, 0.0, 0.0, snippets=1.0),
+    Stage("read", 550, 24, (1,), 1.0e-3, 1e-4, 0.2),
     Stage("compare", 1000, 24, (1, 2, 3, 4, 6, 8), 8e-4, 0.0, 0.5),
 )
 
@@ -51,7 +55,11 @@ def prompts(stage: Stage, step: int) -> list[Prompt]:
     """The prompts of one step: all with the same number of images, ten questions and more each."""
     rng: random.Random = split_rng("train", step, stage.name)
     count = rng.choice(stage.counts)
-    return [
-        draw_prompt(rng, count, 10 + count // 2, stage.large, stage.cross)
-        for _ in range(max(1, stage.images // count))
-    ]
+    made = []
+    for _ in range(max(1, stage.images // count)):
+        if rng.random() < stage.snippets:
+            scenes = [snippet(rng) for _ in range(count)]
+            made.append(ask_about(rng, scenes, 3 + 2 * count, stage.cross))
+        else:
+            made.append(draw_prompt(rng, count, 10 + count // 2, stage.large, stage.cross))
+    return made
