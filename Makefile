@@ -42,7 +42,9 @@ fit-reference: setup  ## fit the capsule that ships with the reference VLM
 	$(BIN)/capsight fit --model reference --out src/capsight/reference/weights/capsule
 
 accuracy: setup  ## accuracy of the reference VLM on its test split, full cache and capsules
-	$(BIN)/python benchmarks/accuracy.py --json benchmarks/results/accuracy.json
+	$(BIN)/capsight eval --method adaptive --method evict --retained 0.4 --retained 0.2 --samples 100 \
+		--json benchmarks/results/accuracy.json
+	$(BIN)/python benchmarks/readme_numbers.py
 
 clean:  ## remove .venv and what tools left behind
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -124,7 +124,7 @@ def _pool(row: RowLayout) -> tuple[Tensor, int]:
 
 
 def _attention(call: LayerCall, head: int, row: RowLayout) -> Tensor:
-    """Attention of one head, in pixels: the largest of the queries, the sum of the keys. `[P, P]`."""
+    """Attention of one head, in pixels: the mean over queries, the sum over keys. `[P, P]`."""
     pixel, side = _pool(row)
     found = intervals(row, Category.DENSE, MaskOptions(), call.rule, whole(row))
     key = call.key[0, head * call.key.shape[1] // call.query.shape[1]].float().cpu()  # [S, D]
@@ -134,8 +134,8 @@ def _attention(call: LayerCall, head: int, row: RowLayout) -> Tensor:
         scores = call.query[0, head, rows].float().cpu() @ key.T * call.scaling  # [n, S]
         weights = scores.masked_fill(~found.seen(rows, torch.arange(row.length)), -torch.inf).softmax(-1)
         pooled = torch.zeros(len(rows), side).index_add_(1, pixel, weights)
-        picture.index_reduce_(0, pixel[rows], pooled, "amax")
-    return picture
+        picture.index_add_(0, pixel[rows], pooled)
+    return picture / pixel.bincount(minlength=side)[:, None]
 
 
 def _mask(row: RowLayout, category: Category, options: MaskOptions, rule: BaseRule) -> Tensor:

@@ -69,7 +69,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, work: Work, scaling: float
 def _config() -> Iterator[None]:
     """Compiler settings: a limit of our own, and no two dimensions taken for one that happen to be equal."""
     limit = torch._dynamo.config.patch(recompile_limit=COMPILE_LIMIT)
-    with limit, torch.fx.experimental._config.patch(use_duck_shape=False):
+    shapes = torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+    with limit, shapes:
         yield
 
 

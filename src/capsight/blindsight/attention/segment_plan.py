@@ -163,9 +163,10 @@ def _fits(group: list[_Piece], piece: _Piece) -> bool:
 def _segment(work: Work, found: Intervals, pieces: list[_Piece]) -> Segment:
     first = work.chunk.first_query
     spans = [(p.span[0] - first, p.span[1] - first) for p in pieces]
-    rows: slice | Tensor = torch.cat([torch.arange(*span) for span in spans])  # [n]
-    if spans[-1][1] - spans[0][0] == len(rows):
-        rows = slice(spans[0][0], spans[-1][1])
+    neighbours = sum(end - start for start, end in spans) == spans[-1][1] - spans[0][0]
+    rows: slice | Tensor = slice(spans[0][0], spans[-1][1])
+    if not neighbours:
+        rows = torch.cat([torch.arange(*span) for span in spans])  # [n]
     context, own = _keys(found, rows)
     if pieces[0].whole:
         two_way = work.rule.bidirectional_images and not pieces[0].is_text

@@ -2,8 +2,8 @@
 
 Rows that count are those of a prompt's second and later images: the first has no other images before it.
 
-* `mass`: the attention probability that the category cuts off (0..1). BlindSight (arXiv 2507.09071)
-  gives heads their category from their attention patterns; its metric was not available.
+* `mass` (ours): the attention probability that the category cuts off (0..1). BlindSight
+  (arXiv 2507.09071) uses a dataset once to give each head its category; its metric was not available.
 * `output` (ours): how far the layer's output moves, relative to its size, through W_O.
 * `distribution` (ours): how far the next-token distributions after the last image move, KL in nats;
   one forward pass per head and category.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -142,7 +142,7 @@ def _bar(shown: bool) -> Progress:
 
 
 def _length(samples: Iterable[Sample]) -> int | None:
-    return len(samples) if hasattr(samples, "__len__") else None
+    return len(samples) if isinstance(samples, Sized) else None
 
 
 def _kv_heads(model: Any, heads: int) -> int:

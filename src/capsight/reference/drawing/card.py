@@ -26,7 +26,7 @@ def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str
     for label, code in codes.items():
         ink = jitter(rng, COLORS[rng.choice(("black", "blue", "red", "purple", "green"))])
         canvas.text(left + 8, y, label, font, jitter(rng, (60, 60, 60), 40))
-        canvas.text(column, y, code, random_font(rng, 15, 20), ink)
+        canvas.text(column, y, code, random_font(rng, 18, 23), ink)
         y += gap
     canvas.text(
         left + rng.randint(8, 90),

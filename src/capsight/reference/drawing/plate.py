@@ -27,7 +27,7 @@ def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str
             case _:
                 canvas.draw.rectangle(box, fill=tint)
     code = random_code(rng, 5, 6)
-    font = random_font(rng, 18, 24)
+    font = random_font(rng, 19, 26)
     plate_w, plate_h = canvas.text_width(code, font) + 20, font.size + 18
     left, top = rng.uniform(2, width - plate_w - 2), rng.uniform(2, height - plate_h - 2)
     canvas.draw.rectangle(

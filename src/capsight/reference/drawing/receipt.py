@@ -19,7 +19,7 @@ def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str
     gap = rng.uniform(27, 32)
     bottom = top + 16 + gap * rows
     canvas.draw.rectangle((left, top, left + 186, bottom), fill=(252, 252, 250))
-    font = random_font(rng, 14, 18)
+    font = random_font(rng, 15, 19)
     ink = jitter(rng, (40, 40, 40), 25)
     y = top + 18.0
     for name, price in [*prices.items(), ("total", total)]:

@@ -22,7 +22,7 @@ def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str
         canvas.draw.line((left, top + i * cell_h, left + full_w, top + i * cell_h), fill=line)
     for j in range(columns + 2):
         canvas.draw.line((left + j * cell_w, top, left + j * cell_w, top + full_h), fill=line)
-    font, head_font = random_font(rng, 14, 17), random_font(rng, 14, 17)
+    font, head_font = random_font(rng, 15, 19), random_font(rng, 15, 19)
     ink = jitter(rng, COLORS[rng.choice(("black", "blue", "purple"))])
 
     def put(i: int, j: int, text: str, bold: bool) -> None:

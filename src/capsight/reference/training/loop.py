@@ -19,7 +19,7 @@ from capsight.reference.training.stages import STAGES, Stage
 
 #: Muon's learning rate over AdamW's: at this width its matched step is too small otherwise. The language
 #: model has no query-key norm and takes less.
-TOWER_FACTOR, LANGUAGE_FACTOR = 4.0, 2.0
+TOWER_FACTOR, LANGUAGE_FACTOR = 4.0, 3.0
 #: Weight of the dense loss beside the answers.
 DENSE_WEIGHT = 0.3
 #: Standard deviation of the tower's output after the first stage.

@@ -16,7 +16,7 @@ CELL = 28
 
 
 def _plate(rng: random.Random) -> tuple[Canvas, dict[str, Any]]:
-    code, font = random_code(rng, 4, 6), random_font(rng, 15, 22)
+    code, font = random_code(rng, 4, 6), random_font(rng, 18, 25)
     probe = Canvas.text_width(code, font)
     canvas = Canvas(rng, CELL * (int(probe + 16) // CELL + 1), 2 * CELL, light(rng, 215))
     x = rng.uniform(4, canvas.width - probe - 4)
@@ -44,7 +44,7 @@ def _card(rng: random.Random) -> tuple[Canvas, dict[str, Any]]:
     for label, code in codes.items():
         canvas.text(6, y, label, font, jitter(rng, (60, 60, 60), 40))
         ink = jitter(rng, COLORS[rng.choice(("black", "blue", "red", "purple", "green"))])
-        canvas.text(rng.uniform(84, 96), y, code, random_font(rng, 15, 18), ink)
+        canvas.text(rng.uniform(84, 96), y, code, random_font(rng, 18, 22), ink)
         y += rng.uniform(32, 40)
     return canvas, {"codes": codes}
 
@@ -53,7 +53,7 @@ def _receipt(rng: random.Random) -> tuple[Canvas, dict[str, Any]]:
     canvas = Canvas(rng, 6 * CELL, 3 * CELL, light(rng, 240))
     items = rng.sample(ITEMS, 2)
     prices = {i: f"{c / 100:.2f}" for i, c in zip(items, rng.sample(range(50, 1000, 5), 2), strict=True)}
-    font, ink, y = random_font(rng, 14, 17), jitter(rng, (40, 40, 40), 25), rng.uniform(14, 24)
+    font, ink, y = random_font(rng, 15, 19), jitter(rng, (40, 40, 40), 25), rng.uniform(14, 24)
     for item, price in prices.items():
         canvas.text(6, y, item, font, ink)
         canvas.text(160 - canvas.text_width(price, font), y, price, font, ink)
@@ -63,7 +63,7 @@ def _receipt(rng: random.Random) -> tuple[Canvas, dict[str, Any]]:
 
 def _table(rng: random.Random) -> tuple[Canvas, dict[str, Any]]:
     canvas = Canvas(rng, 4 * CELL, 4 * CELL, light(rng, 235))
-    font, ink = random_font(rng, 14, 17), jitter(rng, COLORS[rng.choice(("black", "blue", "purple"))])
+    font, ink = random_font(rng, 15, 19), jitter(rng, COLORS[rng.choice(("black", "blue", "purple"))])
     cells = {(row, column): str(rng.randint(10, 99)) for row in "AB" for column in (1, 2)}
     for k in (1, 2):
         canvas.text(12 + 36 * k, 16, str(k), font, ink)
