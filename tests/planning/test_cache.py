@@ -58,9 +58,7 @@ def test_grouped_queries_store_kv_heads_only(vlm):
 @pytest.mark.parametrize("retained", [1.0, 0.4, 0.1])
 def test_capsule_cache(vlm, retained):
     inputs, shape = prompt(vlm), ModelShape.of(vlm.config)
-    fitted = KVCapsule.fit(
-        vlm.model, vlm.processor, [inputs], retained, block_size=BLOCK, progress=False
-    )
+    fitted = KVCapsule.fit(vlm.model, vlm.processor, [inputs], retained, block_size=BLOCK, progress=False)
     cache = fill(vlm, fitted.cache(inputs), inputs)
     planned = planned_capsule(shape, retained, 4, BLOCK)
     layout = build_layout(inputs, vlm.config)

@@ -82,7 +82,8 @@ def test_vision_flops(vlm):
 def test_only_active_experts_count():
     text = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 300,
             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "decoder_sparse_step": 1,
-            "num_experts": 8, "num_experts_per_tok": 2, "pad_token_id": 0, "intermediate_size": 16}  # fmt: skip
+            "num_experts": 8, "num_experts_per_tok": 2, "pad_token_id": 0,
+            "intermediate_size": 16}  # fmt: skip
     vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 32, "intermediate_size": 16,
               "deepstack_visual_indexes": [0]}  # fmt: skip
     config = AutoConfig.for_model("qwen3_vl_moe", text_config=text, vision_config=vision)

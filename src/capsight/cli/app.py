@@ -12,6 +12,8 @@ from capsight.cli.evaluate import evaluate_command
 from capsight.cli.fit import fit
 from capsight.cli.generate import generate
 from capsight.cli.inspect import inspect
+from capsight.cli.plan import plan
+from capsight.cli.report import report
 from capsight.errors import CapsightError
 
 app = typer.Typer(
@@ -25,6 +27,8 @@ app.command()(generate)
 app.command()(fit)
 app.command()(inspect)
 app.command("eval")(evaluate_command)
+app.command()(plan)
+app.command()(report)
 
 
 def main() -> None:

@@ -11,17 +11,23 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from capsight.cli.fit import calibration_items
+from capsight.cli.methods import METHOD_NAMES, make_methods
 from capsight.cli.models import REFERENCE, check_out, load_capsule, load_model
 from capsight.cli.output import human_bytes, write_json
 from capsight.errors import OptionError
 from capsight.evaluation import Item, evaluate, jsonl_items, reference_items, summary
-from capsight.kvcapsule import KVCapsule
+from capsight.evaluation.asking import process
+
+_CALIBRATION_PROMPTS = 96  # as `capsight fit` takes by default
 
 
 def evaluate_command(
     model: Annotated[str, typer.Option(help="'reference', a folder or a hub id.")] = REFERENCE,
     capsule: Annotated[str | None, typer.Option(help="'reference', a folder or a hub id.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="adaptive, evict; 'full' is always there.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(METHOD_NAMES)}; 'full' is always there.")
+    ] = None,
     retained: Annotated[
         list[float] | None, typer.Option(help="Retained fractions; repeat for several.")
     ] = None,
@@ -33,6 +39,9 @@ def evaluate_command(
         int, typer.Option(help="Prompts per image count (six questions each), or lines.")
     ] = 100,
     data: Annotated[Path | None, typer.Option(help="JSONL of {images, question, answer} instead.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Pictures or JSONL to fit calibrated baselines to (feature-pca).")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
@@ -41,7 +50,13 @@ def evaluate_command(
     check_out(json)
     vlm, processor = load_model(model, dtype, device)
     items, total = _items(model, data, images, samples)
-    methods = _methods(method or [], retained or [0.4], capsule, model)
+    methods = make_methods(
+        method or [],
+        retained or [0.4],
+        lambda: load_capsule(capsule, model),
+        lambda: _calibration(processor, model, calibration),
+        vlm,
+    )
     with Progress(transient=True) as progress:
         bar = progress.add_task("prompts", total=total)
         results = evaluate(
@@ -74,19 +89,11 @@ def _items(model: str, data: Path | None, images: str, samples: int) -> tuple[It
     return (item for c in counts for item in reference_items("test", c, samples)), samples * len(counts)
 
 
-def _methods(
-    names: list[str], retained: list[float], capsule: str | None, model: str
-) -> dict[str, KVCapsule]:
-    if not names:
-        return {}
-    loaded = load_capsule(capsule, model)
-    return {
-        f"{name} {rho:g}": (loaded if name == loaded.info.codec else loaded.with_codec(name)).with_retained(
-            rho
-        )
-        for name in names
-        for rho in retained
-    }
+def _calibration(processor: Any, model: str, data: Path | None) -> list[Any]:
+    if data is None and model != REFERENCE:
+        raise OptionError("name data to fit the method to with --calibration: pictures or a JSONL file")
+    items = calibration_items(model, data, _CALIBRATION_PROMPTS)
+    return [process(processor, item, [item.asks[0].question]) for item in items]
 
 
 def print_report(console: Console, report: dict[str, Any], title: str) -> None:

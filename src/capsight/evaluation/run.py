@@ -11,7 +11,7 @@ import torch
 from capsight.evaluation.asking import Answers, ask_item
 from capsight.evaluation.items import Item
 from capsight.evaluation.score import Outcome, accuracy, exact_match, mcnemar_p
-from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule import CacheMethod
 from capsight.runtime import enable
 
 FULL = "full"
@@ -42,7 +42,7 @@ def evaluate(
     model: Any,
     processor: Any,
     items: Iterable[Item],
-    methods: Mapping[str, KVCapsule],
+    methods: Mapping[str, CacheMethod],
     protocol: str = "after",
     on_item: Callable[[Item, dict[str, Answers]], None] | None = None,
 ) -> dict[str, MethodResult]:
@@ -52,7 +52,7 @@ def evaluate(
         model: the model.
         processor: its processor.
         items: what to ask.
-        methods: name -> capsule; "full" is added by itself.
+        methods: name -> capsule or baseline; "full" is added by itself.
         protocol: "after" (the judge) or "within".
         on_item: called after each item, for progress bars and transcripts.
 

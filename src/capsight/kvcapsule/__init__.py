@@ -5,6 +5,15 @@ plan (which tokens) -> moments, fit (calibration) -> codecs (encode, decode) -> 
 
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.capsule import KVCapsule
+from capsight.kvcapsule.method import CacheMethod, ContextRepeater, QueryObserver
 from capsight.kvcapsule.plan import CapsulePlan, Run
 
-__all__ = ["CapsuleCache", "CapsulePlan", "KVCapsule", "Run"]
+__all__ = [
+    "CacheMethod",
+    "CapsuleCache",
+    "CapsulePlan",
+    "ContextRepeater",
+    "KVCapsule",
+    "QueryObserver",
+    "Run",
+]

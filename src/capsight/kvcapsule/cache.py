@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from capsight.errors import CapsightError, ModelMismatchError
-from capsight.kvcapsule.codecs import LayerCodec
+from capsight.kvcapsule.codecs import BlockCodec
 from capsight.kvcapsule.layer import CapsuleLayer
 from capsight.kvcapsule.ledger import Ledger
 from capsight.layout import PromptLayout
@@ -30,8 +30,10 @@ class CapsuleCache(Cache):
             without it a codec that rebuilds nothing is refused.
     """
 
+    _layer_class: ClassVar[type[CapsuleLayer]] = CapsuleLayer
+
     def __init__(
-        self, codecs: Mapping[int, LayerCodec], layout: PromptLayout, config: PreTrainedConfig
+        self, codecs: Mapping[int, BlockCodec], layout: PromptLayout, config: PreTrainedConfig
     ) -> None:
         """Make an empty cache for one batch of prompts.
 
@@ -43,8 +45,7 @@ class CapsuleCache(Cache):
         Raises:
             ModelMismatchError: the codecs are not those of the full-attention layers of `config`.
         """
-        layers = DynamicCache(config=config).layers
-        full = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        full = full_attention_layers(config)
         if full != sorted(codecs):
             raise ModelMismatchError(
                 f"the capsule has codecs for layers {sorted(codecs)}, the model has full attention in layers "
@@ -53,8 +54,9 @@ class CapsuleCache(Cache):
         self._config = config
         self._ledger = Ledger(layout, next(iter(codecs.values())).block_size)
         self.honours_key_bias = False
+        layers = DynamicCache(config=config).layers
         for index, codec in codecs.items():
-            layers[index] = CapsuleLayer(codec, self._ledger)
+            layers[index] = self._layer_class(codec, self._ledger)
         super().__init__(layers=layers)
 
     @property
@@ -84,7 +86,7 @@ class CapsuleCache(Cache):
                     raise CapsightError(f"the cache holds {rows} rows, the model was given {batch}")
                 self._ledger.fit_batch(batch)
             payload = layer.payload
-            if not self.honours_key_bias and payload is not None and layer.codec.missing(payload) is not None:
+            if not self.honours_key_bias and payload is not None and layer.codec.bias(payload) is not None:
                 raise CapsightError(
                     f"the {layer.codec.name} codec needs an attention function that hides evicted tokens; "
                     "generate inside capsight.enable(model, capsule=...)"
@@ -95,8 +97,8 @@ class CapsuleCache(Cache):
         """What attention has to add to its scores over the keys that `update` last returned for a layer.
 
         Returns:
-            `[B, 1, 1, S]` in the keys' dtype, 0 for keys to see and `finfo.min` for evicted ones; None
-            where there are none, as always with codecs that rebuild.
+            `[B, H or 1, 1, S]` in the keys' dtype (H the KV heads), `finfo.min` for evicted keys; None
+            where there is nothing to add, as always with codecs that rebuild.
         """
         layer = self.layers[layer_idx]
         return layer.key_bias() if isinstance(layer, CapsuleLayer) else None
@@ -190,6 +192,12 @@ class CapsuleCache(Cache):
     def module_nbytes(self) -> int:
         """Bytes of the codecs' own tensors, which all caches of a capsule share."""
         return sum(layer.codec.module_nbytes for layer in self.capsule_layers.values())
+
+
+def full_attention_layers(config: PreTrainedConfig) -> list[int]:
+    """Indices of a model's full-attention layers: those whose vision tokens can be compressed."""
+    layers = DynamicCache(config=config).layers
+    return [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
 
 
 def _stock_nbytes(layer: Any) -> int:

@@ -201,6 +201,16 @@ class KVCapsule:
         return type(self)(codecs, info)
 
     @property
+    def name(self) -> str:
+        """Name of the codec."""
+        return self.info.codec
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether evicted tokens have to be hidden by capsight's attention function."""
+        return self.info.codec == "evict"
+
+    @property
     def retained(self) -> float:
         """Average retained fraction over the layers."""
         return sum(codec.retained for codec in self.codecs.values()) / len(self.codecs)

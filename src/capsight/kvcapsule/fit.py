@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -40,13 +40,8 @@ def collect_moments(
         CalibrationError: no image is as long as a block, or keys or values are not finite.
     """
     moments: Moments = {}
-    training = model.training
-    model.eval()
-    try:
-        for sample in _track(samples, progress):
-            add_sample(moments, model, _as_inputs(sample, processor), block_size)
-    finally:
-        model.train(training)
+    for inputs in calibration_inputs(model, processor, samples, progress):
+        add_sample(moments, model, inputs, block_size)
     if not moments:
         raise CalibrationError(
             f"no calibration sample has an image of at least {block_size} tokens; use larger images or a "
@@ -55,29 +50,51 @@ def collect_moments(
     return moments
 
 
-@torch.no_grad()
+def calibration_inputs(
+    model: Any, processor: Any, samples: Iterable[Any], progress: bool
+) -> Iterator[Mapping[str, Any]]:
+    """Processor outputs of every sample, with a progress bar, the model in eval mode meanwhile."""
+    training = model.training
+    model.eval()
+    try:
+        for sample in _track(samples, progress):
+            yield _as_inputs(sample, processor)
+    finally:
+        model.train(training)
+
+
 def add_sample(moments: Moments, model: Any, inputs: Mapping[str, Any], block_size: int) -> None:
     """Prefill `inputs` and add its image blocks to `moments`, which starts as an empty dict.
 
     Raises:
         CalibrationError: keys or values are not finite.
     """
+    for index, (keys, values) in prefilled_blocks(model, inputs, block_size).items():
+        if index not in moments:
+            moments[index] = LayerMoments(*keys.shape[1:])
+        try:
+            moments[index].update(keys, values)
+        except CalibrationError as error:
+            raise CalibrationError(f"layer {index}: {error}") from error
+
+
+@torch.no_grad()
+def prefilled_blocks(
+    model: Any, inputs: Mapping[str, Any], block_size: int
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values `[M, H, N, D]` of all image blocks of a prompt, by full-attention layer."""
     plan = CapsulePlan.from_layout(build_layout(inputs, model.config), block_size)
     if not plan.runs:
-        return
+        return {}
     cache = DynamicCache(config=model.config)
     on_device = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     # generate, not forward: it derives the positions of padded rows as later calls will.
     model.generate(**on_device, past_key_values=cache, max_new_tokens=1, do_sample=False)
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
-            keys, values = _blocks(layer.keys, plan), _blocks(layer.values, plan)
-            if index not in moments:
-                moments[index] = LayerMoments(*keys.shape[1:])
-            try:
-                moments[index].update(keys, values)
-            except CalibrationError as error:
-                raise CalibrationError(f"layer {index}: {error}") from error
+    return {
+        index: (_blocks(layer.keys, plan), _blocks(layer.values, plan))
+        for index, layer in enumerate(cache.layers)
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None
+    }
 
 
 def solve(moments: Moments, codec: str, retained: float, options: Mapping[str, Any]) -> dict[int, LayerCodec]:

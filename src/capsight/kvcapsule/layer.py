@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from capsight.errors import CapsightError
-from capsight.kvcapsule.codecs import LayerCodec, Payload
+from capsight.kvcapsule.codecs import BlockCodec, Payload
 from capsight.kvcapsule.ledger import Ledger
 from capsight.kvcapsule.placement import Placement
 
@@ -27,7 +27,7 @@ class CapsuleLayer(DynamicLayer):
     the next layer's update.
     """
 
-    def __init__(self, codec: LayerCodec, ledger: Ledger) -> None:
+    def __init__(self, codec: BlockCodec, ledger: Ledger) -> None:
         """Start empty; `ledger` is shared by all layers of the cache."""
         super().__init__()
         self.codec, self._ledger = codec, ledger
@@ -41,7 +41,7 @@ class CapsuleLayer(DynamicLayer):
         self.payload: Payload | None = None
         self._packed: Tensor | None = None  # [2, E, H, D]
         self._tail: Tensor | None = None  # [2, B, T, H, D]
-        self._bias: Tensor | None = None  # [B, 1, 1, S]
+        self._bias: Tensor | None = None  # [B, H or 1, 1, S]
 
     def get_seq_length(self) -> int:
         """Logical length: tokens seen per row, padding included."""
@@ -74,7 +74,7 @@ class CapsuleLayer(DynamicLayer):
         return keys, values
 
     def key_bias(self) -> Tensor | None:
-        """What attention has to add to its scores over the keys last returned: `[B, 1, 1, S]`, or None."""
+        """What attention has to add to its scores over the keys last returned: `[B, H or 1, 1, S]`."""
         return self._bias
 
     def _rebuilt(self, placement: Placement, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,12 +94,13 @@ class CapsuleLayer(DynamicLayer):
             full[:, placement.settled : length - new.shape[2]] = self._tail[kind]
             full[:, length - new.shape[2] :] = new.transpose(1, 2)
             results.append(full.transpose(1, 2))
+        bias = None if self.payload is None else self.codec.bias(self.payload)  # [M, H or 1, N]
         self._bias = None
-        missing = None if self.payload is None else self.codec.missing(self.payload)
-        if missing is not None:
-            bias = new_keys.new_zeros(new_keys.shape[0] * length)
-            bias[run_slots[missing.flatten()]] = torch.finfo(new_keys.dtype).min
-            self._bias = bias.view(-1, 1, 1, length)
+        if bias is not None:
+            flat = new_keys.new_zeros(new_keys.shape[0] * length, bias.shape[1])
+            bias = bias.clamp_min(torch.finfo(new_keys.dtype).min).to(flat)
+            flat[run_slots] = bias.transpose(1, 2).flatten(0, 1)
+            self._bias = flat.view(-1, length, bias.shape[1]).transpose(1, 2)[:, :, None]
         return results[0], results[1]
 
     def _store(self, keys: Tensor, values: Tensor, new: int) -> None:
@@ -118,7 +119,7 @@ class CapsuleLayer(DynamicLayer):
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (keys, values)]  # [B * S, H, D]
         if len(runs) > len(stored):
             blocks = [x[slots[fresh]].transpose(1, 2) for x in flat]  # [M, H, N, D]
-            payload = self.codec.encode(blocks[0], blocks[1])
+            payload = self.codec.encode_runs(blocks[0], blocks[1], [run for run in runs if run not in known])
             if self.payload is not None:
                 # Capsules are stored in the order of the runs: by row, then position.
                 order = torch.empty(len(runs), dtype=torch.int64, device=keys.device)

@@ -43,7 +43,7 @@ def grids_of_size(config: Any, width: int, height: int, alone: bool = False) -> 
         return ((max(round(height / step), 1), max(round(width / step), 1)),)
     if kind in _TILED_BY_PROCESSOR or (kind == "llava_onevision" and alone):
         raise OptionError(
-            f"how {kind} cuts a {width}x{height} image into tiles is set in its processor, not in its config; "
+            f"how {kind} cuts a {width}x{height} image into tiles is in its processor, not in its config; "
             f"give --image-tokens instead ({tile_tokens(config)} a tile)"
         )
     return (squarest(tile_tokens(config)),)
@@ -117,7 +117,7 @@ def squarest(tokens: int) -> Grid:
 
 
 def _delimiters(kind: str, index: int, tiles: int) -> tuple[int, int]:
-    """Delimiter tokens before and after tile `index` of an image of `tiles` tiles, as processors write them."""
+    """Delimiter tokens that processors write before and after tile `index` of an image of `tiles` tiles."""
     first, last = index == 0, index == tiles - 1
     if kind == "llava_onevision":
         return 0, int(last and tiles == 1)

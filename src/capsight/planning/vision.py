@@ -68,9 +68,7 @@ class VisionShape:
         height, width = grid
         tokens = height * width
         patches = tokens * self.patches_per_token
-        linear = (
-            self.pixels * patches + self.patch * (patches + self.class_tokens) + self.token * tokens
-        )
+        linear = self.pixels * patches + self.patch * (patches + self.class_tokens) + self.token * tokens
         pairs = self.layers * (patches + self.class_tokens) ** 2
         if self.window_layers:
             down, across = _windows(height, self.window), _windows(width, self.window)

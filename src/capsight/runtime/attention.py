@@ -1,7 +1,8 @@
 """capsight's attention function, registered with transformers under its own name.
 
 It is the stock SDPA attention, with what the runtime state adds to it: the key bias of a cache that has
-evicted tokens. It is installed for the text model only, and only while `enable` needs it.
+evicted tokens, and queries for a cache that chooses by them. It is installed for the text model only, and
+only while `enable` needs it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from capsight.kvcapsule import QueryObserver
 from capsight.runtime.state import current_state
 
 ATTENTION_NAME = "capsight"
@@ -44,12 +46,18 @@ def capsight_attention(
     bias = None if cache is None else cache.key_bias(int(module.layer_idx))  # type: ignore[arg-type]
     if bias is not None:
         attention_mask = _with_bias(attention_mask, bias, query, key)
+    if isinstance(cache, QueryObserver):
+        scaling = kwargs.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        cache.observe(module.layer_idx, query, key, attention_mask, scaling)
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output, None
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """Add `bias` `[B, 1, 1, S]` to a mask, made causal first where there is none: `[B, 1, Q, S]`."""
+    """Add `bias` `[B, 1 or H, 1, S]` to a mask, made causal where there is none: `[B, 1 or Hq, Q, S]`."""
+    if bias.shape[1] > 1:
+        bias = bias.repeat_interleave(query.shape[1] // bias.shape[1], 1)
     if mask is None:
         q, s = query.shape[2], key.shape[2]
         mask = torch.ones(q, s, dtype=torch.bool, device=query.device).tril(s - q)

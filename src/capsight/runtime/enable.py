@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from capsight.errors import OptionError
-from capsight.kvcapsule import CapsuleCache, KVCapsule
+from capsight.kvcapsule import CacheMethod, CapsuleCache, ContextRepeater
 from capsight.layout import build_layout
 from capsight.runtime.attention import ATTENTION_NAME, register
 from capsight.runtime.positions import RopeDeltas
-from capsight.runtime.split import PIXEL_PREFIXES, first_tokens, has_vision, sequence_length, tokens_after
+from capsight.runtime.repeat import ContextRepeat
+from capsight.runtime.split import (
+    PIXEL_PREFIXES,
+    TOKEN_ENTRIES,
+    first_tokens,
+    has_vision,
+    sequence_length,
+    tokens_after,
+)
 from capsight.runtime.state import RuntimeState, running
 
 
@@ -22,22 +31,23 @@ class FastModel:
 
     Attributes:
         model: the transformers model, its weights and modules untouched.
-        capsule: the capsule in use, or None.
+        capsule: the capsule (or other method) in use, or None.
         cache: the cache of the last call; give it to the next turn as `past_key_values`.
     """
 
-    def __init__(self, model: Any, capsule: KVCapsule | None) -> None:
+    def __init__(self, model: Any, capsule: CacheMethod | None) -> None:
         """Use `enable` instead."""
         self.model, self.capsule = model, capsule
         self.cache: Any = None
         self._deltas = RopeDeltas(model)
 
-    def new_cache(self, inputs: Mapping[str, Any]) -> CapsuleCache | None:
-        """An empty capsule cache for a batch of prompts; None without a capsule."""
+    def new_cache(self, inputs: Mapping[str, Any]) -> Any:
+        """An empty cache of the capsule in use for a batch of prompts; None without a capsule."""
         if self.capsule is None:
             return None
         cache = self.capsule.cache(inputs, self.model.config)
-        cache.honours_key_bias = True
+        if isinstance(cache, CapsuleCache):
+            cache.honours_key_bias = True
         return cache
 
     def generate(self, past_key_values: Any = None, **inputs: Any) -> Tensor:
@@ -55,10 +65,12 @@ class FastModel:
             LayoutError: the inputs do not continue what the cache holds.
         """
         cache = self.new_cache(inputs) if past_key_values is None else past_key_values
+        if cache is not None and not cache.get_seq_length() and isinstance(cache, ContextRepeater):
+            cache = self._prefilled(cache, inputs)
         if cache is not None and cache.get_seq_length():
             inputs = self._continue(cache.get_seq_length(), inputs)
             self._deltas.restore(cache)
-        with running(RuntimeState(cache if isinstance(cache, CapsuleCache) else None)):
+        with running(_state(cache)):
             tokens: Tensor = self.model.generate(past_key_values=cache, **inputs)
         if cache is not None:
             self._deltas.remember(cache)
@@ -79,6 +91,15 @@ class FastModel:
             )
         return {k: v for k, v in inputs.items() if not k.startswith(PIXEL_PREFIXES)}
 
+    def _prefilled(self, cache: Any, inputs: dict[str, Any]) -> Any:
+        """A cache of the images where it needs them to be read twice; else the empty `cache` as it is."""
+        layout = build_layout(inputs, self.model.config)
+        if not 0 < layout.last_vision_end < layout.length:
+            return cache
+        return self.encapsulate(
+            **{k: v for k, v in inputs.items() if k in TOKEN_ENTRIES or k.startswith(PIXEL_PREFIXES)}
+        )
+
     def encapsulate(self, **inputs: Any) -> Any:
         """Prefill the images alone (protocol `after`); what follows the last is left for `generate`.
 
@@ -92,31 +113,46 @@ class FastModel:
         length = layout.last_vision_end or sequence_length(inputs)
         head = first_tokens(inputs, length)
         cache = self.new_cache(head)
-        with running(RuntimeState(cache)):
+        repeat = ContextRepeat(self.model)
+        with (
+            running(_state(cache)),
+            repeat.recording() if isinstance(cache, ContextRepeater) else nullcontext(),
+        ):
             # generate, not forward: it derives positions from the padding as later turns will.
             output = self.model.generate(
                 **head, past_key_values=cache, max_new_tokens=1, do_sample=False, return_dict_in_generate=True
             )
         cache = output.past_key_values
+        if isinstance(cache, ContextRepeater):
+
+            def run(copy: Any) -> None:
+                with running(_state(copy)):
+                    repeat.run(copy, head.get("attention_mask", torch.ones_like(head["input_ids"])))
+
+            cache.repeat_context(run)
         self._deltas.remember(cache)
         self.cache = cache
         return cache
 
 
+def _state(cache: Any) -> RuntimeState:
+    return RuntimeState(cache if isinstance(cache, CapsuleCache) else None)
+
+
 @contextmanager
-def enable(model: Any, *, capsule: KVCapsule | None = None) -> Iterator[FastModel]:
+def enable(model: Any, *, capsule: CacheMethod | None = None) -> Iterator[FastModel]:
     """Run a model with capsules.
 
     Args:
         model: a transformers vision-language model of a supported family.
-        capsule: fitted to this very model.
+        capsule: a `KVCapsule` fitted to this very model, or one of `capsight.baselines`.
 
     Yields:
         A `FastModel`: `generate` takes what `model.generate` takes.
 
     Raises:
         ModelMismatchError: the capsule was fitted to another model.
-        UnsupportedModelError: the model's architecture is not known.
+        UnsupportedModelError: the model's architecture is not known, or the method cannot run on it.
 
     Example:
         >>> with capsight.enable(model, capsule=capsule) as fast:
@@ -126,7 +162,7 @@ def enable(model: Any, *, capsule: KVCapsule | None = None) -> Iterator[FastMode
         capsule.check_model(model)
     fast = FastModel(model, capsule)
     deltas = fast._deltas.value()
-    needs_attention = capsule is not None and capsule.info.codec == "evict"
+    needs_attention = capsule is not None and capsule.needs_attention
     text = model.config.get_text_config()
     before = text._attn_implementation
     try:

@@ -15,7 +15,8 @@ class RuntimeState:
     """State of one call of the model.
 
     Attributes:
-        cache: the capsule cache in use; its `key_bias` hides evicted tokens.
+        cache: the capsule cache in use; its `key_bias` hides evicted tokens, its `observe`, where it has
+            one, is shown the queries.
     """
 
     cache: CapsuleCache | None = None

@@ -1,7 +1,8 @@
 """Codecs: `adaptive` (default), `static`, and the control `evict`, behind one small interface."""
 
 from capsight.kvcapsule.codecs.adaptive import AdaptiveCodec
-from capsight.kvcapsule.codecs.base import LayerCodec, Payload
+from capsight.kvcapsule.codecs.base import LayerCodec
+from capsight.kvcapsule.codecs.block import BlockCodec, Payload
 from capsight.kvcapsule.codecs.evict import EvictCodec
 from capsight.kvcapsule.codecs.static import StaticCodec
 
@@ -10,4 +11,4 @@ CODECS: dict[str, type[LayerCodec]] = {
 }
 """Codec classes by name."""
 
-__all__ = ["CODECS", "AdaptiveCodec", "EvictCodec", "LayerCodec", "Payload", "StaticCodec"]
+__all__ = ["CODECS", "AdaptiveCodec", "BlockCodec", "EvictCodec", "LayerCodec", "Payload", "StaticCodec"]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from capsight.errors import OptionError
-from capsight.kvcapsule.codecs.base import LayerCodec, Payload, check_ridge, index_dtype, take_tensors
+from capsight.kvcapsule.codecs.base import LayerCodec, check_ridge, index_dtype, take_tensors
+from capsight.kvcapsule.codecs.block import Payload
 from capsight.kvcapsule.kriging import greedy_selection, prediction_weights, with_nugget
 from capsight.kvcapsule.moments import LayerMoments, rms
 

@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from capsight.errors import OptionError
+from capsight.kvcapsule.codecs.block import BlockCodec, Payload
 from capsight.kvcapsule.moments import LayerMoments
+from capsight.kvcapsule.plan import Run
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Payload:
-    """Capsules of M blocks in one layer: named tensors, each with the blocks along its first axis."""
-
-    tensors: dict[str, Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def select(self, index: Tensor) -> Payload:
-        """The capsules at `index` int64 `[M']`, in that order."""
-        return Payload({name: tensor[index] for name, tensor in self.tensors.items()})
-
-    def join(self, other: Payload) -> Payload:
-        """These capsules, then the other ones."""
-        return Payload(
-            {name: torch.cat([tensor, other.tensors[name]]) for name, tensor in self.tensors.items()}
-        )
-
-
-class LayerCodec(nn.Module, ABC):
+class LayerCodec(BlockCodec):
     """Codec of one layer. What it learnt is in buffers, which `state_dict()` lists and files hold.
 
     Keys come in as the cache gets them: after RoPE. Blocks are `[M, H, N, D]` with H the KV heads,
@@ -50,17 +29,15 @@ class LayerCodec(nn.Module, ABC):
         kept: tokens' worth of numbers kept of it (r).
     """
 
-    name: ClassVar[str]
-
     def __init__(self, block_size: int, kept: int) -> None:
         """Set the sizes.
 
         Raises:
             OptionError: `kept` is not in 1..block_size.
         """
-        super().__init__()
+        super().__init__(block_size)
         check_kept(kept, block_size)
-        self.block_size, self.kept = block_size, kept
+        self.kept = kept
 
     @classmethod
     @abstractmethod
@@ -80,9 +57,9 @@ class LayerCodec(nn.Module, ABC):
     def encode(self, keys: Tensor, values: Tensor) -> Payload:
         """Make capsules of blocks `[M, H, N, D]`; tensors of the payload keep the dtype of the blocks."""
 
-    @abstractmethod
-    def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
-        """Keys and values `[M, H, N, D]` of the capsules; kept tokens are copied bit for bit."""
+    def encode_runs(self, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> Payload:
+        """Make capsules of blocks `[M, H, N, D]`, each on its own: where they lie does not matter."""
+        return self.encode(keys, values)
 
     @abstractmethod
     def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> int:
@@ -91,6 +68,13 @@ class LayerCodec(nn.Module, ABC):
     def missing(self, payload: Payload) -> Tensor | None:
         """Tokens that decoding leaves empty, which attention must not see: bool `[M, N]`, or None."""
         return None
+
+    def bias(self, payload: Payload) -> Tensor | None:
+        """Minus infinity for the missing tokens, 0 for all others: float32 `[M, 1, N]`, or None."""
+        missing = self.missing(payload)
+        if missing is None:
+            return None
+        return torch.zeros(missing.shape, device=missing.device).masked_fill(missing, -torch.inf)[:, None]
 
     def resized(self, kept: int) -> Self:
         """This codec with another number of kept tokens, sharing what was learnt.
@@ -106,11 +90,6 @@ class LayerCodec(nn.Module, ABC):
     def retained(self) -> float:
         """Fraction kept, r / N."""
         return self.kept / self.block_size
-
-    @property
-    def module_nbytes(self) -> int:
-        """Bytes of what was learnt, as resident in memory."""
-        return sum(tensor.nbytes for tensor in self.state_dict().values())
 
 
 def take_tensors(

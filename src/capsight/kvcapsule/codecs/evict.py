@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from capsight.kvcapsule.codecs.adaptive import AdaptiveCodec
-from capsight.kvcapsule.codecs.base import Payload
+from capsight.kvcapsule.codecs.block import Payload
 
 
 class EvictCodec(AdaptiveCodec):

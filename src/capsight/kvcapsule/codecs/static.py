@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from capsight.errors import OptionError
-from capsight.kvcapsule.codecs.base import LayerCodec, Payload, check_kept, check_ridge, take_tensors
+from capsight.kvcapsule.codecs.base import LayerCodec, check_kept, check_ridge, take_tensors
+from capsight.kvcapsule.codecs.block import Payload
 from capsight.kvcapsule.kriging import pivoted_cholesky, prediction_weights, with_nugget
 from capsight.kvcapsule.moments import LayerMoments, rms
 

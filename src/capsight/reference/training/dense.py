@@ -1,8 +1,8 @@
 """Dense supervision of the vision tower: which character, shape and colour is where.
 
-Every merged vision token covers 28 x 28 px. It is asked for the first four characters from the left in its upper
-and in its lower half, and for the shape and the colour of a mark whose centre lies in it. Counting from the left,
-and not by place, spares the language model from finding out which places are empty.
+Every merged vision token covers 28 x 28 px. It is asked for the first four characters from the left in its
+upper and in its lower half, and for the shape and the colour of a mark whose centre lies in it. Counting from
+the left, and not by place, spares the language model from finding out which places are empty.
 """
 
 import random
