@@ -5,6 +5,7 @@ from typing import Annotated
 
 import torch
 import typer
+from transformers import PreTrainedTokenizerFast
 
 from capsight.reference.architecture import build_config, build_model, build_tokenizer
 from capsight.reference.corpus import wording
@@ -25,10 +26,13 @@ def train(
     """Train the reference VLM from nothing, or go on where a run in OUT stopped."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer(wording())
+    saved = out / "tokenizer"
+    tokenizer = (
+        PreTrainedTokenizerFast.from_pretrained(saved) if saved.exists() else build_tokenizer(wording())
+    )
     model = build_model(build_config(tokenizer)).train()
     model.to(torch.device(device))
-    tokenizer.save_pretrained(out / "tokenizer")
+    tokenizer.save_pretrained(saved)
     trainer = Trainer(model, tokenizer, out, workers)
     if trainer.resume():
         print(f"resuming at {STAGES[min(trainer.stage_index, len(STAGES) - 1)].name}, step {trainer.step}")
