@@ -38,7 +38,8 @@ CHAT_TEMPLATE = (
 PATCH, MERGE, TEMPORAL = 14, 2, 2
 
 #: M-RoPE gives the last frequencies to the column of an image. With the usual base they turn by
-#: thousandths of a radian per token, and so small a model cannot tell a glyph from its neighbour; here it is 0.06-0.19.
+#: thousandths of a radian per token, and a model this small cannot tell a glyph from its neighbour;
+#: with this base they turn by 0.06 to 0.19.
 ROPE_THETA = 20.0
 
 

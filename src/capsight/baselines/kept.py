@@ -1,0 +1,110 @@
+"""`KeptPayload`: the tokens that eviction kept, packed; each KV head of each block may keep its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from capsight.kvcapsule.codecs import BlockCodec, Payload
+from capsight.kvcapsule.codecs.base import index_dtype
+from capsight.kvcapsule.plan import Run
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeptPayload(Payload):
+    """E kept entries (one token of one head) of M blocks, ordered by block, head, position.
+
+    Tensors:
+        keys, values: `[E, D]`.
+        index: `[E]`, position in the block (uint8 up to N = 256).
+        counts: int32 `[M, H]`, entries of each head of each block.
+    """
+
+    @classmethod
+    def pack(cls, keys: Tensor, values: Tensor, keep: Tensor) -> Self:
+        """The entries of blocks `[M, H, N, D]` that `keep` (bool `[M, H, N]`) names."""
+        return cls(
+            {
+                "keys": keys[keep],
+                "values": values[keep],
+                "index": keep.nonzero()[:, 2].to(index_dtype(keep.shape[2])),
+                "counts": keep.sum(2, dtype=torch.int32),
+            }
+        )
+
+    def slots(self, size: int) -> Tensor:
+        """Flat positions of the entries in `[M, H, N]` with N = `size`: int64 `[E]`."""
+        counts = self.tensors["counts"].flatten()
+        owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        return owner * size + self.tensors["index"]
+
+    def mask(self, size: int) -> Tensor:
+        """Which tokens are kept: bool `[M, H, N]` with N = `size`."""
+        blocks, heads = self.tensors["counts"].shape
+        keep = torch.zeros(blocks * heads * size, dtype=torch.bool, device=self.tensors["index"].device)
+        keep[self.slots(size)] = True
+        return keep.view(blocks, heads, size)
+
+    def thinned(self, keep: Tensor) -> Self:
+        """Only the entries that `keep` (bool `[M, H, N]`), too, names."""
+        chosen = keep.flatten()[self.slots(keep.shape[2])]
+        return type(self)(
+            {
+                **{name: self.tensors[name][chosen] for name in ("keys", "values", "index")},
+                "counts": (keep & self.mask(keep.shape[2])).sum(2, dtype=torch.int32),
+            }
+        )
+
+    def select(self, index: Tensor) -> Self:
+        """The blocks at `index` int64 `[M']`, in that order."""
+        lengths = self.tensors["counts"].sum(1)  # [M]
+        starts = lengths.cumsum(0) - lengths
+        taken = lengths[index]
+        shift = starts[index] - (taken.cumsum(0) - taken)
+        entries = torch.arange(int(taken.sum()), device=index.device) + shift.repeat_interleave(taken)
+        return type(self)(
+            {
+                **{name: self.tensors[name][entries] for name in ("keys", "values", "index")},
+                "counts": self.tensors["counts"][index],
+            }
+        )
+
+
+class KeptCodec(BlockCodec):
+    """Keeps all tokens of all blocks; a layer or a subclass throws some away. Evicted tokens are zeros."""
+
+    def __init__(self, name: str, block_size: int) -> None:
+        """Set the sizes; `name` is the method's, for messages."""
+        super().__init__(block_size)
+        self.name = name  # type: ignore[misc]
+
+    def keep(self, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> Tensor:
+        """Which tokens of blocks `[M, H, N, D]` to keep: bool `[M, H, N]`."""
+        return torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
+
+    def encode_runs(self, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> KeptPayload:
+        """Pack the tokens to keep."""
+        return KeptPayload.pack(keys, values, self.keep(keys, values, runs))
+
+    def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
+        """Kept tokens in their places, zeros elsewhere."""
+        assert isinstance(payload, KeptPayload)
+        return self._spread(payload, "keys"), self._spread(payload, "values")
+
+    def bias(self, payload: Payload) -> Tensor | None:
+        """Minus infinity for evicted tokens: float32 `[M, H, N]`; None where nothing was evicted."""
+        assert isinstance(payload, KeptPayload)
+        if payload.tensors["index"].numel() == payload.tensors["counts"].numel() * self.block_size:
+            return None
+        keep = payload.mask(self.block_size)
+        return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -torch.inf)
+
+    def _spread(self, payload: KeptPayload, kind: str) -> Tensor:
+        x, counts = payload.tensors[kind], payload.tensors["counts"]
+        full = x.new_zeros(counts.numel() * self.block_size, x.shape[-1])
+        full[payload.slots(self.block_size)] = x
+        return full.view(*counts.shape, self.block_size, -1)

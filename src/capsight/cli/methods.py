@@ -1,0 +1,51 @@
+"""From the names on a command line to methods: codecs of a capsule, and baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from capsight.baselines import METHODS
+from capsight.errors import OptionError
+from capsight.kvcapsule import CacheMethod, KVCapsule
+from capsight.kvcapsule.codecs import CODECS
+
+METHOD_NAMES = (*CODECS, *(name for name in METHODS if name not in CODECS))
+
+
+def make_methods(
+    names: list[str],
+    retained: list[float],
+    load: Callable[[], KVCapsule],
+    samples: Callable[[], list[Any]],
+    model: Any,
+) -> dict[str, CacheMethod]:
+    """Every method at every budget, by a label for tables.
+
+    Args:
+        names: out of `METHOD_NAMES`.
+        retained: retained fractions; methods whose bytes cannot be chosen ignore them.
+        load: gives the capsule, for its codec, and for `adaptive` and `evict`.
+        samples: gives calibration prompts (processor outputs), for baselines that are fitted.
+        model: the model to fit them to.
+
+    Raises:
+        OptionError: a name is unknown, or a fraction is not in (0, 1].
+        CapsightError: a method cannot run on the model.
+    """
+    if unknown := [name for name in names if name not in METHOD_NAMES]:
+        raise OptionError(f"there is no method {unknown[0]!r}; use {', '.join(METHOD_NAMES)}")
+    methods: dict[str, CacheMethod] = {}
+    for name in names:
+        if name in CODECS:
+            capsule = load()
+            if name != capsule.name:
+                capsule = capsule.with_codec(name)
+            methods |= {f"{name} {rho:g}": capsule.with_retained(rho) for rho in retained}
+            continue
+        kind: Any = METHODS[name]
+        fitted = kind.fit(model, None, samples()) if kind.calibrated else kind(retained[0])
+        fitted.check_model(model)
+        budgets = [fitted.with_retained(rho) for rho in retained]
+        methods |= {method.label: method for method in budgets}
+    return methods

@@ -1,0 +1,53 @@
+"""`capsight report`: one HTML page from the JSONs of the other commands."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from capsight.blindsight import HeadMap
+from capsight.cli.models import check_out
+from capsight.errors import CapsuleFileError
+from capsight.kvcapsule import KVCapsule
+from capsight.report import Material, build_report, read_bench, read_demo, read_errors, read_eval
+
+
+def report(
+    evaluation: Annotated[
+        list[Path] | None, typer.Option("--eval", help="JSON of `capsight eval`; repeat for several.")
+    ] = None,
+    bench: Annotated[Path | None, typer.Option(help="JSON of `capsight bench`.")] = None,
+    demo: Annotated[Path | None, typer.Option(help="JSON of `capsight demo`.")] = None,
+    head_map: Annotated[str | None, typer.Option(help="Head map to draw: file, folder or hub id.")] = None,
+    capsule: Annotated[
+        str | None, typer.Option(help="Capsule whose layer budgets to draw: folder, hub id or 'reference'.")
+    ] = None,
+    errors: Annotated[
+        Path | None,
+        typer.Option(help="Reconstruction errors to draw: JSON {layers: [{index, keys, values}]}."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="The method that the headline speaks of.")] = "adaptive",
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("capsight-report.html"),
+) -> None:
+    """Make one self-contained HTML page: what is gained, what it costs, and every figure behind it."""
+    check_out(out)
+    material = Material(
+        evaluations=tuple(read_eval(path) for path in evaluation or []),
+        bench=None if bench is None else read_bench(bench),
+        demo=None if demo is None else read_demo(demo),
+        head_map=None if head_map is None else HeadMap.from_pretrained(head_map),
+        capsule=None if capsule is None else KVCapsule.from_pretrained(capsule).info,
+        errors=None if errors is None else read_errors(errors),
+    )
+    page = build_report(material, method)
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, out)
+    except OSError as error:
+        raise CapsuleFileError(f"cannot write {out}: {error.strerror or error}") from error
+    Console().print(f"report: {out}")

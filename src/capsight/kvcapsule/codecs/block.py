@@ -1,0 +1,82 @@
+"""What a cache layer needs of a codec: blocks in, stored numbers out, and back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from capsight.kvcapsule.plan import Run
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Payload:
+    """Capsules of M blocks in one layer: named tensors, each with the blocks along its first axis."""
+
+    tensors: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def select(self, index: Tensor) -> Self:
+        """The capsules at `index` int64 `[M']`, in that order."""
+        return type(self)({name: tensor[index] for name, tensor in self.tensors.items()})
+
+    def join(self, other: Payload) -> Self:
+        """These capsules, then the other ones."""
+        return type(self)(
+            {name: torch.cat([tensor, other.tensors[name]]) for name, tensor in self.tensors.items()}
+        )
+
+
+class BlockCodec(nn.Module, ABC):
+    """Stores the blocks of one layer in fewer numbers and gives full-length blocks back.
+
+    Attributes:
+        name: the name by which options, files and messages call the codec.
+        block_size: tokens in a block (N).
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, block_size: int) -> None:
+        """Set the block size."""
+        super().__init__()
+        self.block_size = block_size
+
+    @abstractmethod
+    def encode_runs(self, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> Payload:
+        """Store blocks.
+
+        Args:
+            keys: `[M, H, N, D]`, after RoPE.
+            values: `[M, H, N, D]`.
+            runs: where the M blocks lie, ascending by row, then position.
+
+        Returns:
+            A payload of M capsules, in the dtype of the blocks.
+        """
+
+    @abstractmethod
+    def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
+        """Keys and values `[M, H, N, D]` of the capsules; kept tokens are copied bit for bit."""
+
+    def bias(self, payload: Payload) -> Tensor | None:
+        """What attention has to add to its scores over decoded blocks.
+
+        Returns:
+            float32 `[M, H or 1, N]`, minus infinity for tokens that decoding leaves empty; None where
+            there is nothing to add.
+        """
+        return None
+
+    @property
+    def module_nbytes(self) -> int:
+        """Bytes of what was learnt, as resident in memory."""
+        return sum(tensor.nbytes for tensor in self.state_dict().values())

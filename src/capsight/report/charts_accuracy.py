@@ -1,0 +1,119 @@
+"""Charts of an evaluation: accuracy against bytes, by image count, by task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from capsight.report.eval_file import FULL, Cell, EvalFile, MethodRow
+from capsight.report.svg import INK, MARKERS, MUTED, SERIES, inline, legend, new_figure
+
+MOST_GROUPED = 6
+"""Methods in a grouped chart, the full cache included; the table below it has all."""
+
+NEAR = 1.25
+"""Rows whose bytes differ by no more than this factor are compared as equal."""
+
+
+def methods_of(file: EvalFile, ours: str) -> list[str]:
+    """The methods beside the full cache, `ours` first."""
+    found = dict.fromkeys(row.method for row in file.methods if row.name != FULL)
+    return sorted(found, key=lambda method: method != ours)
+
+
+def curves(file: EvalFile, ours: str, name: str) -> str:
+    """Exact match against KV bytes, one line per method, with 95 % intervals."""
+    figure, (axes,) = new_figure(8.6, 4.4)
+    full = file.full
+    axes.axhspan(full.all.low, full.all.high, color=MUTED, alpha=0.12, linewidth=0)
+    axes.axhline(full.all.percent, color=INK, linewidth=1.4, linestyle="--", label="full cache")
+    for index, method in enumerate(methods_of(file, ours)):
+        rows = sorted((r for r in file.methods if r.method == method), key=lambda r: r.share)
+        axes.errorbar(
+            [100 * row.share for row in rows],
+            [row.all.percent for row in rows],
+            yerr=_errors([row.all for row in rows]),
+            label=method,
+            zorder=10 if method == ours else 3,
+            **_style(index, method == ours),
+        )
+    axes.set_xlabel("KV cache, % of the full cache's bytes")
+    axes.set_ylabel("right answers, %")
+    axes.set_xlim(left=0)
+    legend(figure, axes)
+    return inline(figure, name, "Right answers against KV cache bytes for each method, with 95 % intervals")
+
+
+def comparable(file: EvalFile, chosen: MethodRow) -> list[MethodRow]:
+    """The full cache, `chosen`, and of every other method the row of about the same bytes, best first."""
+    others = []
+    for method in methods_of(file, chosen.method)[1:]:
+        rows = [row for row in file.methods if row.method == method]
+        nearest = min(rows, key=lambda row: abs(row.share - chosen.share))
+        if 1 / NEAR <= nearest.share / chosen.share <= NEAR:
+            others.append(nearest)
+    others.sort(key=lambda row: -row.all.percent)
+    return [file.full, chosen, *others]
+
+
+def by_group(file: EvalFile, rows: Sequence[MethodRow], ours: str, group: str, label: str, name: str) -> str:
+    """Exact match per value of a group, one mark per method, with 95 % intervals.
+
+    Args:
+        file: gives the methods their colours, the same as in `curves`.
+        rows: what to draw, the full cache first.
+        ours: the method to stress.
+        group: "images" or "task".
+        label: of the axis.
+        name: unique on the page.
+    """
+    rows, methods = rows[:MOST_GROUPED], methods_of(file, ours)
+    values = list(rows[0].by[group])
+    figure, (axes,) = new_figure(8.6, 1.1 + 0.17 * len(values) * len(rows))
+    for index, row in enumerate(rows):
+        cells = [row.by[group][value] for value in values]
+        at = [i + (index - (len(rows) - 1) / 2) * 0.8 / len(rows) for i in range(len(values))]
+        if index:
+            style = _style(methods.index(row.method), row.method == ours)
+        else:
+            style = _style(0, False) | {"color": INK}
+        axes.errorbar(
+            [cell.percent for cell in cells],
+            at,
+            xerr=_errors(cells),
+            label="full cache" if row.name == FULL else row.name,
+            **style | {"linestyle": "none"},
+        )
+    axes.set_yticks(range(len(values)), values)
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.set_xlabel("right answers, %")
+    axes.set_ylabel(label)
+    _separate(axes, len(values))
+    legend(figure, axes)
+    return inline(figure, name, f"Right answers by {label} and method, with 95 % intervals")
+
+
+def _separate(axes: Axes, groups: int) -> None:
+    axes.grid(False, axis="y")
+    for index in range(groups - 1):
+        axes.axhline(index + 0.5, color=MUTED, alpha=0.25, linewidth=0.6)
+
+
+def _errors(cells: Sequence[Cell]) -> list[list[float]]:
+    below = [max(cell.percent - cell.low, 0) for cell in cells]
+    return [below, [max(cell.high - cell.percent, 0) for cell in cells]]
+
+
+def _style(index: int, strong: bool) -> dict[str, Any]:
+    """Colour, marker and line of series `index`; beyond the colours there are, lines are dotted."""
+    return {
+        "color": SERIES[index % len(SERIES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 6 if strong else 4.5,
+        "linewidth": 2.4 if strong else 1.2,
+        "linestyle": "-" if index < len(SERIES) else ":",
+        "elinewidth": 1.0,
+        "capsize": 2,
+    }

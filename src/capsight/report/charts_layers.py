@@ -1,0 +1,64 @@
+"""Charts over layers: the head map, layer budgets, reconstruction error."""
+
+from __future__ import annotations
+
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from capsight.blindsight.categories import Category
+from capsight.blindsight.head_map import HeadMap
+from capsight.kvcapsule.info import CapsuleInfo
+from capsight.report.layer_files import LayerErrors
+from capsight.report.svg import INK, MUTED, SERIES, inline, new_figure
+
+COLOURS: dict[Category, str] = {
+    Category.DENSE: MUTED,
+    Category.SINK: SERIES[5],
+    Category.INTRA_IMAGE: SERIES[2],
+    Category.INTRA_IMAGE_SINK: SERIES[0],
+}
+"""Of the categories in the head map's picture."""
+
+
+def head_map_picture(head_map: HeadMap, name: str) -> str:
+    """Layers down, heads across, each in the colour of its category."""
+    layers, heads = head_map.num_layers, head_map.num_heads
+    cell = min(0.3, 7.0 / heads)
+    figure, (axes,) = new_figure(1.0 + cell * heads, 0.8 + cell * layers)
+    for layer, categories in enumerate(head_map.categories):
+        for head, category in enumerate(categories):
+            axes.add_patch(Rectangle((head - 0.45, layer - 0.45), 0.9, 0.9, color=COLOURS[category]))
+    axes.grid(False)
+    axes.set_xlim(-0.6, heads - 0.4)
+    axes.set_ylim(layers - 0.4, -0.6)
+    axes.set_aspect("equal")
+    axes.set_xticks(range(0, heads, max(heads // 8, 1)))
+    axes.set_yticks(range(0, layers, max(layers // 12, 1)))
+    axes.set_xlabel("query head")
+    axes.set_ylabel("layer")
+    return inline(figure, name, "The category of every attention head, by layer")
+
+
+def budgets(info: CapsuleInfo, name: str) -> str:
+    """Percent of each block that a layer keeps."""
+    figure, (axes,) = new_figure(8.6, 2.8)
+    shares = [100 * layer.kept / info.block_size for layer in info.layers]
+    axes.bar([layer.index for layer in info.layers], shares, color=SERIES[0], width=0.7)
+    axes.grid(False, axis="x")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("retained, %")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return inline(figure, name, "Retained fraction of each layer")
+
+
+def errors(found: LayerErrors, name: str) -> str:
+    """Relative error of rebuilt keys and values, by layer."""
+    figure, (axes,) = new_figure(8.6, 2.8)
+    for index, (label, values) in enumerate((("keys", found.keys), ("values", found.values))):
+        axes.plot(found.index, values, label=label, color=SERIES[index], marker="os"[index], markersize=5)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("relative error")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    return inline(figure, name, "Relative reconstruction error of keys and values, by layer")

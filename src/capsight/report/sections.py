@@ -1,0 +1,193 @@
+"""The sections of the page, each made of what is there; a section without material is no section."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+
+from capsight.blindsight.head_map import HeadMap
+from capsight.kvcapsule.info import CapsuleInfo
+from capsight.report import charts_accuracy, charts_layers, charts_speed
+from capsight.report.bench_file import BenchFile
+from capsight.report.demo_file import DemoFile
+from capsight.report.eval_file import EvalFile
+from capsight.report.headline import chosen_row
+from capsight.report.layer_files import LayerErrors
+from capsight.report.svg import VARIABLES
+from capsight.report.tables import folded, group_table, human_bytes, methods_table, table
+
+_PROTOCOLS = {
+    "after": "images are read and compressed first, then the question is asked: everything the model says "
+    "has come through the compressed cache",
+    "within": "image and question are read together; compression is seen from the second word of an answer",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One section.
+
+    Attributes:
+        key: its id on the page.
+        title: plain text.
+        lead: one plain sentence on how to read it.
+        body: HTML.
+    """
+
+    key: str
+    title: str
+    lead: str
+    body: str
+
+    def html(self) -> str:
+        """The section element."""
+        return (
+            f'<section id="{self.key}"><h2>{escape(self.title)}</h2>'
+            f'<p class="lead">{escape(self.lead)}</p>{self.body}</section>'
+        )
+
+
+def accuracy(file: EvalFile, ours: str, suffix: str) -> Iterator[Section]:
+    """Curves, the table, and the two groupings of one evaluation."""
+    chosen = chosen_row(file, ours)
+    questions = file.full.all.questions
+    protocol = _PROTOCOLS.get(file.protocol, "")
+    where = f" ({file.protocol})" if suffix else ""
+    rows = list(file.methods) if chosen is None else charts_accuracy.comparable(file, chosen)
+    body = methods_table(rows, chosen)
+    if len(file.methods) > 1:
+        body = f"<figure>{charts_accuracy.curves(file, ours, f'curves{suffix}')}</figure>{body}"
+    if len(file.methods) > len(rows):
+        body += folded("every method at every budget", methods_table(file.methods, chosen))
+    yield Section(
+        f"accuracy{suffix}",
+        f"Accuracy against memory{where}",
+        f"Up and to the left is better. {questions:,} questions, protocol {file.protocol}: {protocol}. Bars "
+        "and the band are 95 % intervals; a coloured change is larger than chance explains (p < 0.05).",
+        body,
+    )
+    for group, title, label in (("images", "image count", "image"), ("task", "task", "")):
+        if file.full.by.get(group):
+            chart = charts_accuracy.by_group(file, rows, ours, group, title, f"{group}{suffix}")
+            of = "" if chosen is None else f" The best methods at about the bytes of {chosen.name}."
+            yield Section(
+                f"by-{group}{suffix}",
+                f"Accuracy by {title}{where}",
+                f"Further right is better.{of}",
+                f"<figure>{chart}</figure>"
+                + folded("every method at every budget", group_table(file.methods, group, label)),
+            )
+
+
+def speed(file: BenchFile) -> Iterator[Section]:
+    """Decode speed, time to first token, and the memory of the runs."""
+    if charts_speed.speed_rows(file):
+        images = charts_speed.speed_rows(file)[0].images
+        yield Section(
+            "speed",
+            "Decode speed against batch",
+            f"New tokens per second, of the whole batch; {images} images each; higher is better.",
+            f"<figure>{charts_speed.speed(file, 'speed')}</figure>",
+        )
+    if charts_speed.ttft_rows(file):
+        batch = charts_speed.ttft_rows(file)[0].batch
+        yield Section(
+            "ttft",
+            "Time to first token against prompt length",
+            f"From the call to the first new token, batch {batch}; lower is better.",
+            f"<figure>{charts_speed.ttft(file, 'ttft')}</figure>",
+        )
+    rows = [
+        [
+            escape(row.name),
+            *(f"{n:,}" for n in (row.batch, row.images, row.prompt_tokens)),
+            f"{row.ttft_s * 1e3:,.0f} ms",
+            f"{row.tokens_per_s:,.0f}",
+            *("" if n is None else human_bytes(n) for n in (row.kv_bytes, row.peak_bytes)),
+        ]
+        for row in file.rows
+    ]
+    heads = (
+        "method",
+        "batch",
+        "images",
+        "prompt tokens",
+        "first token",
+        "tokens/s",
+        "KV cache",
+        "peak memory",
+    )
+    body = folded(f"{len(rows)} measurements", table(heads, rows))
+    yield Section("bench", "All timings", "Medians, warm-up left out.", body)
+
+
+def demo(file: DemoFile) -> Section:
+    """The questions and both sides' answers."""
+
+    def verdict(answer: str, right: bool) -> str:
+        mark, kind = ("✓", "good") if right else ("✗", "bad")
+        return f'<span class="{kind}">{mark}</span> {escape(answer)}'
+
+    sides = (file.full, file.ours)
+    rows = [
+        [escape(question), escape(answer), *(verdict(s.answers[i], s.right[i]) for s in sides)]
+        for i, (question, answer) in enumerate(file.questions)
+    ]
+    costs = [
+        [
+            escape(side.name),
+            human_bytes(side.kv_bytes),
+            human_bytes(side.module_bytes) if side.module_bytes else "",
+            f"{side.ttft_s * 1e3:,.0f} ms",
+            f"{side.tokens_per_s:,.0f}",
+        ]
+        for side in sides
+    ]
+    heads = ("question", "right answer", *(side.name for side in sides))
+    body = table(heads, rows, left=4) + table(("", "KV cache", "modules", "first token", "tokens/s"), costs)
+    return Section(
+        "demo",
+        "One prompt, question by question",
+        f"{file.images} images that nobody trained on, asked with both caches.",
+        body,
+    )
+
+
+def head_map(found: HeadMap) -> Section:
+    """The picture of a head map with its legend."""
+    counts = found.counts()
+    keys = "".join(
+        f'<span class="key"><i style="background:var(--{VARIABLES[colour]})"></i>'
+        f"{category.value.replace('_', ' ')}: {counts[category]}</span>"
+        for category, colour in charts_layers.COLOURS.items()
+    )
+    return Section(
+        "head-map",
+        "What each attention head looks at",
+        "Dense heads see everything; the others skip what lies in other images during prefill.",
+        f"<figure>{charts_layers.head_map_picture(found, 'heads')}</figure><p>{keys}</p>",
+    )
+
+
+def layer_budgets(info: CapsuleInfo) -> Section:
+    """What each layer keeps."""
+    kept = {layer.kept for layer in info.layers}
+    lead = f"Of every {info.block_size} vision tokens, "
+    if len(kept) == 1:
+        lead += f"each of the {len(info.layers)} layers keeps {kept.pop()}."
+        body = ""
+    else:
+        lead += f"layers keep between {min(kept)} and {max(kept)}."
+        body = f"<figure>{charts_layers.budgets(info, 'budgets')}</figure>"
+    return Section("budgets", "Layer budgets", lead, body)
+
+
+def reconstruction(found: LayerErrors) -> Section:
+    """How far rebuilt keys and values are from the originals."""
+    return Section(
+        "errors",
+        "Reconstruction error by layer",
+        "Norm of the difference over norm of the original, on images not used for fitting; lower is better.",
+        f"<figure>{charts_layers.errors(found, 'errors')}</figure>",
+    )

@@ -1,0 +1,32 @@
+"""The marker of tests that need a browser, and the files that tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from capsight.blindsight import Category, HeadMap
+from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
+from capsight.report import Material, read_bench, read_demo, read_errors, read_eval
+from report import samples
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "browser: needs chromium")
+
+
+@pytest.fixture
+def everything(tmp_path: Path) -> Material:
+    """Material for every section, through the readers."""
+    counts = {Category.DENSE: 14, Category.SINK: 10, Category.INTRA_IMAGE: 20, Category.INTRA_IMAGE_SINK: 20}
+    kept = (38, 32, 28, 24, 22, 20, 22, 26)
+    layers = tuple(LayerInfo(index, r, 4, 32) for index, r in enumerate(kept))
+    return Material(
+        (read_eval(samples.write(tmp_path, "eval", samples.eval_json())),),
+        read_bench(samples.write(tmp_path, "bench", samples.bench_json())),
+        read_demo(samples.write(tmp_path, "demo", samples.demo_json())),
+        HeadMap.random(8, 8, counts, 0),
+        CapsuleInfo("adaptive", 64, 4, layers, {}, "", {}, 1),
+        read_errors(samples.write(tmp_path, "errors", samples.errors_json())),
+    )

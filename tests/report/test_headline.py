@@ -1,0 +1,53 @@
+"""The first sentence says what the numbers say."""
+
+from __future__ import annotations
+
+import pytest
+
+from capsight.report import read_bench, read_demo, read_eval
+from capsight.report.headline import chosen_row, headline
+from report import samples
+
+
+@pytest.fixture
+def evaluation(tmp_path):
+    return lambda values: read_eval(samples.write(tmp_path, "e", values))
+
+
+def test_the_smallest_row_within_a_point_speaks(evaluation):
+    file = evaluation(samples.eval_json())
+    assert chosen_row(file, "adaptive").name == "adaptive 0.4"
+    assert chosen_row(file, "snapkv").name == "snapkv 0.6"  # none is within a point: the least drop
+    assert chosen_row(file, "magic") is None
+
+
+def test_gain_and_cost_with_speed(evaluation, tmp_path):
+    bench = read_bench(samples.write(tmp_path, "b", samples.bench_json()))
+    found = headline(evaluation(samples.eval_json()), bench, None, "adaptive")
+    sentence = found.sentence.replace("\xa0", " ")
+    assert sentence == (
+        "With adaptive, keeping 40 % of each image's keys and values: you gain a KV cache 2.3x smaller and "
+        "1.08x the decode speed; it costs 0.9 points of right answers (95.0 % against 95.9 %, could be "
+        "chance) and 1.03x the time to the first token."
+    )
+    assert [tile.value for tile in found.tiles] == ["2.3x", "−0.9", "1.08x", "1.03x"]
+
+
+def test_a_better_answer_is_a_gain_and_a_slower_decode_a_cost(evaluation, tmp_path):
+    values, timings = samples.eval_json(), samples.bench_json()
+    values["methods"]["adaptive 0.4"] |= {"drop": -0.4}
+    for row in timings["rows"]:
+        row["tokens_per_s"] = 100 if row["method"] == "full" else 70
+    bench = read_bench(samples.write(tmp_path, "b", timings))
+    sentence = headline(evaluation(values), bench, None, "adaptive").sentence
+    gains, costs = sentence.split("; it costs ")
+    assert "0.4 points of right answers" in gains
+    assert "0.70x the decode speed" in costs
+
+
+def test_demo_and_bench_alone(tmp_path):
+    demo = read_demo(samples.write(tmp_path, "d", samples.demo_json()))
+    assert "2.1x smaller and 1 of 2 answers are right, against 2" in headline(None, None, demo, "x").sentence
+    bench = read_bench(samples.write(tmp_path, "b", samples.bench_json()))
+    assert "1.08x the decode speed" in headline(None, bench, None, "adaptive").sentence
+    assert headline(None, bench, None, "magic") is None
