@@ -1,11 +1,13 @@
 """capsight: cheaper vision-language models without retraining.
 
 - `KVCapsule`: vision keys and values kept as small capsules, rebuilt when attention needs them.
-- `enable`: runs a model with a capsule; `load_reference_vlm`: a small trained model to try it on.
+- `BlindSight`: prefill attention that skips what the heads of a model do not use between images.
+- `enable`: runs a model with either or both; `load_reference_vlm`: a small trained model to try it on.
 """
 
 from importlib.metadata import version
 
+from capsight.blindsight import BlindSight, HeadMap
 from capsight.errors import CapsightError
 from capsight.kvcapsule import CapsuleCache, KVCapsule
 from capsight.layout import PromptLayout, build_layout
@@ -15,9 +17,11 @@ from capsight.runtime import FastModel, enable
 __version__ = version("capsight")
 
 __all__ = [
+    "BlindSight",
     "CapsightError",
     "CapsuleCache",
     "FastModel",
+    "HeadMap",
     "KVCapsule",
     "PromptLayout",
     "build_layout",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -181,3 +182,14 @@ def test_budgets_are_checked(qwen):
             SnapKV().with_retained(bad)
     with pytest.raises(CapsightError, match="no calibration sample"):
         FeaturePCA.fit(qwen.model, None, [qwen.inputs([([], "words")])], progress=False)
+
+
+def test_bfloat16(qwen):
+    model = copy.deepcopy(qwen.model).to(torch.bfloat16)
+    inputs = mixed_batch(qwen)
+    for name in METHODS:
+        with capsight.enable(model, capsule=method(name, qwen, 0.25)) as fast:
+            cache = fast.encapsulate(**inputs)
+            logits = greedy(fast.generate, past_key_values=cache, **inputs).logits
+            assert cache.nbytes < cache.nbytes_full
+        assert all(torch.isfinite(step).all() for step in logits)

@@ -45,6 +45,14 @@ def test_a_better_answer_is_a_gain_and_a_slower_decode_a_cost(evaluation, tmp_pa
     assert "0.70x the decode speed" in costs
 
 
+def test_no_difference_is_called_none(evaluation):
+    values = samples.eval_json()
+    values["methods"]["adaptive 0.4"] |= {"drop": 0.0, "exact_match": 95.9, "p_value": 1.0}
+    found = headline(evaluation(values), None, None, "adaptive")
+    assert "it costs no right answers (95.9" in found.sentence
+    assert found.tiles[1].value == "0.0"
+
+
 def test_demo_and_bench_alone(tmp_path):
     demo = read_demo(samples.write(tmp_path, "d", samples.demo_json()))
     assert "2.1x smaller and 1 of 2 answers are right, against 2" in headline(None, None, demo, "x").sentence

@@ -41,6 +41,9 @@ class FeaturePCA(Baseline):
         """Join what `fit` learnt and the budget; use `fit`."""
         super().__init__(retained, block_size)
         self._bases, self._fingerprint = dict(bases), fingerprint
+        self._codecs = {
+            index: PCACodec(block_size, self.kept, mean, axes) for index, (mean, axes) in self._bases.items()
+        }
 
     @classmethod
     def fit(
@@ -91,7 +94,15 @@ class FeaturePCA(Baseline):
     @property
     def module_nbytes(self) -> int:
         """Bytes of the means and of the axes in use."""
-        return sum(codec.module_nbytes for codec in self._codecs().values())
+        return sum(codec.module_nbytes for codec in self._codecs.values())
+
+    def with_retained(self, retained: float) -> Self:
+        """This method with another budget, without fitting again.
+
+        Raises:
+            OptionError: `retained` is not in (0, 1].
+        """
+        return type(self)(self._bases, self._fingerprint, retained, self.block_size)
 
     def check_model(self, model: Any) -> None:
         """Refuse a model other than the one the bases were fitted to."""
@@ -101,13 +112,7 @@ class FeaturePCA(Baseline):
             )
 
     def _new_cache(self, layout: PromptLayout, config: PreTrainedConfig) -> CapsuleCache:
-        return CapsuleCache(self._codecs(), layout, config)
-
-    def _codecs(self) -> dict[int, PCACodec]:
-        return {
-            index: PCACodec(self.block_size, self.kept, mean, axes)
-            for index, (mean, axes) in self._bases.items()
-        }
+        return CapsuleCache(self._codecs, layout, config)
 
 
 class PCACodec(BlockCodec):

@@ -7,6 +7,8 @@ import sys
 import typer
 from rich.console import Console
 
+from capsight.cli.attention import attention
+from capsight.cli.calibrate import calibrate
 from capsight.cli.demo import demo
 from capsight.cli.evaluate import evaluate_command
 from capsight.cli.fit import fit
@@ -25,6 +27,8 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(generate)
 app.command()(fit)
+app.command()(calibrate)
+app.command()(attention)
 app.command()(inspect)
 app.command("eval")(evaluate_command)
 app.command()(plan)

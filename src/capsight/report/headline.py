@@ -75,9 +75,8 @@ def _from_eval(full: MethodRow, row: MethodRow, speed: tuple[float, float] | Non
     )
     smaller, chance = 1 / row.share, row.p_value >= SIGNIFICANT
     against = f"{row.all.percent:.1f}\xa0% against {full.all.percent:.1f}\xa0%"
-    answers = (
-        f"{abs(row.drop):.1f} points of right answers ({against}{', could be chance' if chance else ''})"
-    )
+    points = f"{abs(row.drop):.1f} points of" if round(row.drop, 1) else "no"
+    answers = f"{points} right answers ({against}{', could be chance' if chance else ''})"
     gains = [f"a KV cache {smaller:.1f}x smaller"] if smaller > 1 else []
     costs = [] if smaller > 1 else [f"a KV cache {row.share:.1f}x larger"]
     (costs if row.drop >= 0 else gains).append(answers)
@@ -139,7 +138,7 @@ def _listed(parts: list[str]) -> str:
 
 def signed(points: float) -> str:
     """Points with their sign, as people write it."""
-    return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return "0.0" if round(points, 1) == 0 else f"{points:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _speed_tiles(speed: float, ttft: float) -> tuple[Tile, ...]:

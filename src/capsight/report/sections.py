@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 
+from capsight.blindsight.categories import Category
 from capsight.blindsight.head_map import HeadMap
 from capsight.kvcapsule.info import CapsuleInfo
 from capsight.report import charts_accuracy, charts_layers, charts_speed
@@ -21,6 +22,13 @@ _PROTOCOLS = {
     "after": "images are read and compressed first, then the question is asked: everything the model says "
     "has come through the compressed cache",
     "within": "image and question are read together; compression is seen from the second word of an answer",
+}
+
+_CATEGORIES = {
+    Category.DENSE: "Dense",
+    Category.SINK: "Sink",
+    Category.INTRA_IMAGE: "Intra-Image",
+    Category.INTRA_IMAGE_SINK: "Intra-Image+Sink",
 }
 
 
@@ -159,13 +167,13 @@ def head_map(found: HeadMap) -> Section:
     counts = found.counts()
     keys = "".join(
         f'<span class="key"><i style="background:var(--{VARIABLES[colour]})"></i>'
-        f"{category.value.replace('_', ' ')}: {counts[category]}</span>"
+        f"{_CATEGORIES[category]}: {counts[category]}</span>"
         for category, colour in charts_layers.COLOURS.items()
     )
     return Section(
         "head-map",
         "What each attention head looks at",
-        "Dense heads see everything; the others skip what lies in other images during prefill.",
+        "Dense heads see everything; the others skip most of what lies in other images during prefill.",
         f"<figure>{charts_layers.head_map_picture(found, 'heads')}</figure><p>{keys}</p>",
     )
 

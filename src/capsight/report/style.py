@@ -42,7 +42,7 @@ th, td {{ padding: 5px 14px 5px 0; text-align: right; border-bottom: 1px solid v
   white-space: nowrap; }}
 th {{ color: var(--muted); font-weight: 600; vertical-align: bottom; }}
 th:first-child, td:first-child, td.left, th.left {{ text-align: left; }}
-td.left {{ white-space: normal; }}
+td.left {{ white-space: normal; min-width: 8em; }}
 tr.ours td {{ font-weight: 650; }}
 td.good, .good {{ color: var(--good); }}
 td.bad, .bad {{ color: var(--bad); }}

@@ -42,14 +42,19 @@ def capsight_attention(
     Returns:
         Output `[B, Q, Hq, D]`, and None for the weights.
     """
-    cache = current_state().cache
-    bias = None if cache is None else cache.key_bias(int(module.layer_idx))  # type: ignore[arg-type]
+    state, layer = current_state(), int(module.layer_idx)  # type: ignore[arg-type]
+    cache = state.cache
+    bias = None if cache is None else cache.key_bias(layer)
     if bias is not None:
         attention_mask = _with_bias(attention_mask, bias, query, key)
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(cache, QueryObserver):
-        scaling = kwargs.get("scaling")
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        cache.observe(module.layer_idx, query, key, attention_mask, scaling)
+        cache.observe(layer, query, key, attention_mask, scaling)
+    if state.prefill is not None and bias is None:
+        sparse = state.prefill.attend(layer, query, key, value, scaling, kwargs.get("sliding_window"))
+        if sparse is not None:
+            return sparse, None
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output, None
 

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capsight.blindsight import HeadMap
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, CapsuleCache, ContextRepeater
+from capsight.kvcapsule.fingerprint import model_fingerprint
 from capsight.layout import build_layout
 from capsight.runtime.attention import ATTENTION_NAME, register
 from capsight.runtime.positions import RopeDeltas
+from capsight.runtime.prefill import SparsePrefill
 from capsight.runtime.repeat import ContextRepeat
 from capsight.runtime.split import (
     PIXEL_PREFIXES,
@@ -32,12 +35,13 @@ class FastModel:
     Attributes:
         model: the transformers model, its weights and modules untouched.
         capsule: the capsule (or other method) in use, or None.
+        head_map: the head map that prefill follows, or None.
         cache: the cache of the last call; give it to the next turn as `past_key_values`.
     """
 
-    def __init__(self, model: Any, capsule: CacheMethod | None) -> None:
+    def __init__(self, model: Any, capsule: CacheMethod | None, head_map: HeadMap | None) -> None:
         """Use `enable` instead."""
-        self.model, self.capsule = model, capsule
+        self.model, self.capsule, self.head_map = model, capsule, head_map
         self.cache: Any = None
         self._deltas = RopeDeltas(model)
 
@@ -67,10 +71,13 @@ class FastModel:
         cache = self.new_cache(inputs) if past_key_values is None else past_key_values
         if cache is not None and not cache.get_seq_length() and isinstance(cache, ContextRepeater):
             cache = self._prefilled(cache, inputs)
+        prefill = None
         if cache is not None and cache.get_seq_length():
             inputs = self._continue(cache.get_seq_length(), inputs)
             self._deltas.restore(cache)
-        with running(_state(cache)):
+        else:
+            prefill = self._sparse(inputs, sequence_length(inputs))
+        with running(_state(cache, prefill)):
             tokens: Tensor = self.model.generate(past_key_values=cache, **inputs)
         if cache is not None:
             self._deltas.remember(cache)
@@ -90,6 +97,13 @@ class FastModel:
                 "the new turn brings images; start a new cache for it (text alone can go on with this one)"
             )
         return {k: v for k, v in inputs.items() if not k.startswith(PIXEL_PREFIXES)}
+
+    def _sparse(self, inputs: Mapping[str, Any], new: int) -> SparsePrefill | None:
+        """The plan of a prefill of the first `new` tokens; None without a head map."""
+        if self.head_map is None:
+            return None
+        layout = build_layout(inputs, self.model.config)
+        return SparsePrefill(self.head_map, layout, self.model.config, seen=0, new=new)
 
     def _prefilled(self, cache: Any, inputs: dict[str, Any]) -> Any:
         """A cache of the images where it needs them to be read twice; else the empty `cache` as it is."""
@@ -115,7 +129,7 @@ class FastModel:
         cache = self.new_cache(head)
         repeat = ContextRepeat(self.model)
         with (
-            running(_state(cache)),
+            running(_state(cache, self._sparse(inputs, length))),
             repeat.recording() if isinstance(cache, ContextRepeater) else nullcontext(),
         ):
             # generate, not forward: it derives positions from the padding as later turns will.
@@ -135,23 +149,26 @@ class FastModel:
         return cache
 
 
-def _state(cache: Any) -> RuntimeState:
-    return RuntimeState(cache if isinstance(cache, CapsuleCache) else None)
+def _state(cache: Any, prefill: SparsePrefill | None = None) -> RuntimeState:
+    return RuntimeState(cache if isinstance(cache, CapsuleCache) else None, prefill)
 
 
 @contextmanager
-def enable(model: Any, *, capsule: CacheMethod | None = None) -> Iterator[FastModel]:
-    """Run a model with capsules.
+def enable(
+    model: Any, *, capsule: CacheMethod | None = None, head_map: HeadMap | None = None
+) -> Iterator[FastModel]:
+    """Run a model with capsules, with sparse prefill, or with both.
 
     Args:
         model: a transformers vision-language model of a supported family.
         capsule: a `KVCapsule` fitted to this very model, or one of `capsight.baselines`.
+        head_map: calibrated on this very model; prefill then skips what its heads do not use.
 
     Yields:
         A `FastModel`: `generate` takes what `model.generate` takes.
 
     Raises:
-        ModelMismatchError: the capsule was fitted to another model.
+        ModelMismatchError: the capsule or the head map was made for another model.
         UnsupportedModelError: the model's architecture is not known, or the method cannot run on it.
 
     Example:
@@ -160,10 +177,13 @@ def enable(model: Any, *, capsule: CacheMethod | None = None) -> Iterator[FastMo
     """
     if capsule is not None:
         capsule.check_model(model)
-    fast = FastModel(model, capsule)
-    deltas = fast._deltas.value()
-    needs_attention = capsule is not None and capsule.needs_attention
     text = model.config.get_text_config()
+    if head_map is not None:
+        fingerprint = model_fingerprint(model) if head_map.model else ""
+        head_map.check(text.num_hidden_layers, text.num_attention_heads, fingerprint)
+    fast = FastModel(model, capsule, head_map)
+    deltas = fast._deltas.value()
+    needs_attention = head_map is not None or (capsule is not None and capsule.needs_attention)
     before = text._attn_implementation
     try:
         if needs_attention:

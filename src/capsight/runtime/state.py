@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from capsight.kvcapsule import CapsuleCache
+from capsight.runtime.prefill import SparsePrefill
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +18,11 @@ class RuntimeState:
     Attributes:
         cache: the capsule cache in use; its `key_bias` hides evicted tokens, its `observe`, where it has
             one, is shown the queries.
+        prefill: the prefill that is running, where it follows a head map.
     """
 
     cache: CapsuleCache | None = None
+    prefill: SparsePrefill | None = None
 
 
 _STATE: ContextVar[RuntimeState | None] = ContextVar("capsight_runtime_state", default=None)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import capsight
+from capsight.blindsight import Category, HeadMap
+from capsight.errors import ModelMismatchError
+
+from .conftest import fitted
+from .test_enable import assert_same, greedy, mixed_batch
+
+
+def size_of(vlm):
+    text = vlm.config.get_text_config()
+    return text.num_hidden_layers, text.num_attention_heads
+
+
+def test_all_dense_map_is_the_untouched_model(vlm):
+    inputs = mixed_batch(vlm)
+    full = greedy(vlm.model.generate, **inputs)
+    with capsight.enable(vlm.model, head_map=HeadMap.all_dense(*size_of(vlm))) as fast:
+        assert_same(greedy(fast.generate, **inputs), full)
+
+
+@pytest.mark.parametrize("category", [Category.SINK, Category.INTRA_IMAGE_SINK])
+def test_sparse_map_changes_only_rows_with_several_images(vlm, category):
+    inputs = mixed_batch(vlm)
+    full = greedy(vlm.model.generate, **inputs)
+    with capsight.enable(vlm.model, head_map=HeadMap.uniform(category, *size_of(vlm))) as fast:
+        ours = greedy(fast.generate, **inputs)
+    change = (ours.logits[0] - full.logits[0]).abs().amax(-1)
+    assert change[0] > 1e-5
+    assert change[2] <= 1e-4
+    if category is Category.INTRA_IMAGE_SINK:
+        assert change[1] <= 1e-4 or vlm.name in ("internvl", "llava_onevision", "smolvlm", "idefics3")
+
+
+def test_with_capsules_and_encapsulated(qwen):
+    inputs = mixed_batch(qwen)
+    head_map = HeadMap.uniform(Category.INTRA_IMAGE, *size_of(qwen))
+    with capsight.enable(qwen.model, head_map=head_map) as fast:
+        alone = greedy(fast.generate, **inputs)
+    with capsight.enable(qwen.model, head_map=head_map, capsule=fitted("qwen2_5_vl", 1.0)) as fast:
+        assert_same(greedy(fast.generate, **inputs), alone)
+        cache = fast.encapsulate(**inputs)
+        assert_same(greedy(fast.generate, past_key_values=cache, **inputs), alone)
+
+
+def test_beams(qwen):
+    inputs = mixed_batch(qwen)
+    options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
+    full = qwen.model.generate(**inputs, **options)
+    with capsight.enable(qwen.model, head_map=HeadMap.all_dense(*size_of(qwen))) as fast:
+        assert torch.equal(fast.generate(**inputs, **options), full)
+
+
+def test_map_of_another_model_is_refused(qwen):
+    layers, heads = size_of(qwen)
+    for head_map in (
+        HeadMap.all_dense(layers + 1, heads),
+        HeadMap.all_dense(layers, heads).for_model("other"),
+    ):
+        with pytest.raises(ModelMismatchError), capsight.enable(qwen.model, head_map=head_map):
+            pass
