@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.utils import is_optimum_quanto_available
 
 from capsight.baselines import METHODS, Baseline
 from tiny import FAMILIES, TinyVLM
 
 BLOCK = 16  # tokens in a run of the tiny models
 BUDGETED = [name for name in METHODS if not name.startswith("quanto")]
+RUNNABLE = sorted(METHODS) if is_optimum_quanto_available() else sorted(BUDGETED)
 EVICTING = ["uniform", "streaming-llm", "snapkv", "vl-cache", "cur", "evict", "kvzip"]
 NEW = 4
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import capsight
-from baselines.conftest import BLOCK, BUDGETED, EVICTING, assert_same, greedy, method, mixed_batch
-from capsight.baselines import METHODS, FeaturePCA, SnapKV
+from baselines.conftest import BLOCK, BUDGETED, EVICTING, RUNNABLE, assert_same, greedy, method, mixed_batch
+from capsight.baselines import FeaturePCA, SnapKV
 from capsight.errors import CapsightError, ModelMismatchError, OptionError
 from capsight.kvcapsule import CapsulePlan
 from capsight.layout import build_layout
@@ -61,7 +61,7 @@ def test_methods_take_the_same_bytes(family, retained):
 def test_each_method_changes_the_answer_in_its_own_way(qwen):
     inputs = mixed_batch(qwen)
     first = {"full": greedy(qwen.model.generate, **inputs).logits[0]}
-    for name in METHODS:
+    for name in RUNNABLE:
         with capsight.enable(qwen.model, capsule=method(name, qwen, 0.25)) as fast:
             cache = fast.encapsulate(**inputs)
             first[name] = greedy(fast.generate, past_key_values=cache, **inputs).logits[0]
@@ -87,7 +87,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(qwen, name):
     torch.testing.assert_close(logits[0][1], logits[1][0], atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", RUNNABLE)
 def test_crop_and_ask_again(qwen, name):
     inputs = qwen.inputs([([qwen.picture(0), qwen.picture(1)], "what is this?")])
     with capsight.enable(qwen.model, capsule=method(name, qwen, 0.25)) as fast:
@@ -102,7 +102,7 @@ def test_crop_and_ask_again(qwen, name):
             cache.crop(seen - 10)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", RUNNABLE)
 def test_repeated_rows_answer_alike(qwen, name):
     inputs = qwen.inputs([([qwen.picture(0)], "what is this?")])
     many = {k: v.repeat(3, 1) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
@@ -187,7 +187,7 @@ def test_budgets_are_checked(qwen):
 def test_bfloat16(qwen):
     model = copy.deepcopy(qwen.model).to(torch.bfloat16)
     inputs = mixed_batch(qwen)
-    for name in METHODS:
+    for name in RUNNABLE:
         with capsight.enable(model, capsule=method(name, qwen, 0.25)) as fast:
             cache = fast.encapsulate(**inputs)
             logits = greedy(fast.generate, past_key_values=cache, **inputs).logits

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from capsight.cli.attention import attention
+from capsight.cli.bench import bench_command
 from capsight.cli.calibrate import calibrate
 from capsight.cli.demo import demo
 from capsight.cli.evaluate import evaluate_command
@@ -31,6 +32,7 @@ app.command()(calibrate)
 app.command()(attention)
 app.command()(inspect)
 app.command("eval")(evaluate_command)
+app.command("bench")(bench_command)
 app.command()(plan)
 app.command()(report)
 

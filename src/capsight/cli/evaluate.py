@@ -54,7 +54,7 @@ def evaluate_command(
         method or [],
         retained or [0.4],
         lambda: load_capsule(capsule, model),
-        lambda: _calibration(processor, model, calibration),
+        lambda: calibration_prompts(processor, model, calibration),
         vlm,
     )
     with Progress(transient=True) as progress:
@@ -89,7 +89,8 @@ def _items(model: str, data: Path | None, images: str, samples: int) -> tuple[It
     return (item for c in counts for item in reference_items("test", c, samples)), samples * len(counts)
 
 
-def _calibration(processor: Any, model: str, data: Path | None) -> list[Any]:
+def calibration_prompts(processor: Any, model: str, data: Path | None) -> list[Any]:
+    """Processor outputs to fit methods to: the user's, or the calibration split of the reference task."""
     if data is None and model != REFERENCE:
         raise OptionError("name data to fit the method to with --calibration: pictures or a JSONL file")
     items = calibration_items(model, data, _CALIBRATION_PROMPTS)
