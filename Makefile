@@ -19,16 +19,16 @@ setup: $(STAMP)  ## make .venv and install capsight with the tested set of packa
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable . \
-		pytest hypothesis pytest-benchmark ruff mypy
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[quanto]" \
+		pytest pytest-xdist hypothesis ruff mypy
 	@touch $@
 
 demo: setup  ## answer questions about six images, full cache against capsules
 	@mkdir -p out
 	$(BIN)/capsight demo --png out/demo.png --json out/demo.json
 
-test: setup  ## run the tests
-	$(BIN)/python -m pytest
+test: setup  ## run the tests, one process per core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: setup  ## check style and types
 	$(BIN)/ruff check .

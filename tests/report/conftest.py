@@ -1,4 +1,4 @@
-"""The marker of tests that need a browser, and the files that tests share."""
+"""The files that tests share."""
 
 from __future__ import annotations
 
@@ -10,10 +10,6 @@ from capsight.blindsight import Category, HeadMap
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
 from capsight.report import Material, read_bench, read_demo, read_errors, read_eval
 from report import samples
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "browser: needs chromium")
 
 
 @pytest.fixture
