@@ -21,7 +21,7 @@ from capsight.reference.training.stages import STAGES, Stage
 #: model has no query-key norm and takes less.
 TOWER_FACTOR, LANGUAGE_FACTOR = 4.0, 3.0
 #: Weight of the dense loss beside the answers.
-DENSE_WEIGHT = 0.3
+DENSE_WEIGHT = 0.5
 #: Standard deviation of the tower's output after the first stage.
 FEATURE_STD = 0.1
 
