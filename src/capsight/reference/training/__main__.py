@@ -22,9 +22,7 @@ def train(
     device: Annotated[str, typer.Option(help="cpu, or cuda (bf16 autocast).")] = "cpu",
     workers: Annotated[int, typer.Option(help="Processes that draw ahead; worth it from four cores on.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    weights: Annotated[
-        Path | None, typer.Option(help="Start from an exported model.")
-    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Start from an exported model.")] = None,
     first: Annotated[str, typer.Option(help="Stage to start with.")] = STAGES[0].name,
     seed: Annotated[int, typer.Option(help="Seed of the initial weights.")] = 0,
 ) -> None:
