@@ -1,1 +1,1 @@
-"""How the reference VLM was trained: see, spell, compare (``python -m capsight.reference.training``)."""
+"""How the reference VLM was trained: see, spell, index, compare."""

@@ -1,4 +1,4 @@
-"""The lessons: see (vision alone, dense labels), spell (snippets), compare (one to eight pages)."""
+"""The lessons: see (dense labels), spell (a snippet), index (several), compare (one to eight pages)."""
 
 import random
 from dataclasses import dataclass
@@ -40,7 +40,8 @@ class Stage:
 STAGES = (
     Stage("see", 850, 32, (), 0.0, 1.2e-3, 0.2),
     Stage("spell", 400, 64, (1,), 1.2e-3, 0.0, 0.0, snippets=1.0),
-    Stage("compare", 500, 24, (1, 2, 3, 4, 6, 8), 1.2e-3, 1.5e-4, 0.4, snippets=0.25),
+    Stage("index", 360, 64, (1, 1, 1, 2, 4), 1.2e-3, 0.0, 0.0, snippets=1.0),
+    Stage("compare", 1000, 24, (1, 2, 3, 4, 6, 8), 1.2e-3, 1.5e-4, 0.4, snippets=0.25),
 )
 
 
