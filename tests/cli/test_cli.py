@@ -66,6 +66,34 @@ def test_fit_then_inspect_then_eval(monkeypatch, capsys, tmp_path):
     assert set(json.loads((tmp_path / "e.json").read_text())["methods"]) == {"full", "adaptive 0.5"}
 
 
+def test_bench(monkeypatch, capsys, tmp_path):
+    code, out, _ = run(
+        monkeypatch, capsys, "bench", "--batch", "1,2", "--images", "1", "--new-tokens", 3, "--runs", 1,
+        "--retained", 0.25, "--threads", 1, "--json", tmp_path / "b.json",
+    )  # fmt: skip
+    assert code == 0
+    assert "adaptive 0.25" in out
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [(r["method"], r["batch"]) for r in rows] == [
+        ("full", 1), ("adaptive", 1), ("full", 2), ("adaptive", 2),
+    ]  # fmt: skip
+    assert all(r["ttft_s"] > 0 and r["tokens_per_s"] > 0 for r in rows)
+    assert rows[1]["kv_bytes"] < rows[0]["kv_bytes"]
+
+
+def test_calibrate_then_attention(monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "map"
+    code, out, _ = run(monkeypatch, capsys, "calibrate", "--out", folder, "--samples", 16, "--tolerance", 0.5)
+    assert code == 0
+    assert "prompts" in out
+    assert Image.open(folder / "head_map.png").width > 100
+    code, _, _ = run(
+        monkeypatch, capsys, "attention", "--head-map", folder, "--head", "1,2", "--out", tmp_path / "a.png"
+    )
+    assert code == 0
+    assert Image.open(tmp_path / "a.png").width > 100
+
+
 def test_fit_on_a_folder_of_pictures(monkeypatch, capsys, tmp_path):
     (tmp_path / "data").mkdir()
     for shade in (10, 200):
@@ -92,6 +120,11 @@ def test_fit_on_a_folder_of_pictures(monkeypatch, capsys, tmp_path):
         (["inspect", "/no/such/folder"], "/no/such/folder"),
         (["eval", "--images", "one"], "one"),
         (["eval", "--method", "magic"], "magic"),
+        (["bench", "--batch", "none"], "none"),
+        (["bench", "--runs", "0"], "runs"),
+        (["calibrate", "--out", "x", "--criterion", "taste"], "taste"),
+        (["attention", "--head-map", "/no/such/folder"], "/no/such/folder"),
+        (["attention", "--head-map", "x", "--head", "one"], "one"),
         (["demo", "--json", "/no/such/folder/x.json"], "does not exist"),
         (["demo", "--images", "0"], "at least 1"),
     ],
@@ -109,5 +142,5 @@ def test_installed_command_has_help():
     out = subprocess.run(
         [sys.executable, "-m", "capsight.cli.app", "--help"], capture_output=True, text=True, check=True
     )
-    for command in ("demo", "generate", "fit", "inspect", "eval"):
+    for command in ("demo", "generate", "fit", "inspect", "eval", "bench", "calibrate", "attention"):
         assert command in out.stdout

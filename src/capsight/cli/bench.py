@@ -74,23 +74,22 @@ def _numbers(name: str, text: str) -> list[int]:
 
 
 def _print(rows: list[BenchRow]) -> None:
-    table = Table(
-        "images", "batch", "method", "tokens", "first token", "ratio", "tokens/s", "ratio", "KV", "x"
-    )
+    table = Table()
+    table.add_column("method", no_wrap=True)
+    for column in ("images", "batch", "tokens", "first token", "tokens/s", "KV"):
+        table.add_column(column, justify="right")
     full = rows[0]
     for row in rows:
         if row.retained is None:
             full = row
+        kept = row.kv_bytes + row.module_bytes
         table.add_row(
+            row.method if row.retained is None else f"{row.method} {row.retained:g}",
             str(row.images),
             str(row.batch),
-            row.method if row.retained is None else f"{row.method} {row.retained:g}",
             str(row.prompt_tokens),
-            f"{row.ttft_s * 1e3:.0f} ms",
-            f"{row.ttft_s / full.ttft_s:.2f}",
-            f"{row.tokens_per_s:.0f}",
-            f"{row.tokens_per_s / full.tokens_per_s:.2f}",
-            human_bytes(row.kv_bytes + row.module_bytes),
-            f"{full.kv_bytes / (row.kv_bytes + row.module_bytes):.2f}",
+            f"{row.ttft_s * 1e3:.0f} ms ({row.ttft_s / full.ttft_s:.2f}x)",
+            f"{row.tokens_per_s:.0f} ({row.tokens_per_s / full.tokens_per_s:.2f}x)",
+            f"{human_bytes(kept)} ({kept / full.kv_bytes:.2f}x)",
         )
     Console().print(table)

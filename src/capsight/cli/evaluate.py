@@ -100,16 +100,16 @@ def calibration_prompts(processor: Any, model: str, data: Path | None) -> list[A
 def print_report(console: Console, report: dict[str, Any], title: str) -> None:
     """Two tables: the methods, and the full cache's accuracy by task and image count."""
     table = Table(title=title)
-    for column in ("method", "exact match %", "95 % interval", "drop", "p", "agreement %", "KL", "KV cache"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    table.add_column("method", no_wrap=True)
+    for column in ("exact match %", "drop (p)", "agree %", "KL", "KV cache"):
+        table.add_column(column, justify="right")
     for name, row in report.items():
         share = row["kv_bytes"] / row["kv_bytes_full"] if row["kv_bytes_full"] else 1.0
+        low, high = row["interval"]
         table.add_row(
             name,
-            f"{row['exact_match']:.1f}",
-            f"{row['interval'][0]:.1f}-{row['interval'][1]:.1f}",
-            f"{row['drop']:+.1f}" if name != "full" else "",
-            f"{row['p_value']:.3f}" if name != "full" else "",
+            f"{row['exact_match']:.1f} ({low:.0f}-{high:.0f})",
+            f"{row['drop']:+.1f} ({row['p_value']:.3f})" if name != "full" else "",
             f"{row['agreement']:.1f}",
             f"{row['kl']:.4f}",
             f"{human_bytes(row['kv_bytes'])} ({share:.2f}x)",
@@ -119,7 +119,7 @@ def print_report(console: Console, report: dict[str, Any], title: str) -> None:
     for label in ("images", "task"):
         groups = report[names[0]]["by"].get(label, {})
         detail = Table(title=f"exact match by {label}, %")
-        detail.add_column(label)
+        detail.add_column(label, no_wrap=True)
         for column in (*names, "questions"):
             detail.add_column(column, justify="right")
         for value, cell in groups.items():
