@@ -1,7 +1,7 @@
 """Small pictures for the first lessons in reading: a few vision tokens, nearly all of them with content.
 
-On a page of 64 to 128 tokens a question's attention starts out spread over mostly blank paper, and the
-language model takes very long to find that pictures matter. On a snippet of 8 to 24 tokens it does not.
+On a page of 64 to 128 tokens a question's attention starts out spread over mostly blank paper; on a
+snippet of 4 to 24 tokens there is less to spread it over.
 """
 
 import random
