@@ -1,4 +1,8 @@
-"""A picture that remembers which glyphs and marks were drawn where (the dense labels of training)."""
+"""A picture that remembers which glyphs and marks were drawn where (the dense labels of training).
+
+Pages are laid out on a grid of cells of 28 px, the size of a merged vision token: text has two characters to
+a cell, a row of text is a row of cells, and the whole page is shifted by a pixel or two.
+"""
 
 import random
 from dataclasses import dataclass, field
@@ -6,6 +10,9 @@ from dataclasses import dataclass, field
 from PIL import Image, ImageDraw, ImageFont
 
 from capsight.reference.drawing.palette import RGB
+
+#: Side of a cell and width of a character, in px.
+CELL, PITCH = 28, 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +36,10 @@ class Mark:
 
 @dataclass
 class Canvas:
-    """A drawing surface of ``width`` x ``height`` px with a record of its contents."""
+    """A drawing surface of ``width`` x ``height`` px with a record of its contents.
+
+    `columns` and `rows` are its size in cells.
+    """
 
     rng: random.Random
     width: int
@@ -40,6 +50,7 @@ class Canvas:
 
     def __post_init__(self) -> None:
         """Start with the background, which one time in three is a soft gradient."""
+        self.shift = (self.rng.uniform(-2, 2), self.rng.uniform(-3, 3))
         if self.rng.random() < 0.33:
             low = tuple(max(0, c - self.rng.randint(8, 40)) for c in self.background)
             ramp = Image.linear_gradient("L").rotate(self.rng.choice((0, 90, 180, 270)))
@@ -50,20 +61,25 @@ class Canvas:
             self.image = Image.new("RGB", (self.width, self.height), self.background)
         self.draw = ImageDraw.Draw(self.image)
 
-    def text(self, x: float, y: float, text: str, font: ImageFont.FreeTypeFont, fill: RGB) -> float:
-        """Write ``text`` with its left edge at ``x`` and its middle at ``y``; return the right edge."""
-        for char in text:
-            advance = font.getlength(char)
-            if char != " ":
-                self.draw.text((x, y), char, font=font, fill=fill, anchor="lm")
-                self.glyphs.append(Glyph(char, x + advance / 2, y))
-            x += advance + 1
-        return x
+    @property
+    def columns(self) -> int:
+        """Cells in a row."""
+        return self.width // CELL
 
-    @staticmethod
-    def text_width(text: str, font: ImageFont.FreeTypeFont) -> float:
-        """Width in px that `text` will take."""
-        return sum(font.getlength(c) + 1 for c in text)
+    @property
+    def rows(self) -> int:
+        """Rows of cells."""
+        return self.height // CELL
+
+    def text(self, column: float, row: float, text: str, font: ImageFont.FreeTypeFont, fill: RGB) -> None:
+        """Write ``text`` from cell (``column``, ``row``) on, two characters to a cell of 28 px."""
+        for k, char in enumerate(text):
+            if char == " ":
+                continue
+            x = CELL * column + PITCH * (k + 0.5) + self.shift[0]
+            y = CELL * (row + 0.5) + self.shift[1]
+            self.draw.text((x, y), char, font=font, fill=fill, anchor="mm")
+            self.glyphs.append(Glyph(char, x, y))
 
     def mark(self, shape: str, color: str, x: float, y: float) -> None:
         """Record a shape or bar drawn at (x, y)."""

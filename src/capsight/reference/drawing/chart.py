@@ -1,34 +1,37 @@
-"""A bar chart: coloured bars of height 1 to 9 over a labelled axis."""
+"""A bar chart: coloured bars with their values written above them."""
 
 import random
 from typing import Any
 
-from capsight.reference.drawing.canvas import Canvas
+from capsight.reference.drawing.canvas import CELL, Canvas
 from capsight.reference.drawing.palette import COLORS, jitter, light, random_font
+
+_LEVELS = 5
 
 
 def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str, Any]]:
-    """Draw a chart; facts: ``bars`` {colour: height}; the highest and the lowest bar are unique."""
+    """Draw a chart; facts: ``bars`` {colour: value}; the highest and the lowest bar are a level apart."""
     canvas = Canvas(rng, width, height, light(rng, 240))
-    colors = rng.sample(list(COLORS), rng.randint(3, 5))
+    colors = rng.sample(list(COLORS), rng.randint(3, 4))
     while True:
-        heights = [rng.randint(1, 9) for _ in colors]
-        if heights.count(max(heights)) == 1 and heights.count(min(heights)) == 1:
+        levels = [rng.randint(1, _LEVELS) for _ in colors]
+        if levels.count(max(levels)) == 1 and levels.count(min(levels)) == 1:
             break
-    unit = rng.randint(15, 19)
-    left, base = rng.randint(24, width - 196), rng.randint(10 * unit + 2, height - 12)
-    axis, grid = jitter(rng, (60, 60, 60), 20), (215, 215, 215)
-    font = random_font(rng, 13, 14)
-    for level in range(1, 10):
-        canvas.draw.line((left, base - level * unit, left + 184, base - level * unit), fill=grid)
-        canvas.text(left - 14, base - level * unit, str(level), font, axis)
-    canvas.draw.line((left, base, left + 184, base), fill=axis)
-    canvas.draw.line((left, base, left, base - 9.5 * unit), fill=axis)
-    step = 184 / len(colors)
-    bar = rng.uniform(0.5, 0.8) * step
-    for k, (color, value) in enumerate(zip(colors, heights, strict=True)):
-        x = left + (k + 0.5) * step
-        top = base - value * unit
-        canvas.draw.rectangle((x - bar / 2, top, x + bar / 2, base), fill=jitter(rng, COLORS[color]))
-        canvas.mark("bar", color, x, top)
-    return canvas, {"bars": dict(zip(colors, heights, strict=True))}
+    values = [rng.randint(max(10, 18 * k), 18 * k + 9) for k in levels]
+    wide = 2 * len(colors)
+    left = rng.randint(0, canvas.columns - wide)
+    base = CELL * rng.randint(_LEVELS + 1, canvas.rows)
+    grid = (215, 215, 215)
+    for level in range(1, _LEVELS + 1):
+        y = base - CELL * level
+        canvas.draw.line((CELL * left, y, CELL * (left + wide), y), fill=grid)
+    axis = jitter(rng, (60, 60, 60), 20)
+    canvas.draw.line((CELL * left, base - 1, CELL * (left + wide), base - 1), fill=axis)
+    font, half = random_font(rng, 15, 17), rng.uniform(9, 13)
+    for k, (color, level, value) in enumerate(zip(colors, levels, values, strict=True)):
+        x, top = CELL * (left + 2 * k + 0.5), base - CELL * level + rng.uniform(0, 4)
+        canvas.draw.rectangle((x - half, top, x + half, base - 2), fill=jitter(rng, COLORS[color]))
+        for cell in range(level):
+            canvas.mark("bar", color, x, base - CELL * (cell + 0.5))
+        canvas.text(left + 2 * k, base // CELL - level - 1, str(value), font, axis)
+    return canvas, {"bars": dict(zip(colors, values, strict=True))}

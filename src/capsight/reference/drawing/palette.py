@@ -22,19 +22,16 @@ COLORS: dict[str, RGB] = {
 
 #: Fonts that matplotlib ships, so that every machine draws the same glyphs: name -> smallest size in px.
 FONTS: dict[str, int] = {
-    "DejaVuSans": 13,
-    "DejaVuSans-Bold": 13,
-    "DejaVuSans-Oblique": 13,
-    "DejaVuSansMono": 13,
-    "DejaVuSansMono-Bold": 13,
-    "DejaVuSerif": 13,
-    "DejaVuSerif-Bold": 13,
-    "STIXGeneral": 16,
-    "STIXGeneralBol": 16,
+    "DejaVuSans": 12,
+    "DejaVuSans-Bold": 12,
+    "DejaVuSansMono": 12,
+    "DejaVuSerif": 12,
+    "STIXGeneral": 14,
+    "STIXGeneralBol": 14,
 }
 
-#: Characters of codes; I, O, 0 and 1 are left out because some fonts draw them alike.
-CODE_ALPHABET = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"
+#: Characters of codes, without those that are hard to tell apart in some font or wider than others.
+CODE_ALPHABET = "ACDEFHJKLNPRTUVXY23456789"
 
 LABELS = ("gate", "seat", "room", "desk", "train", "flight", "locker", "order", "ticket", "shelf")
 ITEMS = (

@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from capsight.reference.drawing.canvas import Canvas
+from capsight.reference.drawing.canvas import CELL, Canvas
 from capsight.reference.drawing.palette import COLORS, jitter, light, random_code, random_font
 
 
@@ -27,15 +27,12 @@ def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str
             case _:
                 canvas.draw.rectangle(box, fill=tint)
     code = random_code(rng, 5, 6)
-    font = random_font(rng, 19, 26)
-    plate_w, plate_h = canvas.text_width(code, font) + 20, font.size + 18
-    left, top = rng.uniform(2, width - plate_w - 2), rng.uniform(2, height - plate_h - 2)
+    column, row = rng.randint(0, canvas.columns - 3), rng.randint(0, canvas.rows - 1)
     canvas.draw.rectangle(
-        (left, top, left + plate_w, top + plate_h),
+        (CELL * column - 3, CELL * row, CELL * column + 14 * len(code) + 3, CELL * row + CELL - 1),
         fill=jitter(rng, (240, 240, 225), 12),
         outline=(30, 30, 30),
     )
-    canvas.text(
-        left + 10, top + plate_h / 2, code, font, jitter(rng, COLORS[rng.choice(("black", "blue", "red"))])
-    )
+    ink = jitter(rng, COLORS[rng.choice(("black", "blue", "red"))])
+    canvas.text(column, row, code, random_font(rng, 17, 20), ink)
     return canvas, {"code": code}

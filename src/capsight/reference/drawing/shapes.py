@@ -4,7 +4,7 @@ import math
 import random
 from typing import Any
 
-from capsight.reference.drawing.canvas import Canvas
+from capsight.reference.drawing.canvas import CELL, Canvas
 from capsight.reference.drawing.palette import COLORS, RGB, jitter, light
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -30,21 +30,18 @@ def draw_shape(canvas: Canvas, shape: str, x: float, y: float, r: float, fill: R
 
 
 def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str, Any]]:
-    """Draw 2 to 7 shapes that do not touch; facts: ``shapes`` [(shape, colour), ...]."""
+    """Draw 2 to 6 shapes, each in a cell of its own; facts: ``shapes`` [(shape, colour), ...]."""
     canvas = Canvas(rng, width, height, light(rng, 228))
     few = rng.sample(SHAPES, rng.randint(2, 4))
     tints = rng.sample(list(COLORS), rng.randint(2, 4))
-    placed: list[tuple[float, float, float]] = []
+    cells = rng.sample(range(canvas.columns * canvas.rows), rng.randint(2, 6))
     facts: list[tuple[str, str]] = []
-    target = rng.randint(2, 7)
-    while len(placed) < target:
-        r = rng.uniform(12, 21)
-        x, y = rng.uniform(r + 4, width - r - 4), rng.uniform(r + 4, height - r - 4)
-        if any(math.hypot(x - a, y - b) < r + s + 8 for a, b, s in placed):
-            continue
+    for cell in cells:
+        r = rng.uniform(9, 13)
+        x = CELL * (cell % canvas.columns + 0.5) + rng.uniform(r - 13.5, 13.5 - r)
+        y = CELL * (cell // canvas.columns + 0.5) + rng.uniform(r - 13.5, 13.5 - r)
         shape, color = rng.choice(few), rng.choice(tints)
         draw_shape(canvas, shape, x, y, r, jitter(rng, COLORS[color]))
         canvas.mark(shape, color, x, y)
-        placed.append((x, y, r))
         facts.append((shape, color))
     return canvas, {"shapes": facts}

@@ -1,8 +1,7 @@
 """Dense supervision of the vision tower: which character, shape and colour is where.
 
-Every merged vision token covers 28 x 28 px. It is asked for the first four characters from the left in its
-upper and in its lower half, and for the shape and the colour of a mark whose centre lies in it. Counting from
-the left, and not by place, spares the language model from finding out which places are empty.
+Every merged vision token covers a cell of 28 x 28 px. It is asked for the character in its left and in its
+right half, and for the shape and the colour of a mark whose centre lies in it.
 """
 
 import random
@@ -13,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from capsight.reference.drawing import Canvas, Scene
+from capsight.reference.drawing.canvas import CELL, PITCH
 from capsight.reference.drawing.palette import CODE_ALPHABET, COLORS, jitter, light, random_font
 from capsight.reference.drawing.shapes import SHAPES
 
-CELL, PER_HALF = 28, 4
-SLOTS = 2 * PER_HALF
-CHARACTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits
+SLOTS = 2
+CHARACTERS = string.ascii_lowercase + string.ascii_uppercase + string.digits + "."
 _CHAR_CLASS = {c: i + 1 for i, c in enumerate(CHARACTERS)}
 _SHAPE_CLASS = {s: i + 1 for i, s in enumerate((*SHAPES, "bar"))}
 _COLOR_CLASS = {c: i + 1 for i, c in enumerate(COLORS)}
@@ -26,7 +25,7 @@ _COLOR_CLASS = {c: i + 1 for i, c in enumerate(COLORS)}
 
 @dataclass(frozen=True, slots=True)
 class DenseLabels:
-    """Labels of ``n`` merged tokens, row by row: chars [n, 8], shapes [n], colors [n]; 0 is nothing."""
+    """Labels of ``n`` merged tokens, row by row: chars [n, 2], shapes [n], colors [n]; 0 is nothing."""
 
     chars: Tensor
     shapes: Tensor
@@ -44,16 +43,9 @@ def dense_labels(scenes: list[Scene]) -> DenseLabels:
         columns, rows = scene.image.width // CELL, scene.image.height // CELL
         c = torch.zeros(rows * columns, SLOTS, dtype=torch.long)
         s, k = torch.zeros(rows * columns, dtype=torch.long), torch.zeros(rows * columns, dtype=torch.long)
-        halves: dict[tuple[int, int], list[int]] = {}
-        for glyph in sorted(scene.glyphs, key=lambda g: g.x):
-            inside = 0 <= glyph.x < scene.image.width and 0 <= glyph.y < scene.image.height
-            if inside and glyph.char in _CHAR_CLASS:
-                cell = int(glyph.y // CELL) * columns + int(glyph.x // CELL)
-                half = int(glyph.y % CELL // (CELL // 2))
-                halves.setdefault((cell, half), []).append(_CHAR_CLASS[glyph.char])
-        for (cell, half), found in halves.items():
-            found = found[:PER_HALF]
-            c[cell, half * PER_HALF : half * PER_HALF + len(found)] = torch.tensor(found)
+        for glyph in scene.glyphs:
+            cell = int(glyph.y // CELL) * columns + int(glyph.x // CELL)
+            c[cell, int(glyph.x % CELL // PITCH)] = _CHAR_CLASS[glyph.char]
         for mark in scene.marks:
             cell = min(rows - 1, int(mark.y // CELL)) * columns + min(columns - 1, int(mark.x // CELL))
             s[cell], k[cell] = _SHAPE_CLASS[mark.shape], _COLOR_CLASS[mark.color]
@@ -66,17 +58,12 @@ def dense_labels(scenes: list[Scene]) -> DenseLabels:
 def text_page(rng: random.Random, width: int = 224, height: int = 224) -> Scene:
     """A page full of random characters: the densest lesson in reading."""
     canvas = Canvas(rng, width, height, light(rng, 205))
-    y = rng.uniform(9, 16)
-    while y < height - 8:
-        font = random_font(rng, 13, 25)
-        ink = jitter(rng, rng.choice(((40, 40, 40), COLORS["blue"], COLORS["red"], COLORS["purple"])), 30)
-        x = rng.uniform(2, 30)
-        alphabet = string.ascii_lowercase if rng.random() < 0.2 else CODE_ALPHABET + "01"
-        while x < width - 20:
-            x = canvas.text(x, y, rng.choice(alphabet), font, ink)
-            if rng.random() < 0.12:
-                x += rng.uniform(3, 30)
-        y += font.size + rng.uniform(1, 12)
+    inks = ((40, 40, 40), *(COLORS[c] for c in ("blue", "red", "purple", "green")))
+    for row in range(canvas.rows):
+        font, ink = random_font(rng, 12, 20), jitter(rng, rng.choice(inks), 30)
+        alphabet = string.ascii_lowercase if rng.random() < 0.3 else CODE_ALPHABET + "01."
+        line = (rng.choice(alphabet if rng.random() < 0.9 else " ") for _ in range(2 * canvas.columns))
+        canvas.text(0, row, "".join(line), font, ink)
     return Scene("text", canvas.image, {}, tuple(canvas.glyphs), ())
 
 

@@ -1,13 +1,12 @@
-"""The lessons: see (dense labels), spell (a snippet), index (several), compare (one to eight pages)."""
+"""The lessons: see (dense labels), read (one or two pages), compare (one to eight)."""
 
 import random
 from dataclasses import dataclass
 
 from capsight.reference.drawing import draw_scene
 from capsight.reference.drawing.scene import Scene
-from capsight.reference.prompts import Prompt, ask_about, draw_prompt, split_rng
+from capsight.reference.prompts import Prompt, draw_prompt, split_rng
 from capsight.reference.training.dense import text_page
-from capsight.reference.training.snippets import snippet
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +22,6 @@ class Stage:
         vision_lr: peak learning rate of the vision tower; 0 freezes it.
         large: probability of a page of 128 instead of 64 vision tokens.
         cross: probability that a question needs several images.
-        snippets: probability that a prompt is about snippets instead of pages.
     """
 
     name: str
@@ -34,14 +32,12 @@ class Stage:
     vision_lr: float
     large: float
     cross: float = 0.35
-    snippets: float = 0.0
 
 
 STAGES = (
-    Stage("see", 850, 32, (), 0.0, 1.2e-3, 0.2),
-    Stage("spell", 400, 64, (1,), 1.2e-3, 0.0, 0.0, snippets=1.0),
-    Stage("index", 360, 64, (1, 1, 1, 2, 4), 1.2e-3, 0.0, 0.0, snippets=1.0),
-    Stage("compare", 1000, 24, (1, 2, 3, 4, 6, 8), 1.2e-3, 1.5e-4, 0.4, snippets=0.25),
+    Stage("see", 500, 24, (), 0.0, 1.2e-3, 0.1),
+    Stage("read", 1600, 16, (1, 1, 2), 1.2e-3, 1e-4, 0.1),
+    Stage("compare", 1300, 16, (1, 2, 3, 4, 6, 8), 1.2e-3, 1e-4, 0.3),
 )
 
 
@@ -55,11 +51,7 @@ def prompts(stage: Stage, step: int) -> list[Prompt]:
     """The prompts of one step: all with the same number of images, ten questions and more each."""
     rng: random.Random = split_rng("train", step, stage.name)
     count = rng.choice(stage.counts)
-    made = []
-    for _ in range(max(1, stage.images // count)):
-        if rng.random() < stage.snippets:
-            scenes = [snippet(rng) for _ in range(count)]
-            made.append(ask_about(rng, scenes, 3 + 2 * count, stage.cross))
-        else:
-            made.append(draw_prompt(rng, count, 10 + count // 2, stage.large, stage.cross))
-    return made
+    return [
+        draw_prompt(rng, count, 10 + 2 * count, stage.large, stage.cross)
+        for _ in range(max(1, stage.images // count))
+    ]
