@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+DOCS_STAMP := $(VENV)/.docs-ready
 
 # Idle OpenMP threads must not spin: on two cores they would take the other process's time.
 export KMP_BLOCKTIME ?= 0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test lint train-reference fit-reference accuracy clean
+.PHONY: help setup demo test lint docs train-reference fit-reference accuracy clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -35,6 +36,14 @@ lint: setup  ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(DOCS_STAMP)  ## build the documentation into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		mkdocs-material "mkdocstrings[python]"
+	@touch $@
+
 train-reference: setup  ## train the reference VLM from nothing (resumes; writes runs/reference)
 	$(BIN)/python -m capsight.reference.training --out runs/reference
 
@@ -47,4 +56,4 @@ accuracy: setup  ## accuracy of the reference VLM on its test split, full cache 
 	$(BIN)/python benchmarks/readme_numbers.py
 
 clean:  ## remove .venv and what tools left behind
-	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) out site .pytest_cache .mypy_cache .ruff_cache .hypothesis
