@@ -13,6 +13,7 @@ from capsight.blindsight import (
     prompts,
 )
 from capsight.blindsight.calibrate.capture import following, shape_of, watching
+from capsight.blindsight.calibrate.losses import Losses
 from capsight.blindsight.calibrate.recovery import recover
 from capsight.blindsight.calibrate.votes import Votes
 from capsight.errors import CalibrationError, OptionError
@@ -99,36 +100,37 @@ def test_thresholds_out_of_range(wrong):
 
 
 def voted(lost):
-    votes = Votes(2, 4, Thresholds((1.0, 1.0), 0.1, 0.9, 0.9))
+    votes, losses = Votes(2, 4, Thresholds((1.0, 1.0), 0.1, 0.9, 0.9)), Losses(2, 4)
     votes.add(lost)
-    return votes, HeadMap(votes.decide())
+    losses.add(lost)
+    return losses, HeadMap(votes.decide())
 
 
 def test_recovery_returns_the_worst_heads_first():
     lost = torch.arange(8).view(2, 1, 4).expand(2, 3, 4) / 10
-    votes, head_map = voted(lost)
+    losses, head_map = voted(lost)
 
     def drop(candidate):
         return sum(
-            votes.lost(layer, head, category)
+            losses.of(layer, head, category)
             for layer, heads in enumerate(candidate.categories)
             for head, category in enumerate(heads)
         )
 
-    found, measured = recover(head_map, votes, drop, tolerance=1.05)
+    found, measured = recover(head_map, losses, drop, tolerance=1.05)
     assert found.categories == ((SINK,) * 4, (SINK, DENSE, DENSE, DENSE))
     assert measured == pytest.approx(drop(found))
     assert measured <= 1.05
-    assert recover(head_map, votes, drop, tolerance=9.0)[0] == head_map
-    assert recover(head_map, votes, drop, tolerance=0.0)[0].counts()[DENSE] >= 7
-    tied, _ = recover(head_map, votes, drop, tolerance=1.05, group=2)
+    assert recover(head_map, losses, drop, tolerance=9.0)[0] == head_map
+    assert recover(head_map, losses, drop, tolerance=0.0)[0].counts()[DENSE] >= 7
+    tied, _ = recover(head_map, losses, drop, tolerance=1.05, group=2)
     assert tied.categories == ((SINK,) * 4, (DENSE,) * 4)
 
 
 def test_recovery_wants_a_drop():
-    votes, head_map = voted(torch.zeros(2, 3, 4))
+    losses, head_map = voted(torch.zeros(2, 3, 4))
     with pytest.raises(CalibrationError, match="dense model itself"):
-        recover(head_map, votes, lambda candidate: 0.9, tolerance=0.1)
+        recover(head_map, losses, lambda candidate: 0.9, tolerance=0.1)
 
 
 def test_calibrate_is_deterministic_and_restores_the_model(vlm, samples):
@@ -184,6 +186,24 @@ def test_a_processor_makes_the_inputs(vlm):
         next(prompts(vlm.model, None, [raw]))
 
 
+def test_a_layer_has_one_category(vlm, samples):
+    """The map of the layer criterion, and recovery by output error whatever heads were judged by."""
+    for criterion in ("mass", "output", "distribution"):
+        found = BlindSight.calibrate(
+            vlm.model,
+            None,
+            samples[:2],
+            criterion=criterion,
+            unit="layer",
+            alpha=0.05 if criterion != "distribution" else 1e-4,
+            evaluate=lambda head_map: 0.0 if head_map.counts()[DENSE] >= 4 else 1.0,
+            tolerance=0.5,
+            progress=False,
+        )
+        assert found.counts()[DENSE] >= 4
+        assert all(len(set(layer)) == 1 for layer in found.categories)
+
+
 def test_own_evaluate_own_held_out_and_tied_groups(vlm, samples):
     seen = []
 
@@ -198,12 +218,13 @@ def test_own_evaluate_own_held_out_and_tied_groups(vlm, samples):
         alpha=9.0,
         evaluate=evaluate,
         tolerance=0.5,
-        tie_kv_groups=True,
+        unit="kv_group",
         progress=False,
     )
     assert tied.counts()[DENSE] == 6
     assert tied.calibration.prompts == 2
     assert tied.calibration.recovered == 6
+    assert tied.calibration.unit == "kv_group"
     assert seen[-1].num_heads == 4
     assert tied.tie_kv_groups(2) == tied.replaced({})
     other = BlindSight.calibrate(
@@ -217,8 +238,9 @@ def test_held_out_measures_zero_for_the_dense_map(vlm, samples):
     dense = HeadMap.all_dense(3, 4)
     sink = HeadMap.uniform(SINK, 3, 4, MaskOptions(False, 0, 1))
     assert held.kl(dense) == 0
-    assert held.disagreement(dense) == 0
+    assert held.changed(dense) == 0
     assert held.kl(sink) > 0
+    assert 0 <= held.changed(sink) <= 1
 
 
 def test_calibration_data_that_will_not_do(vlm, samples):
@@ -234,6 +256,8 @@ def test_calibration_data_that_will_not_do(vlm, samples):
         run([bad], tolerance=None)
     with pytest.raises(OptionError, match="criterion"):
         run(samples, criterion="colour")
+    with pytest.raises(OptionError, match="unit"):
+        run(samples, unit="model")
     with pytest.raises(OptionError, match="tolerance"):
         run(samples, tolerance=-1)
     assert vlm.config.get_text_config()._attn_implementation == "sdpa"

@@ -6,6 +6,7 @@ import torch
 from capsight.blindsight import Category, MaskOptions, reference_mask
 from capsight.blindsight.calibrate.capture import watching
 from capsight.blindsight.calibrate.criteria import distribution, later_rows, mass, output
+from capsight.blindsight.calibrate.samples import Prompt
 from capsight.blindsight.categories import SPARSE
 from capsight.blindsight.flops import layer_rules
 from capsight.layout import build_layout
@@ -29,6 +30,10 @@ def samples(vlm):
     return [sample(vlm, seed) for seed in range(4)]
 
 
+def ready(vlm, inputs):
+    return Prompt(dict(inputs), build_layout(inputs, vlm.config))
+
+
 def eager_weights(vlm, inputs):
     """Attention weights as transformers itself computes them: per layer `[B, Hq, S, S]`."""
     before = vlm.config.get_text_config()._attn_implementation
@@ -45,7 +50,7 @@ def test_mass_is_what_the_masks_cut_off(family):
     vlm = FAMILIES[family]()
     inputs = sample(vlm, images=3)
     layout = build_layout(inputs, vlm.config)
-    found = mass(vlm.model, inputs, layout, OPTIONS)
+    found = mass(vlm.model, ready(vlm, inputs), OPTIONS)
     rows, rules = later_rows(layout.rows[0]), layer_rules(vlm.config, len(found))
     for layer, weights in enumerate(eager_weights(vlm, inputs)):
         for index, category in enumerate(SPARSE):
@@ -56,7 +61,7 @@ def test_mass_is_what_the_masks_cut_off(family):
 
 def test_output_is_the_change_through_w_o(vlm, samples):
     layout = build_layout(samples[0], vlm.config)
-    found = output(vlm.model, samples[0], layout, OPTIONS)
+    found = output(vlm.model, ready(vlm, samples[0]), OPTIONS)
     rows = later_rows(layout.rows[0])
     layer, head = 1, 2
     seen = {}
@@ -77,10 +82,46 @@ def test_output_is_the_change_through_w_o(vlm, samples):
             assert torch.allclose(found[layer, index, head], (a - b).norm() / a.norm(), atol=1e-4)
 
 
+@pytest.mark.parametrize("together", [2, 4])
+def test_output_of_heads_switched_together(vlm, samples, together):
+    """A key-value group or a layer at once: errors of heads add up before the norm is taken."""
+    prompt = ready(vlm, samples[0])
+    layout, rows = prompt.layout, later_rows(prompt.layout.rows[0])
+    found = output(vlm.model, prompt, OPTIONS, together)
+    checked = []
+
+    def observe(call):
+        dense = call.attend_uniform(layout, DENSE, OPTIONS)
+        for index, category in enumerate(SPARSE):
+            for first in range(0, 4, together):
+                some = tuple(category if first <= h < first + together else DENSE for h in range(4))
+                outs = dense, call.attend(layout, some, OPTIONS)
+                a, b = (call.module.o_proj(out.transpose(1, 2).flatten(2))[0, rows] for out in outs)
+                expected = ((a - b).norm() / a.norm()).expand(together)
+                checked.append((found[call.layer, index, first : first + together], expected))
+        return dense
+
+    with watching(vlm.model, observe):
+        vlm.model(**samples[0], use_cache=False)
+    assert len(checked) == 3 * 3 * 4 // together
+    for ours, expected in checked:
+        assert torch.allclose(ours, expected, atol=1e-4)
+
+
+def test_mass_of_heads_switched_together_is_the_largest(vlm, samples):
+    prompt = ready(vlm, samples[0])
+    alone, pairs = (mass(vlm.model, prompt, OPTIONS, together) for together in (1, 2))
+    largest = alone.view(3, 3, 2, 2).amax(-1, keepdim=True).expand(3, 3, 2, 2).reshape(3, 3, 4)
+    assert torch.allclose(pairs, largest)
+
+
 def test_distribution_is_zero_only_where_nothing_is_lost(vlm, samples):
-    layout = build_layout(samples[0], vlm.config)
-    found = distribution(vlm.model, samples[0], layout, MaskOptions(own_window=4))
+    prompt = ready(vlm, samples[0])
+    found = distribution(vlm.model, prompt, MaskOptions(own_window=4))
     assert found.shape == (3, 3, 4)
     assert (found > -1e-6).all()
     assert found[0].max() > 1e-7
     assert found[-1].abs().max() < 1e-5  # the last layer's image rows reach no later token
+    layers = distribution(vlm.model, prompt, MaskOptions(own_window=4), 4)
+    assert torch.equal(layers, layers[..., :1].expand_as(layers))
+    assert layers[0].max() > found[0].max() / 4

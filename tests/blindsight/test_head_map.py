@@ -12,6 +12,7 @@ DENSE, SINK = Category.DENSE, Category.SINK
 INTRA, BOTH = Category.INTRA_IMAGE, Category.INTRA_IMAGE_SINK
 RECORD = CalibrationRecord(
     criterion="output",
+    unit="head",
     thresholds={"alpha_first": 0.1, "alpha_last": 0.2, "gamma_d": 0.1, "gamma_s": 0.9, "gamma_i": 0.9},
     votes={category: [[0.5] * 4] * 2 for category in (SINK, INTRA, BOTH)},
     prompts=12,
@@ -114,6 +115,7 @@ BAD = {
     "votes of another shape": damage(lambda c: c["calibration"]["votes"]["sink"].pop()),
     "a vote that is no number": damage(lambda c: c["calibration"]["votes"]["sink"][0].__setitem__(0, None)),
     "an infinite drop": damage(lambda c: c["calibration"].update(measured_drop=float("inf"))),
+    "a unit that is no string": damage(lambda c: c["calibration"].update(unit=3)),
     "a record without prompts": damage(lambda c: c["calibration"].pop("prompts")),
 }
 

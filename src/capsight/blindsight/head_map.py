@@ -21,7 +21,8 @@ class CalibrationRecord:
     """How a calibrated head map came about; the numbers are those that decided.
 
     Attributes:
-        criterion: what was measured per head ("mass", "output" or "distribution").
+        criterion: what was measured ("mass", "output" or "distribution").
+        unit: what was switched, and has one category ("head", "kv_group" or "layer").
         thresholds: name -> value; alpha as "alpha_first" and "alpha_last" (linear in depth), then
             "gamma_d", "gamma_s", "gamma_i".
         votes: category -> [layers][heads], the share of prompts for which the category was good enough.
@@ -33,6 +34,7 @@ class CalibrationRecord:
     """
 
     criterion: str
+    unit: str
     thresholds: dict[str, float]
     votes: dict[Category, list[list[float]]]
     prompts: int

@@ -115,10 +115,11 @@ def _record(content: dict[str, Any], head_map: HeadMap) -> CalibrationRecord:
     for layers in votes.values():
         if [len(layer) for layer in layers] != [head_map.num_heads] * head_map.num_layers:
             raise ValueError("votes are not of the shape of the categories")
-    if not isinstance(content["criterion"], str) or not isinstance(content["dataset"], str):
-        raise TypeError("criterion and dataset must be strings")
+    if not all(isinstance(content[name], str) for name in ("criterion", "unit", "dataset")):
+        raise TypeError("criterion, unit and dataset must be strings")
     return CalibrationRecord(
         criterion=content["criterion"],
+        unit=content["unit"],
         thresholds={str(name): _number(value) for name, value in content["thresholds"].items()},
         votes=votes,
         prompts=_whole(content["prompts"]),

@@ -74,10 +74,27 @@ _WATCH: ContextVar[tuple[Observer, Any]] = ContextVar("capsight_calibration")
 
 
 @contextmanager
-def watching(model: Any, observer: Observer) -> Iterator[None]:
-    """Inside the context, `observer` is the attention of the model's text layers; no gradients.
+def untouched(model: Any) -> Iterator[None]:
+    """Inside the context a model may be run in eval mode, without gradients.
 
-    Whatever happens, the model leaves with the attention, training flags and position state it came with.
+    Whatever happens, it leaves with the training flags and position state it came with.
+    """
+    training = [module for module in model.modules() if module.training]
+    deltas = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for module, delta in deltas:
+            module.rope_deltas = delta
+
+
+@contextmanager
+def watching(model: Any, observer: Observer) -> Iterator[None]:
+    """`untouched`, and `observer` is the attention of the model's text layers.
 
     Args:
         model: a transformers vision-language model.
@@ -85,23 +102,16 @@ def watching(model: Any, observer: Observer) -> Iterator[None]:
     """
     text = model.config.get_text_config(decoder=True)
     before = text._attn_implementation
-    training = [module for module in model.modules() if module.training]
-    deltas = [(module, module.rope_deltas) for module in model.modules() if hasattr(module, "rope_deltas")]
     AttentionInterface.register(ATTENTION_NAME, _attention)
     AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
     token = _WATCH.set((observer, model.config))
     try:
-        model.eval()
-        model.set_attn_implementation({"text_config": ATTENTION_NAME})
-        with torch.no_grad():
+        with untouched(model):
+            model.set_attn_implementation({"text_config": ATTENTION_NAME})
             yield
     finally:
         model.set_attn_implementation({"text_config": before})
         _WATCH.reset(token)
-        for module in training:
-            module.training = True
-        for module, delta in deltas:
-            module.rope_deltas = delta
 
 
 def following(layout: PromptLayout, head_map: HeadMap) -> Observer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from capsight.blindsight.calibrate.votes import Votes
+from capsight.blindsight.calibrate.losses import Losses
 from capsight.blindsight.categories import Category
 from capsight.blindsight.head_map import HeadMap
 from capsight.errors import CalibrationError
@@ -17,7 +17,7 @@ _Unit = list[tuple[int, int]]
 
 def recover(
     head_map: HeadMap,
-    votes: Votes,
+    losses: Losses,
     evaluate: Evaluate,
     tolerance: float,
     group: int = 1,
@@ -30,10 +30,10 @@ def recover(
 
     Args:
         head_map: as voted.
-        votes: what each head loses by its category.
+        losses: what each head loses by its category; decides which return first.
         evaluate: measures a map; has to be within the tolerance for an all-Dense one.
         tolerance: in the unit of `evaluate`.
-        group: query heads that return together (Hq / Hkv for tied maps).
+        group: query heads that return together, and share a number in `losses`.
         on_step: called after each measurement.
 
     Returns:
@@ -42,7 +42,7 @@ def recover(
     Raises:
         CalibrationError: even an all-Dense map is outside the tolerance.
     """
-    order = _units(head_map, votes, group)
+    order = _units(head_map, losses, group)
 
     def measured(units: int) -> tuple[HeadMap, float]:
         changed = head_map.replaced({head: Category.DENSE for unit in order[:units] for head in unit})
@@ -70,13 +70,13 @@ def recover(
     return best
 
 
-def _units(head_map: HeadMap, votes: Votes, group: int) -> list[_Unit]:
+def _units(head_map: HeadMap, losses: Losses, group: int) -> list[_Unit]:
     """The heads (or groups of heads) that are not Dense, those with the largest loss first."""
     units: list[tuple[float, _Unit]] = []
     for layer, categories in enumerate(head_map.categories):
         for first in range(0, len(categories), group):
             unit = [(layer, head) for head in range(first, first + group)]
-            if categories[first] is not Category.DENSE:
-                loss = sum(votes.lost(layer, head, categories[head]) for _, head in unit)
+            if categories[first] is not Category.DENSE:  # the whole unit is alike
+                loss = max(losses.of(layer, head, categories[head]) for _, head in unit)
                 units.append((loss, unit))
     return [unit for _, unit in sorted(units, key=lambda item: (-item[0], item[1]))]

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from capsight.blindsight.calibrate.capture import shape_of
-from capsight.blindsight.calibrate.criteria import CRITERIA
+from capsight.blindsight.calibrate.criteria import CRITERIA, output
 from capsight.blindsight.calibrate.held_out import HeldOut
+from capsight.blindsight.calibrate.losses import Losses
 from capsight.blindsight.calibrate.recovery import Evaluate, recover
 from capsight.blindsight.calibrate.samples import Digest, Prompt, Sample, prompts
 from capsight.blindsight.calibrate.votes import Thresholds, Votes
@@ -21,6 +22,9 @@ from capsight.errors import CalibrationError, OptionError
 
 CriterionName = Literal["mass", "output", "distribution"]
 """What a head is judged by; see `criteria.py`."""
+
+Unit = Literal["head", "kv_group", "layer"]
+"""Which query heads are switched, judged and returned to Dense together."""
 
 ALPHAS: dict[str, float] = {"mass": 0.1, "output": 0.1, "distribution": 0.001}
 """Default alpha: share of attention, relative change of the layer's output, nats."""
@@ -43,7 +47,7 @@ def calibrate(
     tolerance: float | None = 0.01,
     evaluate: Evaluate | None = None,
     held_out: Iterable[Sample] | None = None,
-    tie_kv_groups: bool = False,
+    unit: Unit = "head",
     fingerprint: str = "",
     progress: bool = True,
 ) -> HeadMap:
@@ -63,11 +67,12 @@ def calibrate(
         gamma_s: see `Thresholds`.
         gamma_i: see `Thresholds`.
         options: which tokens are sinks, and the window of Sink heads.
-        tolerance: the drop that is allowed, in the unit of `evaluate`; None: no recovery pass.
+        tolerance: the drop that is allowed, in the unit of `evaluate`: heads return to Dense, those with the
+            largest output error first, until the map is within it. None: no recovery pass.
         evaluate: the drop of a head map against the dense model (0 for an all-Dense map). None: the
-            fraction of positions after the images whose most likely next token changes on held-out prompts.
+            share of held-out prompts whose answer changes (`HeldOut.changed`).
         held_out: prompts for that, kept in memory. None: every fourth of `samples`, which then do not vote.
-        tie_kv_groups: one category per group of query heads that share a key-value head.
+        unit: what has one category: a query head, the query heads that share a key-value head, or a layer.
         fingerprint: of the model, stored in the map.
         progress: show a progress bar on stderr.
 
@@ -83,13 +88,17 @@ def calibrate(
     """
     if criterion not in CRITERIA:
         raise OptionError(f"criterion must be one of {get_args(CriterionName)}, not {criterion!r}")
+    if unit not in get_args(Unit):
+        raise OptionError(f"unit must be one of {get_args(Unit)}, not {unit!r}")
     if tolerance is not None and not tolerance >= 0:
         raise OptionError(f"tolerance must be 0 or more, not {tolerance}")
     chosen = options or MaskOptions()
     ends = ALPHAS[criterion] if alpha is None else alpha
     thresholds = Thresholds(ends if isinstance(ends, tuple) else (ends, ends), gamma_d, gamma_s, gamma_i)
     layers, heads = shape_of(model)
-    votes, digest, kept = Votes(layers, heads, thresholds), Digest(), list[Prompt]()
+    together = {"head": 1, "kv_group": heads // _kv_heads(model, heads), "layer": heads}[unit]
+    votes, errors = Votes(layers, heads, thresholds), Losses(layers, heads)
+    digest, kept = Digest(), list[Prompt]()
     set_aside = tolerance is not None and evaluate is None and held_out is None
     with _bar(progress) as bar:
         task = bar.add_task(f"judging heads by {criterion}", total=_length(samples))
@@ -98,24 +107,23 @@ def calibrate(
                 kept.append(prompt)
                 continue
             digest.add(prompt)
-            votes.add(CRITERIA[criterion](model, prompt.inputs, prompt.layout, chosen))
+            lost = CRITERIA[criterion](model, prompt, chosen, together)
+            ranked = tolerance is not None and criterion != "output"
+            errors.add(output(model, prompt, chosen, together) if ranked else lost)
+            votes.add(lost)
         if not votes.prompts:
             raise CalibrationError("no calibration prompt has two images; heads differ only between images")
-        head_map = HeadMap(votes.decide(), chosen, fingerprint)
-        size = heads // _kv_heads(model, heads) if tie_kv_groups else 1
-        if tie_kv_groups:
-            head_map = head_map.tie_kv_groups(heads // size)
+        voted = head_map = HeadMap(votes.decide(), chosen, fingerprint)
         drop = None
-        voted = head_map
         if tolerance is not None:
             if evaluate is None:
-                kept += prompts(model, processor, held_out or ())
-                evaluate = HeldOut(model, kept).disagreement
+                evaluate = HeldOut(model, kept or prompts(model, processor, held_out or ())).changed
             steps = bar.add_task("measuring the drop", total=None)
-            head_map, drop = recover(voted, votes, evaluate, tolerance, size, lambda: bar.advance(steps))
+            head_map, drop = recover(voted, errors, evaluate, tolerance, together, lambda: bar.advance(steps))
             bar.update(steps, total=bar.tasks[steps].completed)
     record = CalibrationRecord(
         criterion=criterion,
+        unit=unit,
         thresholds=thresholds.to_dict(),
         votes=votes.to_dict(),
         prompts=votes.prompts,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from capsight.blindsight.categories import SPARSE, Category
-from capsight.errors import CalibrationError, OptionError
+from capsight.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,27 +60,14 @@ class Votes:
         self.thresholds = thresholds
         self.prompts = 0
         self._good = torch.zeros(layers, len(SPARSE), heads)
-        self._lost = torch.zeros(layers, len(SPARSE), heads, dtype=torch.float64)
 
     def add(self, lost: Tensor) -> None:
         """Count one prompt.
 
         Args:
-            lost: `[L, 3, Hq]`, what each head loses by each category of `SPARSE`.
-
-        Raises:
-            CalibrationError: a number is NaN or infinite, or the shape is another model's.
+            lost: `[L, 3, Hq]`, finite, what each head loses by each category of `SPARSE`.
         """
-        if lost.shape != self._good.shape:
-            raise CalibrationError(f"losses of shape {tuple(lost.shape)}, expected {tuple(self._good.shape)}")
-        if not torch.isfinite(lost).all():
-            raise CalibrationError(
-                "attention of a calibration prompt holds NaN or infinite values; run the model in float32 or "
-                "bfloat16 and check that the samples are what its processor makes"
-            )
-        alphas = self.thresholds.alphas(lost.shape[0])
-        self._good += lost <= alphas[:, None, None]
-        self._lost += lost
+        self._good += lost <= self.thresholds.alphas(lost.shape[0])[:, None, None]
         self.prompts += 1
 
     def shares(self) -> Tensor:
@@ -90,12 +77,6 @@ class Votes:
     def decide(self) -> tuple[tuple[Category, ...], ...]:
         """The category of every head: [layers][heads]."""
         return tuple(tuple(map(self._category, layer.T.tolist())) for layer in self.shares())
-
-    def lost(self, layer: int, head: int, category: Category) -> float:
-        """What a head loses by a category, mean over prompts; 0 for Dense."""
-        if category is Category.DENSE:
-            return 0.0
-        return float(self._lost[layer, SPARSE.index(category), head]) / self.prompts
 
     def to_dict(self) -> dict[Category, list[list[float]]]:
         """As `CalibrationRecord.votes` has them: category -> [layers][heads]."""
