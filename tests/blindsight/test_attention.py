@@ -1,7 +1,6 @@
 """Segments and flex against the reference, and all-Dense against plain attention."""
 
 import math
-import warnings
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from blindsight.layouts import CATEGORIES, layouts, options, prompt
 from capsight.blindsight import BaseRule, Category, MaskOptions, sparse_attention
-from capsight.blindsight.attention import auto, flex, segments
+from capsight.blindsight.attention import flex
 from capsight.blindsight.attention.flex_plan import TILE, flex_plan
 from capsight.blindsight.attention.segment_plan import segment_plan
 from capsight.blindsight.attention.work import Work
@@ -154,29 +153,6 @@ def test_flex_computes_few_tiles():
     work = Work(row, Category.INTRA_IMAGE_SINK, MaskOptions(), BaseRule(), whole(row))
     dense = (row.length // TILE) ** 2 / 2
     assert flex_plan(work, torch.device("cpu")).tiles() < 0.13 * dense
-
-
-def test_auto_uses_flex_for_long_prompts():
-    row = prompt(*[512] * 9)
-    work = Work(row, Category.SINK, MaskOptions(), BaseRule(), whole(row))
-    query = torch.zeros(1, row.length, D)
-    assert auto.choose(work, query) is auto._flex_or_segments
-    assert auto.choose(work, query[:, :100]) is segments.attend
-    dense = Work(row, Category.DENSE, MaskOptions(), BaseRule(), whole(row))
-    assert auto.choose(dense, query) is segments.attend
-
-
-def test_auto_says_so_when_it_cannot_use_flex(monkeypatch):
-    monkeypatch.setattr(flex, "missing", lambda device, dtype: "no compiler")
-    monkeypatch.setattr(auto, "FLEX_FROM", {"cpu": 300})
-    monkeypatch.setattr(auto, "_WITHOUT_FLEX", set())
-    layout = PromptLayout((prompt(200, 200),))
-    q, k, v = qkv(1, 4, 2, layout.length, layout.length)
-    with pytest.warns(RuntimeWarning, match="no compiler"):
-        found = sparse_attention(q, k, v, layout, MIXED)
-    with warnings.catch_warnings(action="error"):  # once is enough
-        assert torch.equal(found, sparse_attention(q, k, v, layout, MIXED))
-    assert torch.equal(found, sparse_attention(q, k, v, layout, MIXED, implementation="segments"))
 
 
 def test_flex_that_cannot_compile_raises(monkeypatch):
