@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -13,14 +13,14 @@ from capsight.layout import PromptLayout
 
 @dataclass(frozen=True, slots=True)
 class SparsePrefill:
-    """One prefill that is to follow a head map.
+    """One prefill that is to follow a head map, in one forward pass or in chunks (`prefill_chunk_size`).
 
     Attributes:
         head_map: category of every query head.
         layout: of the whole prompt.
         config: the model's config.
         seen: tokens per row that the cache held before.
-        new: tokens per row of this prefill; a forward pass of another length is not it and stays dense.
+        new: tokens per row of this prefill; what comes after them (decoding) stays dense.
     """
 
     head_map: HeadMap
@@ -28,11 +28,15 @@ class SparsePrefill:
     config: Any
     seen: int
     new: int
+    _done: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor | None:
         """Attention output `[B, S, Hq, D]` of one layer, or None where it has to be dense.
+
+        Every layer counts the tokens it has been given: a sliding layer's cache forgets old keys, so
+        where a chunk lies cannot be told from the number of its keys.
 
         Args:
             layer: layer index.
@@ -42,8 +46,12 @@ class SparsePrefill:
             scaling: factor of the scores.
             window: the layer's sliding window, if it has one.
         """
+        done, rows = self._done.get(layer, 0), query.shape[2]
+        if done + rows > self.new:
+            return None
+        self._done[layer] = done + rows
         categories = self.head_map.categories[layer]
-        if query.shape[2] != self.new or all(c is Category.DENSE for c in categories):
+        if all(c is Category.DENSE for c in categories):
             return None
         layout = self.layout
         if query.shape[0] != layout.batch_size:
@@ -57,6 +65,6 @@ class SparsePrefill:
             options=self.head_map.options,
             rule=BaseRule.of(self.config, window),
             scaling=scaling,
-            prefix=self.seen,
+            prefix=self.seen + done,
         )
         return output.transpose(1, 2).contiguous()
