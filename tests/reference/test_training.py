@@ -7,13 +7,14 @@ import torch
 
 from capsight.reference.architecture import build_config, build_model, build_processor, build_tokenizer
 from capsight.reference.corpus import wording
-from capsight.reference.drawing import draw_scene
-from capsight.reference.prompts import split_prompt
+from capsight.reference.drawing import KINDS, draw_scene
+from capsight.reference.prompts import Prompt, split_prompt
 from capsight.reference.training.batches import Batcher, patches
 from capsight.reference.training.dense import CHARACTERS, SLOTS, dense_labels, text_page
 from capsight.reference.training.feed import lesson
 from capsight.reference.training.loop import Trainer
-from capsight.reference.training.stages import Stage
+from capsight.reference.training.stages import STAGES, Stage, prompts
+from capsight.reference.training.transcript import with_transcript
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +97,33 @@ def test_standardising_changes_what_the_language_model_gets_but_not_what_the_hea
     after, same_loss = look()
     assert (loss - same_loss).abs() < 1e-3 * loss.abs()
     assert after.std() < 0.2 < before.abs().mean()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("little", [0.0, 1.0])
+def test_a_transcript_says_all_that_is_drawn(kind, little):
+    rng = random.Random(5)
+    for _ in range(20):
+        scene = draw_scene(rng, kind, 0.3, little)
+        (exercise,) = with_transcript(Prompt((scene,), ()), rng).questions
+        said = exercise.answer.replace(" ", "")
+        if kind == "shapes":
+            assert len(exercise.answer.split()) == 2 * len(scene.marks)
+        elif kind == "chart":
+            assert all(f"{color} {value}" in exercise.answer for color, value in scene.facts["bars"].items())
+        elif kind == "table":  # the numbers above the columns are not said
+            assert all(value in said for value in scene.facts["cells"].values())
+        else:
+            assert said == "".join(g.char for g in scene.glyphs)
+
+
+@pytest.mark.parametrize("stage", STAGES[1:], ids=lambda stage: stage.name)
+def test_lessons_have_the_images_and_exercises_of_their_stage(stage):
+    made = prompts(stage, 3)
+    count = len(made[0].scenes)
+    assert count in stage.counts
+    assert len(made) == max(1, stage.images // count)
+    if stage.transcripts == 1.0:
+        assert all(sum(q.task == "transcript" for q in p.questions) == 1 for p in made)
+    if stage.little == 1.0:
+        assert max(s.image.width * s.image.height for p in made for s in p.scenes) <= 32 * 28**2

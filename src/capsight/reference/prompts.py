@@ -44,10 +44,15 @@ def draw_kinds(rng: random.Random, images: int) -> list[str]:
 
 
 def draw_prompt(
-    rng: random.Random, images: int, questions: int, large: float = 0.5, cross: float = 0.35
+    rng: random.Random,
+    images: int,
+    questions: int,
+    large: float = 0.5,
+    cross: float = 0.35,
+    little: float = 0.0,
 ) -> Prompt:
     """Draw ``images`` scenes and ask ``questions`` different questions about them."""
-    scenes = [draw_scene(rng, kind, large) for kind in draw_kinds(rng, images)]
+    scenes = [draw_scene(rng, kind, large, little) for kind in draw_kinds(rng, images)]
     return ask_about(rng, scenes, questions, cross)
 
 

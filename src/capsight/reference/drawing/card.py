@@ -1,4 +1,4 @@
-"""A card: two to four labelled codes, and a line of small print."""
+"""A card: up to four labelled codes, and a line of small print."""
 
 import random
 from typing import Any
@@ -10,10 +10,11 @@ from capsight.reference.drawing.palette import COLORS, LABELS, jitter, light, ra
 def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str, Any]]:
     """Draw a card; facts: ``codes`` {label: code} and ``small_print``."""
     canvas = Canvas(rng, width, height, light(rng, 225))
-    labels = rng.sample(LABELS, rng.randint(2, 4))
+    most = min(4, canvas.rows - 2)
+    labels = rng.sample(LABELS, rng.randint(min(2, most), most))
     codes = {label: random_code(rng) for label in labels}
     small_print = random_code(rng, 5, 6)
-    step = rng.choice((1, 2)) if len(labels) < 4 else 1
+    step = rng.choice((1, 2)) if 2 * len(labels) + 2 <= canvas.rows else 1
     tall = step * len(labels) + 2
     left, top = rng.randint(0, canvas.columns - 7), rng.randint(0, canvas.rows - tall)
     if rng.random() < 0.5:

@@ -6,23 +6,25 @@ from typing import Any
 from capsight.reference.drawing.canvas import CELL, Canvas
 from capsight.reference.drawing.palette import COLORS, jitter, light, random_font
 
-_LEVELS = 5
+_MOST_LEVELS = 5
 
 
 def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str, Any]]:
     """Draw a chart; facts: ``bars`` {colour: value}; the highest and the lowest bar are a level apart."""
     canvas = Canvas(rng, width, height, light(rng, 240))
-    colors = rng.sample(list(COLORS), rng.randint(3, 4))
+    most, top_level = min(4, canvas.columns // 2), min(_MOST_LEVELS, canvas.rows - 1)
+    colors = rng.sample(list(COLORS), rng.randint(min(3, most), most))
     while True:
-        levels = [rng.randint(1, _LEVELS) for _ in colors]
+        levels = [rng.randint(1, top_level) for _ in colors]
         if levels.count(max(levels)) == 1 and levels.count(min(levels)) == 1:
             break
-    values = [rng.randint(max(10, 18 * k), 18 * k + 9) for k in levels]
+    span = 90 // top_level
+    values = [rng.randint(max(10, span * k), span * k + 9) for k in levels]
     wide = 2 * len(colors)
     left = rng.randint(0, canvas.columns - wide)
-    base = CELL * rng.randint(_LEVELS + 1, canvas.rows)
+    base = CELL * rng.randint(top_level + 1, canvas.rows)
     grid = (215, 215, 215)
-    for level in range(1, _LEVELS + 1):
+    for level in range(1, top_level + 1):
         y = base - CELL * level
         canvas.draw.line((CELL * left, y, CELL * (left + wide), y), fill=grid)
     axis = jitter(rng, (60, 60, 60), 20)

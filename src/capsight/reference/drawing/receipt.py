@@ -10,7 +10,8 @@ from capsight.reference.drawing.palette import ITEMS, jitter, light, random_font
 def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str, Any]]:
     """Draw a receipt; facts: ``prices`` {item: "d.dd"} and ``total`` "d.dd" or "dd.dd"."""
     canvas = Canvas(rng, width, height, light(rng, 200, 240))
-    items = rng.sample(ITEMS, rng.randint(2, 5))
+    most = min(5, canvas.rows - 1)
+    items = rng.sample(ITEMS, rng.randint(min(2, most), most))
     cents = rng.sample(range(100, 1000, 5), len(items))
     prices = {item: f"{c / 100:.2f}" for item, c in zip(items, cents, strict=True)}
     total = f"{sum(cents) / 100:.2f}"

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from capsight.reference.drawing import card, chart, plate, receipt, shapes, table
-from capsight.reference.drawing.canvas import Canvas, Glyph, Mark
+from capsight.reference.drawing.canvas import CELL, Canvas, Glyph, Mark
 
 
 class _Painter(Protocol):
@@ -56,7 +56,18 @@ class Scene:
     marks: tuple[Mark, ...]
 
 
-def draw_scene(rng: random.Random, kind: str | None = None, large: float = 0.5) -> Scene:
+#: Pages with room for little, in cells: the first pages of training.
+_LITTLE_SIZES: dict[str, tuple[tuple[int, int], ...]] = {
+    "card": ((7, 3), (8, 4)),
+    "receipt": ((7, 2), (7, 3)),
+    "table": ((2, 2), (3, 2), (3, 3)),
+    "chart": ((4, 3), (6, 4)),
+    "shapes": ((2, 2), (3, 2)),
+    "plate": ((3, 2), (4, 2)),
+}
+
+
+def draw_scene(rng: random.Random, kind: str | None = None, large: float = 0.5, little: float = 0.0) -> Scene:
     """Draw one scene.
 
     Args:
@@ -64,8 +75,13 @@ def draw_scene(rng: random.Random, kind: str | None = None, large: float = 0.5) 
         kind: one of `KINDS`; drawn at random when None.
         large: probability of a page of 128 vision tokens (448 x 224 or 224 x 448 px) instead of
             64 (224 x 224 px). A larger page holds no more content: it has wider blank margins.
+        little: probability of a page of 4 to 32 vision tokens with less content.
     """
     kind = kind or rng.choice(KINDS)
-    width, height = rng.choice(_LARGE_SIZES[kind]) if rng.random() < large else SMALL
+    if little and rng.random() < little:
+        columns, rows = rng.choice(_LITTLE_SIZES[kind])
+        width, height = CELL * columns, CELL * rows
+    else:
+        width, height = rng.choice(_LARGE_SIZES[kind]) if rng.random() < large else SMALL
     canvas, facts = _PAINTERS[kind].paint(rng, width, height)
     return Scene(kind, canvas.image, facts, tuple(canvas.glyphs), tuple(canvas.marks))

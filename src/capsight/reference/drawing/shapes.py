@@ -34,7 +34,9 @@ def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str
     canvas = Canvas(rng, width, height, light(rng, 228))
     few = rng.sample(SHAPES, rng.randint(2, 4))
     tints = rng.sample(list(COLORS), rng.randint(2, 4))
-    cells = rng.sample(range(canvas.columns * canvas.rows), rng.randint(2, 6))
+    cells = rng.sample(
+        range(canvas.columns * canvas.rows), rng.randint(2, min(6, canvas.columns * canvas.rows))
+    )
     facts: list[tuple[str, str]] = []
     for cell in cells:
         r = rng.uniform(9, 13)

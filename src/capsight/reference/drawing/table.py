@@ -10,7 +10,9 @@ from capsight.reference.drawing.palette import COLORS, jitter, light, random_fon
 def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str, Any]]:
     """Draw a table; facts: ``cells`` {(row letter, column number): "dd"}."""
     canvas = Canvas(rng, width, height, light(rng, 235))
-    rows, columns = rng.randint(2, 4), rng.randint(2, 4)
+    most_rows, most_columns = min(4, canvas.rows - 1), min(4, canvas.columns - 1)
+    rows = rng.randint(min(2, most_rows), most_rows)
+    columns = rng.randint(min(2, most_columns), most_columns)
     step = rng.choice((1, 2)) if 2 * columns + 1 <= canvas.columns else 1
     wide, tall = step * columns + 1, rows + 1
     left, top = rng.randint(0, canvas.columns - wide), rng.randint(0, canvas.rows - tall)
