@@ -2,47 +2,109 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from capsight.blindsight import BlindSight
+from capsight.blindsight import BlindSight, HeadMap, MaskOptions
+from capsight.blindsight.calibrate.run import check_options
 from capsight.blindsight.draw import draw_head_map
 from capsight.cli.fit import calibration_items
 from capsight.cli.models import REFERENCE, load_model
+from capsight.errors import OptionError
+from capsight.evaluation import Item, reference_items
 from capsight.evaluation.asking import process
 from capsight.kvcapsule.fingerprint import model_fingerprint
+
+REFERENCE_IMAGES = (2, 4, 6, 8)
+"""Image counts of the reference task's calibration prompts."""
+
+HOLD_EVERY = 4
+"""Every so many prompts, one does not vote but measures the drop."""
 
 
 def calibrate(
     out: Annotated[Path, typer.Option(help="Folder to write the head map to.")],
     model: Annotated[str, typer.Option(help="'reference', a folder or a hub id.")] = REFERENCE,
     data: Annotated[
-        Path | None, typer.Option(help="JSONL of {images, question} with two images or more a line.")
+        Path | None,
+        typer.Option(
+            help="JSONL of {images, question}, two images or more a line; the reference task has its own."
+        ),
     ] = None,
     criterion: Annotated[str, typer.Option(help="output, mass or distribution.")] = "output",
-    tolerance: Annotated[
-        float, typer.Option(help="Share of next tokens after the images that may change on held-out prompts.")
-    ] = 0.01,
-    samples: Annotated[int, typer.Option(help="Calibration prompts to use at most.")] = 48,
+    unit: Annotated[str, typer.Option(help="What has one category: head, kv_group or layer.")] = "head",
+    alpha: Annotated[
+        str | None,
+        typer.Option(
+            help="What a category may lose, in the criterion's unit; FIRST,LAST is linear in depth."
+        ),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Share of held-out answers that may change.")] = 0.02,
+    sink_tokens: Annotated[int, typer.Option(help="Vision tokens of an image that are sinks.")] = 1,
+    own_window: Annotated[int, typer.Option(help="How far Sink heads see into their own image.")] = 32,
+    samples: Annotated[int, typer.Option(help="Calibration prompts; every fourth is held out.")] = 48,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
 ) -> None:
     """Calibrate a head map for sparse prefill and write it, with a picture, to a folder."""
+    check_options(criterion, unit, tolerance)
+    options, ends = MaskOptions(sink_tokens=sink_tokens, own_window=own_window), _alpha(alpha)
     vlm, processor = load_model(model, dtype, device)
-    items = calibration_items(model, data, samples)
-    prompts = [process(processor, item, [item.asks[0].question]) for item in items if len(item.images) > 1]
+    items = [item for item in _items(model, data, samples) if len(item.images) > 1]
+    held = items[HOLD_EVERY - 1 :: HOLD_EVERY]
+    voting = [item for index, item in enumerate(items) if index % HOLD_EVERY != HOLD_EVERY - 1]
+    began = time.perf_counter()
     head_map = BlindSight.calibrate(
         vlm,
         processor,
-        prompts,
+        [process(processor, item, [item.asks[0].question]) for item in voting],
         criterion=criterion,  # type: ignore[arg-type]
+        unit=unit,  # type: ignore[arg-type]
+        alpha=ends,
+        options=options,
         tolerance=tolerance,
+        held_out=[_all_questions(processor, item) for item in held],
         fingerprint=model_fingerprint(vlm),
     )
     head_map.save_pretrained(out)
     draw_head_map(head_map, out / "head_map.png")
+    seconds = time.perf_counter() - began
+    said = f"{len(voting)} prompts voted, {len(held)} were held out, {seconds:.0f} s -> {out}"
+    Console().print(f"{said}\n{_summary(head_map)}", soft_wrap=True)
+
+
+def _items(model: str, data: Path | None, samples: int) -> list[Item]:
+    if model != REFERENCE or data is not None:
+        return calibration_items(model, data, samples)
+    if samples < 1:
+        raise OptionError(f"samples is {samples}; it must be at least 1")
+    each = -(-samples // len(REFERENCE_IMAGES))
+    return [item for count in REFERENCE_IMAGES for item in reference_items("calibration", count, each)]
+
+
+def _all_questions(processor: Any, item: Item) -> dict[str, Any]:
+    return process(processor, item, [ask.question for ask in item.asks])
+
+
+def _alpha(text: str | None) -> float | tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        ends = [float(part) for part in text.split(",")]
+        if len(ends) > 2:
+            raise ValueError("too many numbers")
+        return (ends[0], ends[1]) if len(ends) == 2 else ends[0]
+    except ValueError as error:
+        raise OptionError(f"alpha is {text!r}; give a number, or FIRST,LAST such as 0.1,0.3") from error
+
+
+def _summary(head_map: HeadMap) -> str:
     counts = ", ".join(f"{count} {category}" for category, count in head_map.counts().items() if count)
-    Console().print(f"{len(prompts)} prompts -> {out}: {counts}")
+    record = head_map.calibration
+    if record is None or record.measured_drop is None:
+        return counts
+    return f"{counts}; {record.recovered} returned to dense, {record.measured_drop:.1%} of answers change"

@@ -1,8 +1,7 @@
-"""`capsight demo`: several questions about six images, the full cache beside capsules."""
+"""`capsight demo`: questions about six images, answered from the full cache, capsules, and a head map."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,28 +9,20 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
-from rich.table import Table
 
+from capsight.blindsight import HeadMap, prefill_flops
 from capsight.cli.demo_picture import draw_demo
-from capsight.cli.models import REFERENCE, check_out, load_capsule, load_model
-from capsight.cli.output import human_bytes, write_json
+from capsight.cli.demo_tables import Side, print_demo
+from capsight.cli.models import REFERENCE, check_out, load_capsule, load_model, reference_head_map
+from capsight.cli.output import write_json
 from capsight.errors import OptionError
-from capsight.evaluation import Answers, Ask, Item, ask_item, exact_match
+from capsight.evaluation import Ask, Item, ask_item, exact_match
 from capsight.evaluation.asking import process
-from capsight.evaluation.timing import Timing, time_generation
+from capsight.evaluation.timing import time_generation
 from capsight.kvcapsule import KVCapsule
+from capsight.layout import build_layout
 from capsight.reference import split_prompt
 from capsight.runtime import enable
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One side of the comparison."""
-
-    name: str
-    answers: Answers
-    timing: Timing
-    module_nbytes: int
 
 
 def demo(
@@ -44,7 +35,7 @@ def demo(
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     png: Annotated[Path, typer.Option(help="Picture of the images and answers.")] = Path("capsight-demo.png"),
 ) -> None:
-    """Draw images nobody trained on, ask the reference VLM about them, and compare the two caches."""
+    """Draw images nobody trained on, ask the reference VLM about them, and compare the caches."""
     if images < 1 or questions < 1:
         raise OptionError("images and questions must be at least 1")
     check_out(json)
@@ -62,65 +53,55 @@ def demo(
         progress.update(task, description="asking with the full cache")
         full = _side("full cache", model, processor, item, None)
         progress.update(task, description="asking with capsules")
-        ours = _side(f"capsules, {capsule.retained:.0%} retained", model, processor, item, capsule)
-    _print(console, item, full, ours)
-    draw_demo(png, item, {side.name: side.answers.texts for side in (full, ours)})
+        sides = [full, _side(f"capsules, {capsule.retained:.0%} retained", model, processor, item, capsule)]
+        head_map = reference_head_map()
+        if head_map is not None:
+            progress.update(task, description="asking with capsules after sparse prefill")
+            sides.append(_side("capsules + head map", model, processor, item, capsule, head_map))
+    print_demo(console, item, sides)
+    draw_demo(png, item, {side.name: side.answers.texts for side in sides})
     console.print(f"picture: {png}")
-    write_json(json, _figures(item, full, ours))
+    write_json(json, _figures(item, sides))
 
 
-def _side(name: str, model: Any, processor: Any, item: Item, capsule: KVCapsule | None) -> Side:
-    with enable(model, capsule=capsule) as fast, torch.no_grad():
+def _side(
+    name: str,
+    model: Any,
+    processor: Any,
+    item: Item,
+    capsule: KVCapsule | None,
+    head_map: HeadMap | None = None,
+) -> Side:
+    text = model.config.get_text_config()
+    dense = HeadMap.all_dense(text.num_hidden_layers, text.num_attention_heads)
+    with enable(model, capsule=capsule, head_map=head_map) as fast, torch.no_grad():
         answers = ask_item(fast, processor, item, "after")
         inputs = process(processor, item, [item.asks[0].question])
         timing = time_generation(fast, inputs)
-    return Side(name, answers, timing, 0 if capsule is None else capsule.module_nbytes)
+    flops = prefill_flops(model, build_layout(inputs, model.config), head_map or dense)
+    return Side(name, answers, timing, 0 if capsule is None else capsule.module_nbytes, flops)
 
 
-def _print(console: Console, item: Item, full: Side, ours: Side) -> None:
-    def verdict(answer: str, ask: Ask) -> str:
-        mark = "[green]✓[/]" if exact_match(answer, ask.answer) else "[red]✗[/]"
-        return f"{mark} {answer}"
-
-    table = Table("question", "right answer", full.name, ours.name, title=f"{len(item.images)} images")
-    for i, ask in enumerate(item.asks):
-        table.add_row(
-            ask.question, ask.answer, verdict(full.answers.texts[i], ask), verdict(ours.answers.texts[i], ask)
-        )
-    console.print(table)
-    costs = Table("", full.name, ours.name, "ratio")
-    kv_full, kv_ours = full.answers.nbytes, ours.answers.nbytes
-    costs.add_row("KV cache", human_bytes(kv_full), human_bytes(kv_ours), f"{kv_full / kv_ours:.2f}x smaller")
-    total = kv_ours + ours.module_nbytes
-    costs.add_row("with modules", human_bytes(kv_full), human_bytes(total), f"{kv_full / total:.2f}x smaller")
-    a, b = full.timing, ours.timing
-    costs.add_row(
-        "first token", f"{a.ttft_s * 1e3:.0f} ms", f"{b.ttft_s * 1e3:.0f} ms", f"{b.ttft_s / a.ttft_s:.2f}"
-    )
-    costs.add_row(
-        "decode",
-        f"{a.tokens_per_s:.0f} tok/s",
-        f"{b.tokens_per_s:.0f} tok/s",
-        f"{b.tokens_per_s / a.tokens_per_s:.2f}",
-    )
-    console.print(costs)
-
-
-def _figures(item: Item, *sides: Side) -> dict[str, Any]:
-    return {
+def _figures(item: Item, sides: list[Side]) -> dict[str, Any]:
+    """The full cache and capsules under "sides"; capsules after sparse prefill, if any, on their own."""
+    figures: dict[str, Any] = {
         "images": len(item.images),
         "questions": [{"question": a.question, "answer": a.answer, "task": a.task} for a in item.asks],
-        "sides": {
-            side.name: {
-                "answers": list(side.answers.texts),
-                "right": [
-                    exact_match(t, a.answer) for t, a in zip(side.answers.texts, item.asks, strict=True)
-                ],
-                "kv_bytes": side.answers.nbytes,
-                "module_bytes": side.module_nbytes,
-                "ttft_s": side.timing.ttft_s,
-                "tokens_per_s": side.timing.tokens_per_s,
-            }
-            for side in sides
-        },
+        "sides": {side.name: _side_figures(item, side) for side in sides[:2]},
+    }
+    for side in sides[2:]:
+        saved = {"attention_flops_saved": side.flops.attention_saved, "prefill_flops_saved": side.flops.saved}
+        figures["with_head_map"] = {"name": side.name} | _side_figures(item, side) | saved
+    return figures
+
+
+def _side_figures(item: Item, side: Side) -> dict[str, Any]:
+    right = [exact_match(t, a.answer) for t, a in zip(side.answers.texts, item.asks, strict=True)]
+    return {
+        "answers": list(side.answers.texts),
+        "right": right,
+        "kv_bytes": side.answers.nbytes,
+        "module_bytes": side.module_nbytes,
+        "ttft_s": side.timing.ttft_s,
+        "tokens_per_s": side.timing.tokens_per_s,
     }

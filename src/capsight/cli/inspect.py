@@ -1,25 +1,56 @@
-"""`capsight inspect`: what is in a capsule folder."""
+"""`capsight inspect`: what is in a capsule or head-map folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from capsight.blindsight import Category, HeadMap
+from capsight.blindsight.head_map_file import FILE_NAME
 from capsight.cli.models import check_out
 from capsight.cli.output import human_bytes, write_json
+from capsight.errors import CapsuleFileError
 from capsight.kvcapsule import KVCapsule
+
+LETTERS = {
+    Category.DENSE: "D",
+    Category.SINK: "s",
+    Category.INTRA_IMAGE: "i",
+    Category.INTRA_IMAGE_SINK: "+",
+}
+"""One letter per head in the table of a head map."""
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="Capsule folder, hub id, or 'reference'.")],
+    path: Annotated[str, typer.Argument(help="Capsule or head-map folder, hub id, or 'reference'.")],
     json: Annotated[Path | None, typer.Option(help="Write the same to this file.")] = None,
 ) -> None:
-    """Show a capsule: codec, sizes, layers, break-even; checks the files on the way."""
+    """Show a capsule (codec, sizes, layers, break-even) or a head map; checks the files on the way."""
     check_out(json)
+    console = Console()
+    facts = _head_map(path, console) if _is_head_map(path) else _capsule(path, console)
+    write_json(json, facts)
+
+
+def _is_head_map(path: str) -> bool:
+    """Whether a folder, file or hub repository is a head map; where it is neither, the capsule says why."""
+    local = Path(path)
+    if local.exists():
+        return local.is_file() or (local / FILE_NAME).is_file()
+    if path == "reference":
+        return False
+    try:
+        HeadMap.from_pretrained(path)
+    except CapsuleFileError:
+        return False
+    return True
+
+
+def _capsule(path: str, console: Console) -> dict[str, Any]:
     capsule = KVCapsule.from_pretrained(path)
     info = capsule.info
     facts = {
@@ -33,15 +64,49 @@ def inspect(
         "model": str(info.model_config.get("model_type")),
         "fingerprint": info.fingerprint,
     }
-    table = Table(title=path, show_header=False)
-    for name, value in facts.items():
-        table.add_row(name, str(value))
-    console = Console()
-    console.print(table)
+    _print(console, path, facts)
     layers = Table("layer", "kept of a block", "KV heads", "head dim", title="layers")
     for layer in info.layers:
         layers.add_row(
             str(layer.index), f"{layer.kept}/{info.block_size}", str(layer.heads), str(layer.head_dim)
         )
     console.print(layers)
-    write_json(json, facts)
+    return facts
+
+
+def _head_map(path: str, console: Console) -> dict[str, Any]:
+    head_map = HeadMap.from_pretrained(path)
+    options, record = head_map.options, head_map.calibration
+    sinks = f"first {options.sink_tokens} tokens of an image"
+    facts: dict[str, Any] = {
+        "layers x heads": f"{head_map.num_layers} x {head_map.num_heads}",
+        **{category.value: count for category, count in head_map.counts().items()},
+        "sinks": f"delimiters and {sinks}" if options.sink_delimiters else sinks,
+        "own window": f"{options.own_window} tokens (Sink heads)",
+        "fingerprint": head_map.model or "any model of this shape",
+    }
+    if record is not None:
+        facts |= {
+            "judged by": f"{record.criterion}, {record.unit} by {record.unit}",
+            "thresholds": ", ".join(f"{name} {value:g}" for name, value in record.thresholds.items()),
+            "calibrated on": f"{record.prompts} prompts, {record.dataset[:12]}",
+            "returned to dense": record.recovered,
+            "measured drop": "not measured"
+            if record.measured_drop is None
+            else f"{record.measured_drop:.4g}",
+            "tolerance": "none" if record.tolerance is None else f"{record.tolerance:.4g}",
+        }
+    _print(console, path, facts)
+    legend = ", ".join(f"{letter} {category.value}" for category, letter in LETTERS.items())
+    rows = Table("layer", "heads", title=legend)
+    for layer, categories in enumerate(head_map.categories):
+        rows.add_row(str(layer), " ".join(LETTERS[category] for category in categories))
+    console.print(rows)
+    return facts | {"categories": [[category.value for category in layer] for layer in head_map.categories]}
+
+
+def _print(console: Console, title: str, facts: dict[str, Any]) -> None:
+    table = Table(title=title, show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    console.print(table)

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
-from capsight.errors import CapsightError, OptionError
+from capsight.blindsight import HeadMap
+from capsight.errors import CapsightError, CapsuleFileError, OptionError
 from capsight.kvcapsule import KVCapsule
 from capsight.layout import supported_families
 from capsight.reference import load_reference_vlm
@@ -62,6 +63,14 @@ def load_capsule(source: str | None, model_name: str) -> KVCapsule:
     if model_name != REFERENCE:
         raise OptionError("name the capsule of this model with --capsule; `capsight fit` makes one")
     return KVCapsule.from_pretrained(REFERENCE)
+
+
+def reference_head_map() -> HeadMap | None:
+    """The head map shipped for the reference VLM, where the installation has one."""
+    try:
+        return HeadMap.from_pretrained(REFERENCE)
+    except CapsuleFileError:
+        return None
 
 
 def check_out(path: Path | None) -> None:

@@ -86,12 +86,7 @@ def calibrate(
         UnsupportedModelError: the model is not of a kind that can be read.
         LayoutError: a sample is not what the model's processor writes.
     """
-    if criterion not in CRITERIA:
-        raise OptionError(f"criterion must be one of {get_args(CriterionName)}, not {criterion!r}")
-    if unit not in get_args(Unit):
-        raise OptionError(f"unit must be one of {get_args(Unit)}, not {unit!r}")
-    if tolerance is not None and not tolerance >= 0:
-        raise OptionError(f"tolerance must be 0 or more, not {tolerance}")
+    check_options(criterion, unit, tolerance)
     chosen = options or MaskOptions()
     ends = ALPHAS[criterion] if alpha is None else alpha
     thresholds = Thresholds(ends if isinstance(ends, tuple) else (ends, ends), gamma_d, gamma_s, gamma_i)
@@ -133,6 +128,20 @@ def calibrate(
         tolerance=tolerance,
     )
     return replace(head_map, calibration=record)
+
+
+def check_options(criterion: str, unit: str, tolerance: float | None) -> None:
+    """Raise unless `calibrate` knows what is asked of it.
+
+    Raises:
+        OptionError: a name is unknown, or the tolerance is negative.
+    """
+    if criterion not in CRITERIA:
+        raise OptionError(f"criterion must be one of {', '.join(CRITERIA)}, not {criterion!r}")
+    if unit not in get_args(Unit):
+        raise OptionError(f"unit must be one of {', '.join(get_args(Unit))}, not {unit!r}")
+    if tolerance is not None and not tolerance >= 0:
+        raise OptionError(f"tolerance must be 0 or more, not {tolerance}")
 
 
 def _multi_image(

@@ -1,0 +1,85 @@
+"""The demo's tables: answers side by side, and what each side costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+from capsight.blindsight import PrefillFlops
+from capsight.cli.output import human_bytes
+from capsight.evaluation import Answers, Ask, Item, exact_match
+from capsight.evaluation.timing import Timing
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One side of the comparison.
+
+    Attributes:
+        name: heading of its column.
+        answers: in the order of the questions.
+        timing: time to first token and decode speed.
+        module_nbytes: of the capsule, if it has one.
+        flops: of the language model's prefill.
+    """
+
+    name: str
+    answers: Answers
+    timing: Timing
+    module_nbytes: int
+    flops: PrefillFlops
+
+
+def print_demo(console: Console, item: Item, sides: Sequence[Side]) -> None:
+    """Print both tables.
+
+    Args:
+        console: where to.
+        item: images and questions.
+        sides: the full cache first; the others are compared with it.
+    """
+    answers = Table("question", "right answer", *(s.name for s in sides), title=f"{len(item.images)} images")
+    for i, ask in enumerate(item.asks):
+        answers.add_row(ask.question, ask.answer, *(_verdict(s.answers.texts[i], ask) for s in sides))
+    console.print(answers)
+    costs = Table("", *(side.name for side in sides))
+    for name, cells in _costs(sides).items():
+        costs.add_row(name, *cells)
+    console.print(costs)
+
+
+def _verdict(answer: str, ask: Ask) -> str:
+    mark = "[green]✓[/]" if exact_match(answer, ask.answer) else "[red]✗[/]"
+    return f"{mark} {answer}"
+
+
+def _costs(sides: Sequence[Side]) -> dict[str, list[str]]:
+    """Rows of the second table, a cell per side."""
+    full, *others = sides
+    kv = full.answers.nbytes
+    rows = {
+        "KV cache": [human_bytes(kv)],
+        "with modules": [human_bytes(kv)],
+        "prefill": [f"{_total(full.flops) / 1e9:.2f} GFLOP"],
+        "first token": [f"{full.timing.ttft_s * 1e3:.0f} ms"],
+        "decode": [f"{full.timing.tokens_per_s:.0f} tok/s"],
+    }
+    for side in others:
+        held, total = side.answers.nbytes, side.answers.nbytes + side.module_nbytes
+        slower, speed = side.timing.ttft_s / full.timing.ttft_s, side.timing.tokens_per_s
+        rows["KV cache"].append(f"{human_bytes(held)} ({kv / held:.2f}x smaller)")
+        rows["with modules"].append(f"{human_bytes(total)} ({kv / total:.2f}x smaller)")
+        rows["prefill"].append(
+            f"{_total(side.flops) / 1e9:.2f} GFLOP ({side.flops.attention_saved:.0%} less attention)"
+        )
+        rows["first token"].append(f"{side.timing.ttft_s * 1e3:.0f} ms ({slower:.2f}x)")
+        rows["decode"].append(f"{speed:.0f} tok/s ({speed / full.timing.tokens_per_s:.2f}x)")
+    return rows
+
+
+def _total(flops: PrefillFlops) -> int:
+    """FLOPs of the language model's prefill, attention and linear layers."""
+    return flops.attention + flops.linear
