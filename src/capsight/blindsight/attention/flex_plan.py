@@ -10,11 +10,11 @@ delimiter between two images costs no tile of image rows its sparsity.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from capsight.blindsight.attention.plan_cache import remembered
 from capsight.blindsight.attention.work import Work
 from capsight.blindsight.categories import Category
 from capsight.blindsight.spans import Intervals, extents, intervals
@@ -63,14 +63,19 @@ class FlexPlan:
         """This plan on another device."""
         return FlexPlan(*(getattr(self, name).to(device) for name in self.__slots__))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(getattr(self, name).nbytes for name in self.__slots__)
+
     def tiles(self) -> int:
         """How many tiles are computed for each head."""
         return int(self.partial_count.sum() + self.full_count.sum())
 
 
-@lru_cache(maxsize=64)
+@remembered
 def flex_plan(work: Work, device: torch.device) -> FlexPlan:
-    """The plan of some work; cached, since every layer asks for the same.
+    """The plan of some work; remembered, since every layer asks for the same.
 
     Raises:
         LayoutError: images interleave.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from capsight.blindsight.attention.plan_cache import remembered
 from capsight.blindsight.attention.work import Work
 from capsight.blindsight.categories import Category
 from capsight.blindsight.rule import CAUSAL
@@ -59,10 +59,15 @@ class SegmentPlan:
     front: Tensor
     segments: tuple[Segment, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the masks."""
+        return sum(segment.mask.nbytes for segment in self.segments if segment.mask is not None)
 
-@lru_cache(maxsize=64)
+
+@remembered
 def segment_plan(work: Work, device: torch.device) -> SegmentPlan:
-    """The plan of some work; cached, since every layer asks for the same.
+    """The plan of some work; remembered, since every layer asks for the same.
 
     Args:
         work: what is to be attended to.
