@@ -64,12 +64,36 @@ def test_fit_then_inspect_then_eval(monkeypatch, capsys, tmp_path):
     )  # fmt: skip
     assert code == 0
     assert set(json.loads((tmp_path / "e.json").read_text())["methods"]) == {"full", "adaptive 0.5"}
+    assert not (tmp_path / "e.json.partial").exists()
+
+
+def test_eval_by_task_with_a_head_map_goes_on_where_it_was(monkeypatch, capsys, tmp_path):
+    from capsight.blindsight import Category, HeadMap
+
+    HeadMap(((Category.SINK,) * 8,) * 8).save_pretrained(tmp_path / "map")
+    asked = (
+        "eval", "--method", "evict", "--method", "uniform", "--retained", 0.25, "--images", "2",
+        "--head-map", tmp_path / "map", "--tasks", "find,compare", "--max-new-tokens", 4,
+    )  # fmt: skip
+    out = ("--json", tmp_path / "e.json")
+    code, text, _ = run(monkeypatch, capsys, *asked, "--samples", 4, *out)
+    assert code == 0
+    assert "full + head map" in text
+    figures = json.loads((tmp_path / "e.json").read_text())
+    assert list(figures["methods"]) == ["full", "full + head map", "evict 0.25", "uniform 0.25"]
+    assert set(figures["methods"]["full"]["by"]["task"]) <= {"find", "compare"}
+    assert [(row["method"], row["against"]) for row in figures["paired"]] == [("evict 0.25", "uniform 0.25")]
+    (tmp_path / "e.json.partial").write_text('{"samples": 3}\n')
+    code, _, err = run(monkeypatch, capsys, *asked, "--samples", 4, *out)
+    assert code == 2
+    assert "other settings" in err
 
 
 def test_bench(monkeypatch, capsys, tmp_path):
     code, out, _ = run(
         monkeypatch, capsys, "bench", "--batch", "1,2", "--images", "1", "--new-tokens", 3, "--runs", 1,
-        "--retained", 0.25, "--threads", 1, "--json", tmp_path / "b.json",
+        "--retained", 0.25, "--threads", 1, "--kv-budget", "64MB", "--calibrate", 2,
+        "--json", tmp_path / "b.json",
     )  # fmt: skip
     assert code == 0
     assert "adaptive 0.25" in out
@@ -77,7 +101,11 @@ def test_bench(monkeypatch, capsys, tmp_path):
     assert [(r["method"], r["batch"]) for r in rows] == [
         ("full", 1), ("adaptive", 1), ("full", 2), ("adaptive", 2),
     ]  # fmt: skip
-    assert all(r["ttft_s"] > 0 and r["tokens_per_s"] > 0 for r in rows)
+    assert all(r["ttft_s"] > 0 and r["tokens_per_s"] > 0 and r["encode_s"] > 0 for r in rows)
+    assert rows[1]["largest_batch"] >= rows[0]["largest_batch"] > 0
+    assert rows[0]["ratios"]["bytes"] == 1.0
+    fits = json.loads((tmp_path / "b.json").read_text())["calibration"]
+    assert [(f["method"], f["prompts"]) for f in fits] == [("adaptive", 2)]
     assert rows[1]["kv_bytes"] < rows[0]["kv_bytes"]
 
 
@@ -120,8 +148,12 @@ def test_fit_on_a_folder_of_pictures(monkeypatch, capsys, tmp_path):
         (["inspect", "/no/such/folder"], "/no/such/folder"),
         (["eval", "--images", "one"], "one"),
         (["eval", "--method", "magic"], "magic"),
+        (["eval", "--tasks", "magic"], "magic"),
+        (["eval", "--head-map", "/no/such/folder"], "/no/such/folder"),
+        (["eval", "--max-new-tokens", "0"], "max-new-tokens"),
         (["bench", "--batch", "none"], "none"),
         (["bench", "--runs", "0"], "runs"),
+        (["bench", "--kv-budget", "much"], "much"),
         (["calibrate", "--out", "x", "--criterion", "taste"], "taste"),
         (["attention", "--head-map", "/no/such/folder"], "/no/such/folder"),
         (["attention", "--head-map", "x", "--head", "one"], "one"),

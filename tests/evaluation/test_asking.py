@@ -8,7 +8,7 @@ from PIL import Image
 
 import capsight
 from capsight.errors import OptionError
-from capsight.evaluation import Ask, Item, ask_item, evaluate, jsonl_items, reference_items, summary
+from capsight.evaluation import Ask, Item, Journal, ask_item, evaluate, jsonl_items, reference_items, summary
 from capsight.runtime import enable
 
 
@@ -71,6 +71,20 @@ def test_evaluate_pairs_methods_with_the_full_cache(reference):
     assert report["few"]["kv_bytes"] < report["full"]["kv_bytes"] == report["few"]["kv_bytes_full"]
     assert report["full"]["questions"] == sum(len(i.asks) for i in items)
     json.dumps(report)
+
+
+def test_evaluate_goes_on_from_a_journal(reference, tmp_path):
+    model, processor = reference
+    items = list(reference_items("calibration", 1, 3))
+    whole = evaluate(model, processor, items, {}, max_new_tokens=3)
+    evaluate(model, processor, items[:2], {}, max_new_tokens=3, journal=Journal(tmp_path / "j", {}))
+    asked = []
+    again = evaluate(
+        model, processor, items, {}, max_new_tokens=3, journal=Journal(tmp_path / "j", {}),
+        on_item=lambda item, answers: asked.append(bool(answers)),
+    )  # fmt: skip
+    assert asked == [False, False, True]
+    assert summary(again) == summary(whole)
 
 
 def test_text_only_item(reference):

@@ -1,9 +1,11 @@
-"""`capsight bench`: time to first token, decode speed and KV bytes, each method beside the full cache."""
+"""`capsight bench`: speed, memory and what methods cost to make, each beside the full cache."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -11,12 +13,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from capsight.baselines import METHODS
 from capsight.cli.evaluate import calibration_prompts
 from capsight.cli.methods import METHOD_NAMES, make_methods
 from capsight.cli.models import REFERENCE, check_out, load_capsule, load_model
-from capsight.cli.output import human_bytes, write_json
+from capsight.cli.output import human_bytes, parse_bytes, write_json
 from capsight.errors import OptionError
-from capsight.evaluation.bench import BenchRow, bench
+from capsight.evaluation import FULL
+from capsight.evaluation.bench import bench
+from capsight.evaluation.bench_row import BenchRow
+from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.codecs import CODECS
 
 
 def bench_command(
@@ -31,36 +38,62 @@ def bench_command(
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate per row.")] = 32,
     runs: Annotated[int, typer.Option(help="Counted runs, after one that warms up.")] = 3,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    kv_budget: Annotated[
+        str | None, typer.Option(help="Also say the largest batch that fits, such as 512MB.")
+    ] = None,
+    calibrate: Annotated[
+        int, typer.Option(help="Also time fitting the methods to so many prompts; 0: do not.")
+    ] = 0,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
 ) -> None:
     """Time methods on prompts of the reference task; ratios are against the full cache in the same run."""
     check_out(json)
-    if new_tokens < 2 or runs < 1:
-        raise OptionError("new-tokens must be at least 2 and runs at least 1")
+    if new_tokens < 2 or runs < 1 or threads < 1 or calibrate < 0:
+        raise OptionError("new-tokens must be at least 2, runs and threads at least 1, calibrate at least 0")
     batches, counts = _numbers("batch", batch), _numbers("images", images)
+    budget = None if kv_budget is None else parse_bytes(kv_budget)
     torch.set_num_threads(threads)
     vlm, processor = load_model(model, dtype, device)
-    methods = [
-        (made, rho)
-        for rho in retained or [0.4]
-        for made in make_methods(
-            method or ["adaptive"],
-            [rho],
-            lambda: load_capsule(capsule, model),
-            lambda: calibration_prompts(processor, model, None),
-            vlm,
-        ).values()
-    ]
+    names = method or ["adaptive"]
+    methods = make_methods(
+        names,
+        retained or [0.4],
+        lambda: load_capsule(capsule, model),
+        lambda: calibration_prompts(processor, model, None),
+        vlm,
+    )
+    fits = calibration_seconds(names, vlm, processor, calibrate) if calibrate else []
     rows: list[BenchRow] = []
     with Progress(transient=True) as progress:
         bar = progress.add_task("timing", total=len(batches) * len(counts) * (1 + len(methods)))
         for row in bench(vlm, processor, methods, batches, counts, new_tokens, runs):
             rows.append(row)
             progress.advance(bar)
-    _print(rows)
-    write_json(json, {"model": model, "rows": [row.to_dict() for row in rows]})
+    found = _with_ratios(rows, budget)
+    _print(found, fits, kv_budget)
+    values = {"model": model, "dtype": dtype, "runs": runs, "new_tokens": new_tokens, "kv_budget": budget}
+    write_json(json, values | {"rows": found, "calibration": fits})
+
+
+def calibration_seconds(
+    names: Sequence[str], model: Any, processor: Any, prompts: int
+) -> list[dict[str, Any]]:
+    """Seconds that fitting takes for every method that is fitted; one run each, model loaded."""
+    samples = calibration_prompts(processor, REFERENCE, None)[:prompts]
+    found = []
+    for name in names:
+        began = time.perf_counter()
+        if name in CODECS:
+            KVCapsule.fit(model, None, samples, codec=name, progress=False)
+        elif name in METHODS and METHODS[name].calibrated:
+            kind: Any = METHODS[name]
+            kind.fit(model, None, samples, progress=False)
+        else:
+            continue
+        found.append({"method": name, "prompts": len(samples), "seconds": time.perf_counter() - began})
+    return found
 
 
 def _numbers(name: str, text: str) -> list[int]:
@@ -73,23 +106,36 @@ def _numbers(name: str, text: str) -> list[int]:
     return numbers
 
 
-def _print(rows: list[BenchRow]) -> None:
-    table = Table()
-    table.add_column("method", no_wrap=True)
-    for column in ("images", "batch", "tokens", "first token", "tokens/s", "KV"):
-        table.add_column(column, justify="right")
-    full = rows[0]
+def _with_ratios(rows: Sequence[BenchRow], budget: int | None) -> list[dict[str, Any]]:
+    """Rows with what they are beside the full cache, and the batch that a budget allows."""
+    full, found = rows[0], []
     for row in rows:
-        if row.retained is None:
-            full = row
-        kept = row.kv_bytes + row.module_bytes
-        table.add_row(
-            row.method if row.retained is None else f"{row.method} {row.retained:g}",
-            str(row.images),
-            str(row.batch),
-            str(row.prompt_tokens),
-            f"{row.ttft_s * 1e3:.0f} ms ({row.ttft_s / full.ttft_s:.2f}x)",
-            f"{row.tokens_per_s:.0f} ({row.tokens_per_s / full.tokens_per_s:.2f}x)",
-            f"{human_bytes(kept)} ({kept / full.kv_bytes:.2f}x)",
-        )
-    Console().print(table)
+        full = row if row.method == FULL else full
+        values = row.to_dict() | {"name": row.name, "ratios": row.ratios(full)}
+        found.append(values if budget is None else values | {"largest_batch": row.largest_batch(budget)})
+    return found
+
+
+def _print(rows: list[dict[str, Any]], fits: list[dict[str, Any]], budget: str | None) -> None:
+    console, table = Console(), Table()
+    table.add_column("method", no_wrap=True)
+    heads = ["images", "batch", "first token", "encode", "tokens/s", "KV", "peak"]
+    for column in heads if budget is None else [*heads, f"rows in {budget}"]:
+        table.add_column(column, justify="right")
+    for row in rows:
+        ratios = row["ratios"]
+        cells = [
+            row["name"],
+            str(row["images"]),
+            str(row["batch"]),
+            f"{row['ttft_s'] * 1e3:.0f} ms ({ratios['ttft']:.2f}x)",
+            f"{row['encode_s'] * 1e3:.1f} ms",
+            f"{row['tokens_per_s']:.0f} ({ratios['tokens_per_s']:.2f}x)",
+            f"{human_bytes(row['kv_bytes'] + row['module_bytes'])} ({ratios['bytes']:.2f}x)",
+            "" if row["peak_bytes"] is None else human_bytes(row["peak_bytes"]),
+        ]
+        table.add_row(*cells, *([] if budget is None else [str(row["largest_batch"])]))
+    console.print(table)
+    for fit in fits:
+        each = fit["seconds"] / fit["prompts"]
+        console.print(f"fitting {fit['method']}: {fit['seconds']:.1f} s, {each:.2f} s a prompt")

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
+from capsight.blindsight import HeadMap
+from capsight.cli.evaluate_tables import print_pairs, print_report
 from capsight.cli.fit import calibration_items
 from capsight.cli.methods import METHOD_NAMES, make_methods
 from capsight.cli.models import REFERENCE, check_out, load_capsule, load_model
-from capsight.cli.output import human_bytes, write_json
+from capsight.cli.output import write_json
 from capsight.errors import OptionError
-from capsight.evaluation import Item, evaluate, jsonl_items, reference_items, summary
+from capsight.evaluation import Item, Journal, evaluate, jsonl_items, paired, reference_items, summary
 from capsight.evaluation.asking import process
+from capsight.kvcapsule.fingerprint import model_fingerprint
+from capsight.reference.questions import TASKS
 
 _CALIBRATION_PROMPTS = 96  # as `capsight fit` takes by default
 
@@ -31,7 +35,11 @@ def evaluate_command(
     retained: Annotated[
         list[float] | None, typer.Option(help="Retained fractions; repeat for several.")
     ] = None,
+    head_map: Annotated[
+        str | None, typer.Option(help="Prefill with this head map: folder, hub id, or 'reference'.")
+    ] = None,
     protocol: Annotated[str, typer.Option(help="after (the judge) or within.")] = "after",
+    tasks: Annotated[str | None, typer.Option(help="Ask only these tasks, comma-separated.")] = None,
     images: Annotated[
         str, typer.Option(help="Image counts of the reference task, comma-separated.")
     ] = "1,4,8",
@@ -42,14 +50,20 @@ def evaluate_command(
     calibration: Annotated[
         Path | None, typer.Option(help="Pictures or JSONL to fit calibrated baselines to (feature-pca).")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 24,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures to this file; an interrupted run goes on.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
 ) -> None:
     """Exact match, agreement and KL against the full cache, and KV bytes."""
     check_out(json)
+    if max_new_tokens < 1:
+        raise OptionError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
+    chosen = HeadMap.from_pretrained(head_map) if head_map else None
     vlm, processor = load_model(model, dtype, device)
-    items, total = _items(model, data, images, samples)
+    items, total = _items(model, data, images, samples, tasks)
     methods = make_methods(
         method or [],
         retained or [0.4],
@@ -57,6 +71,28 @@ def evaluate_command(
         lambda: calibration_prompts(processor, model, calibration),
         vlm,
     )
+    asked = {
+        "model": model,
+        "protocol": protocol,
+        "head_map": head_map,
+        "tasks": tasks,
+        "data": None if data is None else str(data),
+        "images": None if data is not None else images,
+        "samples": samples,
+        "max_new_tokens": max_new_tokens,
+        "dtype": dtype,
+    }
+    journal = None
+    if json is not None:
+        settings = asked | {
+            "fingerprint": model_fingerprint(vlm),
+            "capsule": capsule,
+            "calibration": None if calibration is None else str(calibration),
+            "methods": {name: made.module_nbytes for name, made in methods.items()},
+        }
+        journal = Journal(json.with_name(json.name + ".partial"), settings)
+        if journal.done:
+            Console(stderr=True).print(f"[dim]going on after {len(journal.done)} prompts[/]")
     with Progress(transient=True) as progress:
         bar = progress.add_task("prompts", total=total)
         results = evaluate(
@@ -65,19 +101,31 @@ def evaluate_command(
             items,
             methods,
             protocol,
+            chosen,
+            max_new_tokens,
+            journal,
             lambda *_: progress.advance(bar),
         )
     report = summary(results)
+    if not report["full"]["questions"]:
+        raise OptionError("there is no question to ask; take more samples, or other tasks")
+    pairs = paired(results, method[0]) if method else []
     print_report(Console(), report, f"{model}, protocol {protocol}")
-    write_json(json, {"model": model, "protocol": protocol, "samples": samples, "methods": report})
+    print_pairs(Console(), pairs)
+    write_json(json, asked | {"methods": report, "paired": pairs})
+    if journal is not None:
+        journal.remove()
 
 
-def _items(model: str, data: Path | None, images: str, samples: int) -> tuple[Iterable[Item], int | None]:
+def _items(
+    model: str, data: Path | None, images: str, samples: int, tasks: str | None
+) -> tuple[Iterable[Item], int]:
+    """The items, and how many there are at most."""
     if samples < 1:
         raise OptionError(f"samples is {samples}; it must be at least 1")
     if data is not None:
         rows = [item for item, _ in zip(jsonl_items(data), range(samples), strict=False)]
-        return rows, len(rows)
+        return _only(tasks, sorted({ask.task for item in rows for ask in item.asks}), rows), len(rows)
     if model != REFERENCE:
         raise OptionError("name the questions with --data: the built-in task is the reference VLM's")
     try:
@@ -86,7 +134,25 @@ def _items(model: str, data: Path | None, images: str, samples: int) -> tuple[It
         raise OptionError(f"images is {images!r}; give counts such as 1,4,8") from error
     if min(counts) < 1:
         raise OptionError(f"images is {images!r}; counts must be at least 1")
-    return (item for c in counts for item in reference_items("test", c, samples)), samples * len(counts)
+    drawn = (item for c in counts for item in reference_items("test", c, samples))
+    return _only(tasks, TASKS, drawn), samples * len(counts)
+
+
+def _only(tasks: str | None, known: Iterable[str], items: Iterable[Item]) -> Iterable[Item]:
+    """The items with the questions of the tasks named, those without any left out."""
+    if tasks is None:
+        return items
+    wanted = {task.strip() for task in tasks.split(",")}
+    if unknown := sorted(wanted - set(known)):
+        raise OptionError(f"there is no task {unknown[0]!r}; use {', '.join(known)}")
+    return _with_tasks(wanted, items)
+
+
+def _with_tasks(wanted: set[str], items: Iterable[Item]) -> Iterator[Item]:
+    for item in items:
+        asks = tuple(ask for ask in item.asks if ask.task in wanted)
+        if asks:
+            yield replace(item, asks=asks)
 
 
 def calibration_prompts(processor: Any, model: str, data: Path | None) -> list[Any]:
@@ -95,34 +161,3 @@ def calibration_prompts(processor: Any, model: str, data: Path | None) -> list[A
         raise OptionError("name data to fit the method to with --calibration: pictures or a JSONL file")
     items = calibration_items(model, data, _CALIBRATION_PROMPTS)
     return [process(processor, item, [item.asks[0].question]) for item in items]
-
-
-def print_report(console: Console, report: dict[str, Any], title: str) -> None:
-    """Two tables: the methods, and the full cache's accuracy by task and image count."""
-    table = Table(title=title)
-    table.add_column("method", no_wrap=True)
-    for column in ("exact match %", "drop (p)", "agree %", "KL", "KV cache"):
-        table.add_column(column, justify="right")
-    for name, row in report.items():
-        share = row["kv_bytes"] / row["kv_bytes_full"] if row["kv_bytes_full"] else 1.0
-        low, high = row["interval"]
-        table.add_row(
-            name,
-            f"{row['exact_match']:.1f} ({low:.0f}-{high:.0f})",
-            f"{row['drop']:+.1f} ({row['p_value']:.3f})" if name != "full" else "",
-            f"{row['agreement']:.1f}",
-            f"{row['kl']:.4f}",
-            f"{human_bytes(row['kv_bytes'])} ({share:.2f}x)",
-        )
-    console.print(table)
-    names = list(report)
-    for label in ("images", "task"):
-        groups = report[names[0]]["by"].get(label, {})
-        detail = Table(title=f"exact match by {label}, %")
-        detail.add_column(label, no_wrap=True)
-        for column in (*names, "questions"):
-            detail.add_column(column, justify="right")
-        for value, cell in groups.items():
-            row = [f"{report[n]['by'][label][value]['exact_match']:.1f}" for n in names]
-            detail.add_row(value, *row, str(cell["questions"]))
-        console.print(detail)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+from capsight.errors import OptionError
+
+_UNITS = {
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
 
 
 def write_json(path: Path | None, values: dict[str, Any]) -> None:
@@ -43,3 +51,15 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "80GB" (powers of 1000) or "80GiB" (of 1024).
+
+    Raises:
+        OptionError: it is neither.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text, re.IGNORECASE)
+    if found is None or found[2].upper() not in _UNITS:
+        raise OptionError(f"{text!r} is no amount of memory; give one such as 80GB or 80GiB")
+    return round(float(found[1]) * _UNITS[found[2].upper()])

@@ -14,14 +14,13 @@ from transformers.utils import logging
 
 from capsight.blindsight import HeadMap
 from capsight.cli.models import REFERENCE, check_out
-from capsight.cli.output import human_bytes, write_json
+from capsight.cli.output import human_bytes, parse_bytes, write_json
 from capsight.errors import OptionError
 from capsight.planning import Budget, ImageGrids, Plan, grids_of_size, grids_of_tokens
 from capsight.planning import plan as make_plan
 from capsight.reference import reference_path
 
 _ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
-_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def plan(
@@ -82,18 +81,6 @@ def load_config(name: str) -> Any:
     except Exception as error:  # transformers lets errors of strict dataclasses and of the hub through
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise OptionError(f"cannot read the config of {name!r}: {reason}") from error
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of "80GB" (powers of 1000) or "80GiB" (of 1024).
-
-    Raises:
-        OptionError: it is neither.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text, re.IGNORECASE)
-    if found is None or found[2].upper() not in _UNITS:
-        raise OptionError(f"{text!r} is no amount of memory; give one such as 80GB or 80GiB")
-    return round(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def _mix(config: Any, counts: list[int], sizes: list[str], tokens: list[int]) -> list[ImageGrids]:

@@ -2,8 +2,11 @@
 
 from capsight.evaluation.asking import PROTOCOLS, Answers, ask_item
 from capsight.evaluation.items import Ask, Item, jsonl_items, open_image, reference_items
-from capsight.evaluation.run import FULL, MethodResult, evaluate, summary
+from capsight.evaluation.journal import Journal
+from capsight.evaluation.run import MethodResult, evaluate
 from capsight.evaluation.score import Outcome, exact_match
+from capsight.evaluation.sharing import FULL
+from capsight.evaluation.summary import paired, split_label, summary
 
 __all__ = [
     "FULL",
@@ -11,6 +14,7 @@ __all__ = [
     "Answers",
     "Ask",
     "Item",
+    "Journal",
     "MethodResult",
     "Outcome",
     "ask_item",
@@ -18,6 +22,8 @@ __all__ = [
     "exact_match",
     "jsonl_items",
     "open_image",
+    "paired",
     "reference_items",
+    "split_label",
     "summary",
 ]

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from capsight.errors import LayoutError, OptionError
+from capsight.evaluation.drafts import GREEDY, append_tokens
 from capsight.evaluation.items import Item
 from capsight.layout import build_layout
 from capsight.runtime import FastModel
-from capsight.runtime.split import first_tokens
+from capsight.runtime.split import TOKEN_ENTRIES, first_tokens
 
 PROTOCOLS = ("after", "within")
 
@@ -30,7 +30,8 @@ class Answers:
     Attributes:
         texts: one answer per question.
         first_logits: `[Q, V]` float32, logits of the first answer token.
-        nbytes: bytes of the KV cache after the images, modules not counted.
+        nbytes: bytes of the KV cache, modules not counted: after the images, once for all questions
+            ("after"), or of one row per question ("within").
         nbytes_full: bytes that a full cache takes for the same tokens.
     """
 
@@ -75,51 +76,38 @@ def ask_item(
     if protocol not in PROTOCOLS:
         raise OptionError(f"protocol is {protocol!r}; use 'after' or 'within'")
     questions = [ask.question for ask in item.asks]
-    device = fast.model.device
-    if protocol == "within" or not item.images:
-        inputs = _to(process(processor, item, questions), device)
-        cache = fast.new_cache(inputs)
+    sizes = None
+    if protocol == "after" and item.images:
+        head, tails = split_questions(fast.model, processor, item, questions)
+        cache = fast.encapsulate(**head)
+        sizes = cache_nbytes(cache)
+        cache.batch_repeat_interleave(len(questions))
+        inputs = append_tokens(tokens_of(head), tails, processor.tokenizer.pad_token_id)
     else:
-        inputs, cache = _after_images(fast, processor, item, questions)
-    nbytes, nbytes_full = cache_nbytes(cache)
+        inputs = to_device(process(processor, item, questions), fast.model.device)
+        cache = fast.new_cache(inputs)
     out: Any = fast.generate(
         past_key_values=cache,
         **inputs,
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        **GREEDY,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    if protocol == "within":
-        nbytes, nbytes_full = cache_nbytes(out.past_key_values)
     new = out.sequences[:, inputs["input_ids"].shape[1] :]
     texts = processor.batch_decode(new, skip_special_tokens=True)
-    return Answers(tuple(t.strip() for t in texts), out.logits[0].float(), nbytes, nbytes_full)
+    sizes = sizes or cache_nbytes(out.past_key_values)
+    return Answers(tuple(t.strip() for t in texts), out.logits[0].float(), *sizes)
 
 
-def _after_images(
-    fast: FastModel, processor: Any, item: Item, questions: Sequence[str]
-) -> tuple[dict[str, Any], Any]:
-    """Encapsulate the images once; return inputs `[Q, S]` with one question a row, and a cache of Q rows."""
-    whole = _to(process(processor, item, questions[:1]), fast.model.device)
-    split = build_layout(whole, fast.model.config).last_vision_end
-    head = first_tokens(whole, split)
-    cache = fast.encapsulate(**head)
-    cache.batch_repeat_interleave(len(questions))
+def split_questions(
+    model: Any, processor: Any, item: Item, questions: Sequence[str]
+) -> tuple[dict[str, Any], list[list[int]]]:
+    """Processor outputs `[1, S]` up to the last image, and the tokens of what follows, by question."""
+    whole = to_device(process(processor, item, questions[:1]), model.device)
+    split = build_layout(whole, model.config).last_vision_end
     tails = question_tokens(processor, len(item.images), questions, whole["input_ids"].shape[1] - split)
-    width = max(len(tail) for tail in tails)
-    pad = processor.tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(t)) + t for t in tails], device=fast.model.device)
-    mask = torch.tensor([[0] * (width - len(t)) + [1] * len(t) for t in tails], device=fast.model.device)
-    rows = len(questions)
-    inputs = {
-        "input_ids": torch.cat([head["input_ids"].expand(rows, -1), ids], 1),
-        "attention_mask": torch.cat([head["attention_mask"].expand(rows, -1), mask], 1),
-    }
-    for key in ("mm_token_type_ids", "token_type_ids"):
-        if key in head:
-            inputs[key] = torch.cat([head[key].expand(rows, -1), torch.zeros_like(ids)], 1)
-    return inputs, cache
+    return first_tokens(whole, split), tails
 
 
 def question_tokens(
@@ -157,5 +145,11 @@ def cache_nbytes(cache: Any) -> tuple[int, int]:
     return total, total
 
 
-def _to(inputs: dict[str, Any], device: Any) -> dict[str, Any]:
+def tokens_of(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The entries with one column per token."""
+    return {key: value for key, value in inputs.items() if key in TOKEN_ENTRIES}
+
+
+def to_device(inputs: dict[str, Any], device: Any) -> dict[str, Any]:
+    """The same inputs, their tensors on a device."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}

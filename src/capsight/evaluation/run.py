@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from capsight.evaluation.asking import Answers, ask_item
+from capsight.blindsight import HeadMap
+from capsight.evaluation.asking import Answers
 from capsight.evaluation.items import Item
-from capsight.evaluation.score import Outcome, accuracy, exact_match, mcnemar_p
+from capsight.evaluation.journal import Journal
+from capsight.evaluation.record import ItemRecord
+from capsight.evaluation.score import Outcome
+from capsight.evaluation.sharing import Asking
 from capsight.kvcapsule import CacheMethod
-from capsight.runtime import enable
-
-FULL = "full"
 
 
 @dataclass
@@ -26,16 +27,13 @@ class MethodResult:
     nbytes_full: int = 0
     module_nbytes: int = 0
 
-    def add(self, item: Item, answers: Answers, full: Answers) -> None:
-        """Add one item's answers, beside those of the full cache."""
-        ours, theirs = answers.first_logits.log_softmax(-1), full.first_logits.log_softmax(-1)
-        kl = (theirs.exp() * (theirs - ours)).sum(-1).clamp_min(0)
-        for i, ask in enumerate(item.asks):
-            right = exact_match(answers.texts[i], ask.answer)
-            agrees = exact_match(answers.texts[i], full.texts[i])
-            self.outcomes.append(Outcome(item.name, ask.task, len(item.images), right, agrees, kl[i].item()))
-        self.nbytes += answers.nbytes
-        self.nbytes_full += answers.nbytes_full
+    def add(self, record: ItemRecord, name: str) -> None:
+        """Add what the method called `name` did on one item."""
+        ours = record.methods[name]
+        for task, right, agrees, kl in zip(record.tasks, ours.right, ours.agrees, ours.kl, strict=True):
+            self.outcomes.append(Outcome(record.item, task, record.images, right, agrees, kl))
+        self.nbytes += ours.nbytes
+        self.nbytes_full += ours.nbytes_full
 
 
 def evaluate(
@@ -44,64 +42,48 @@ def evaluate(
     items: Iterable[Item],
     methods: Mapping[str, CacheMethod],
     protocol: str = "after",
-    on_item: Callable[[Item, dict[str, Answers]], None] | None = None,
+    head_map: HeadMap | None = None,
+    max_new_tokens: int = 24,
+    journal: Journal | None = None,
+    on_item: Callable[[Item, Mapping[str, Answers]], None] | None = None,
 ) -> dict[str, MethodResult]:
     """Ask every question with the full cache and with every method.
 
     Args:
         model: the model.
         processor: its processor.
-        items: what to ask.
+        items: what to ask; names are unique.
         methods: name -> capsule or baseline; "full" is added by itself.
         protocol: "after" (the judge) or "within".
-        on_item: called after each item, for progress bars and transcripts.
+        head_map: prefill of all methods follows it, and of a row "full + head map"; "full" stays dense.
+        max_new_tokens: most tokens of an answer.
+        journal: takes every item as it is done; items that it holds are not asked again.
+        on_item: called after each item, for progress bars and transcripts; without answers where the
+            item was in the journal.
 
     Returns:
         Results by method name, "full" first.
+
+    Raises:
+        OptionError: the protocol is unknown, or a method has a name that is taken.
+        CapsightError: a method or the head map does not fit the model.
     """
-    results = {FULL: MethodResult()} | {
-        name: MethodResult(module_nbytes=capsule.module_nbytes) for name, capsule in methods.items()
+    asking = Asking(model, processor, methods, protocol, head_map, max_new_tokens)
+    results = {
+        name: MethodResult(module_nbytes=methods[name].module_nbytes if name in methods else 0)
+        for name in asking.names
     }
     for item in items:
-        with enable(model) as fast, torch.no_grad():
-            answers = {FULL: ask_item(fast, processor, item, protocol)}
-        for name, capsule in methods.items():
-            with enable(model, capsule=capsule) as fast, torch.no_grad():
-                answers[name] = ask_item(fast, processor, item, protocol)
+        answers: dict[str, Answers] = {}
+        record = None if journal is None else journal.done.get(item.name)
+        if record is None:
+            with torch.no_grad():
+                answers = dict(asking.ask(item))
+            record = ItemRecord.of(item, answers)
+            if journal is not None:
+                journal.add(record)
         for name, result in results.items():
-            result.add(item, answers[name], answers[FULL])
+            result.add(record, name)
         if on_item is not None:
             on_item(item, answers)
     return results
-
-
-def summary(results: Mapping[str, MethodResult]) -> dict[str, Any]:
-    """Everything the tables show, as JSON-ready values: per method, per task and per image count."""
-    full = results[FULL]
-    report: dict[str, Any] = {}
-    for name, result in results.items():
-        pairs = list(zip(result.outcomes, full.outcomes, strict=True))
-        groups: dict[str, Any] = {}
-        for label, key in (("images", lambda o: o.images), ("task", lambda o: o.task)):
-            for value in sorted({key(o) for o in result.outcomes}, key=str):
-                share = accuracy(o for o in result.outcomes if key(o) == value)
-                groups.setdefault(label, {})[str(value)] = {
-                    "exact_match": round(share.percent, 2),
-                    "interval": [round(share.low, 2), round(share.high, 2)],
-                    "questions": share.total,
-                }
-        share, base = accuracy(result.outcomes), accuracy(full.outcomes)
-        report[name] = {
-            "exact_match": round(share.percent, 2),
-            "interval": [round(share.low, 2), round(share.high, 2)],
-            "questions": share.total,
-            "drop": round(base.percent - share.percent, 2),
-            "p_value": round(mcnemar_p([o.right for o, _ in pairs], [f.right for _, f in pairs]), 4),
-            "agreement": round(100 * sum(o.agrees for o in result.outcomes) / max(1, share.total), 2),
-            "kl": round(sum(o.kl for o in result.outcomes) / max(1, share.total), 5),
-            "kv_bytes": result.nbytes,
-            "kv_bytes_full": result.nbytes_full,
-            "module_bytes": result.module_nbytes,
-            "by": groups,
-        }
-    return report

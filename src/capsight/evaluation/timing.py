@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -16,7 +16,7 @@ from capsight.runtime import FastModel
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Medians over the counted runs.
+    """One run, or medians over several.
 
     Attributes:
         ttft_s: seconds from the call to the first new token, image encoding and prefill included.
@@ -40,6 +40,21 @@ class _Clock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
+def time_once(fast: FastModel, inputs: Mapping[str, Any], new_tokens: int) -> Timing:
+    """Generate `new_tokens` (two or more) for every row; the end token does not stop the run."""
+    clock = _Clock()
+    began = time.perf_counter()
+    fast.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    rows = inputs["input_ids"].shape[0]
+    return Timing(clock.ticks[0] - began, rows * (len(clock.ticks) - 1) / (clock.ticks[-1] - clock.ticks[0]))
+
+
 def time_generation(
     fast: FastModel, inputs: Mapping[str, Any], new_tokens: int = 32, runs: int = 3, warmup: int = 1
 ) -> Timing:
@@ -52,19 +67,9 @@ def time_generation(
         runs: counted runs.
         warmup: runs before them.
     """
-    ttft, speed = [], []
-    for run in range(warmup + runs):
-        clock = _Clock()
-        began = time.perf_counter()
-        fast.generate(
-            **inputs,
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-            stopping_criteria=StoppingCriteriaList([clock]),
-        )
-        if run >= warmup:
-            rows = inputs["input_ids"].shape[0]
-            ttft.append(clock.ticks[0] - began)
-            speed.append(rows * (len(clock.ticks) - 1) / (clock.ticks[-1] - clock.ticks[0]))
-    return Timing(median(ttft), median(speed))
+    return medians([time_once(fast, inputs, new_tokens) for _ in range(warmup + runs)][warmup:])
+
+
+def medians(timings: Sequence[Timing]) -> Timing:
+    """Both medians, each on its own."""
+    return Timing(median(t.ttft_s for t in timings), median(t.tokens_per_s for t in timings))

@@ -6,47 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capsight.report.eval_file import FULL
+from capsight.evaluation import FULL
+from capsight.evaluation.bench_row import BenchRow
 from capsight.report.fields import Fields
 
 _WRITER = "capsight bench --json"
 
 
 @dataclass(frozen=True, slots=True)
-class BenchRow:
-    """One measurement; the file is `{"rows": [...], "machine": {...}}` with these fields in each row.
-
-    Attributes:
-        method: "full", or a method's name without its retained fraction.
-        retained: fraction kept; null (or left out) for "full".
-        batch: rows of the batch.
-        images: images in each prompt.
-        prompt_tokens: tokens of each prompt.
-        ttft_s: seconds to the first token, median.
-        tokens_per_s: new tokens per second after the first, all rows together, median.
-        kv_bytes: of the KV cache of the whole batch; null (or left out) where it was not measured.
-        peak_bytes: peak memory of the run; null (or left out) where it was not measured.
-    """
-
-    method: str
-    retained: float | None
-    batch: int
-    images: int
-    prompt_tokens: int
-    ttft_s: float
-    tokens_per_s: float
-    kv_bytes: int | None
-    peak_bytes: int | None
-
-    @property
-    def name(self) -> str:
-        """As `capsight eval` writes it, such as "adaptive 0.4"."""
-        return self.method if self.retained is None else f"{self.method} {self.retained:g}"
-
-
-@dataclass(frozen=True, slots=True)
 class BenchFile:
-    """One benchmark run.
+    """One benchmark run; the file is `{"rows": [...], "machine": {...}}`.
 
     Attributes:
         rows: in the order of the file.
@@ -66,7 +35,7 @@ def read_bench(path: Path) -> BenchFile:
     """Read a file.
 
     Raises:
-        CapsuleFileError: it cannot be read, or is not as described at `BenchRow`.
+        CapsuleFileError: it cannot be read, or its rows are not those of `BenchRow`.
     """
     fields = Fields.read(path, _WRITER)
     rows = tuple(_row(row) for row in fields.rows("rows"))
@@ -88,5 +57,7 @@ def _row(row: Fields) -> BenchRow:
         row.positive("ttft_s"),
         row.positive("tokens_per_s"),
         optional("kv_bytes"),
+        optional("module_bytes") or 0,
+        row.number("encode_s") if row.has("encode_s") else None,
         optional("peak_bytes"),
     )

@@ -6,7 +6,8 @@ from collections import defaultdict
 
 from matplotlib.axes import Axes
 
-from capsight.report.bench_file import BenchFile, BenchRow
+from capsight.evaluation.bench_row import BenchRow
+from capsight.report.bench_file import BenchFile
 from capsight.report.eval_file import FULL
 from capsight.report.svg import INK, MARKERS, SERIES, inline, legend, new_figure
 

@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from capsight.evaluation import FULL, split_label
 from capsight.report.fields import Fields
-
-FULL = "full"
-"""The method that every other one is compared with."""
 
 _WRITER = "capsight eval --json"
 
@@ -103,21 +101,12 @@ def read_eval(path: Path) -> EvalFile:
     )
 
 
-def split_name(name: str) -> tuple[str, float | None]:
-    """The method and the retained fraction in a name such as "adaptive 0.4"."""
-    method, _, last = name.rpartition(" ")
-    try:
-        return (method, float(last)) if method else (name, None)
-    except ValueError:
-        return name, None
-
-
 def _row(name: str, row: Fields) -> MethodRow:
     by = row.object("by")
     full = row.count("kv_bytes_full")
     if full == 0:
         row.fail(f"method {name!r} saw no prompt (kv_bytes_full is 0)")
-    method, retained = split_name(name)
+    method, retained = split_label(name)
     return MethodRow(
         name,
         method,

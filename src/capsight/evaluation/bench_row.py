@@ -1,0 +1,71 @@
+"""`BenchRow`: what is measured of one method at one batch size and image count."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRow:
+    """One measurement; seconds are medians.
+
+    Attributes:
+        method: the method's name without its budget; "full" is the full cache.
+        retained: fraction of the vision KV kept; None for "full".
+        batch: rows.
+        images: images per row.
+        prompt_tokens: tokens per row, padding included.
+        ttft_s: seconds to the first token, image encoding, prefill and encoding of capsules included.
+        tokens_per_s: new tokens per second over all rows, after the first.
+        kv_bytes: bytes of the cache of the whole batch after the first token, modules not counted; None
+            where it was not measured.
+        module_bytes: bytes of the method's own tensors.
+        encode_s: seconds to fill the method's cache once the prefill's keys, values and queries are there,
+            so what the method adds to the prefill ("full": a copy); None where it was not measured.
+        peak_bytes: most memory that generation held beyond what was held before it; None where it was not
+            measured.
+    """
+
+    method: str
+    retained: float | None
+    batch: int
+    images: int
+    prompt_tokens: int
+    ttft_s: float
+    tokens_per_s: float
+    kv_bytes: int | None
+    module_bytes: int = 0
+    encode_s: float | None = None
+    peak_bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As `capsight eval` writes it, such as "adaptive 0.4"."""
+        return self.method if self.retained is None else f"{self.method} {self.retained:g}"
+
+    def ratios(self, full: BenchRow) -> dict[str, float]:
+        """This row over the full cache's, at the same batch and images; modules count as bytes."""
+        found = {
+            "ttft": self.ttft_s / full.ttft_s,
+            "tokens_per_s": self.tokens_per_s / full.tokens_per_s,
+        }
+        if self.kv_bytes is not None and full.kv_bytes:
+            found["bytes"] = (self.kv_bytes + self.module_bytes) / full.kv_bytes
+        if self.peak_bytes is not None and full.peak_bytes:
+            found["peak_bytes"] = self.peak_bytes / full.peak_bytes
+        return {name: round(value, 4) for name, value in found.items()}
+
+    def largest_batch(self, budget: int) -> int:
+        """Rows whose caches fit a budget of bytes beside the modules, by the bytes a row was measured at.
+
+        Raises:
+            ValueError: bytes were not measured.
+        """
+        if not self.kv_bytes:
+            raise ValueError("the row has no measured bytes")
+        return max(0, (budget - self.module_bytes) * self.batch // self.kv_bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready."""
+        return asdict(self)

@@ -1,0 +1,141 @@
+"""One prefill, recorded: the caches of all methods are filled from it, and the model runs once for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from capsight.blindsight import HeadMap
+from capsight.kvcapsule import CacheMethod, CapsuleCache, ContextRepeater, QueryObserver
+from capsight.layout import PromptLayout, build_layout
+from capsight.runtime.positions import RopeDeltas
+from capsight.runtime.prefill import SparsePrefill
+from capsight.runtime.repeat import ContextRepeat
+from capsight.runtime.split import TOKEN_ENTRIES, sequence_length
+from capsight.runtime.state import RuntimeState, running
+
+
+class _Recorder(DynamicCache):
+    """A stock cache that holds everything: made without a config, it has no sliding layers."""
+
+    def key_bias(self, layer_idx: int) -> None:
+        """Nothing is hidden."""
+        return
+
+
+class _ObservingRecorder(_Recorder):
+    """A recorder that also keeps what a `QueryObserver` is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: dict[int, tuple[Tensor, Tensor | None, float]] = {}
+
+    def observe(
+        self, layer_idx: int, query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float
+    ) -> None:
+        self.shown[layer_idx] = (query, attention_mask, scaling)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefill:
+    """What a model computed from a batch of prompts.
+
+    Attributes:
+        model: the model, inside `enable`.
+        tokens: the token entries of the prompts, `[B, S]` each.
+        layout: of the prompts.
+        first_logits: `[B, V]` float32, of the token that comes next.
+    """
+
+    model: Any
+    tokens: dict[str, Tensor]
+    layout: PromptLayout
+    first_logits: Tensor
+    _recorder: _Recorder
+    _repeat: ContextRepeat
+    _offsets: Any  # of M-RoPE, `[B, 1]`, or None
+
+    @classmethod
+    def record(
+        cls, model: Any, inputs: Mapping[str, Any], head_map: HeadMap | None, observe: bool
+    ) -> Prefill:
+        """Run the model over prompts.
+
+        Args:
+            model: the model inside `enable`, where that runs capsight's attention if a method or the head
+                map needs it.
+            inputs: processor outputs.
+            head_map: what the prefill follows; None is dense.
+            observe: whether queries are kept for methods that choose by them.
+        """
+        layout = build_layout(inputs, model.config)
+        sparse = (
+            None
+            if head_map is None
+            else SparsePrefill(head_map, layout, model.config, seen=0, new=sequence_length(inputs))
+        )
+        recorder = _ObservingRecorder() if observe else _Recorder()
+        repeat = ContextRepeat(model)
+        with running(RuntimeState(cast(CapsuleCache, recorder), sparse)), repeat.recording():
+            output = model.generate(
+                **inputs,
+                past_key_values=recorder,
+                max_new_tokens=1,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        tokens = {key: value for key, value in inputs.items() if key in TOKEN_ENTRIES}
+        offsets = RopeDeltas(model).value()
+        return cls(model, tokens, layout, output.logits[0].float(), recorder, repeat, offsets)
+
+    def cache(self, method: CacheMethod | None) -> Any:
+        """A cache of a method (None: the stock cache) as it is after this prefill.
+
+        Layer by layer it gets what the model would have given it; only methods that read the context
+        twice make the model run, for their second reading.
+        """
+        config = self.model.config
+        cache: Any = DynamicCache(config=config) if method is None else method.cache(self.layout, config)
+        if isinstance(cache, CapsuleCache):
+            cache.honours_key_bias = True
+        layers: list[Any] = self._recorder.layers
+        for index, layer in enumerate(layers):
+            cache.update(layer.keys, layer.values, index)
+            if isinstance(cache, QueryObserver):
+                assert isinstance(self._recorder, _ObservingRecorder)
+                query, mask, scaling = self._recorder.shown[index]
+                cache.observe(index, query, layer.keys, mask, scaling)
+        if isinstance(cache, ContextRepeater):
+            cache.repeat_context(self._read_again)
+        return cache
+
+    def generate(self, cache: Any, rows: Tensor | None = None, **inputs: Any) -> Any:
+        """Go on from a cache that was filled from this prefill, as `model.generate` does.
+
+        Args:
+            cache: the cache.
+            rows: which rows of this prefill the cache's are, int64 `[B']`; None: all, or all of one.
+            **inputs: token entries of everything so far, and generation options.
+        """
+        offsets = self._offsets
+        if rows is not None and offsets is not None and len(offsets) > 1:
+            offsets = offsets[rows]
+        RopeDeltas(self.model).put(offsets)
+        with running(RuntimeState(cache if isinstance(cache, CapsuleCache) else None)):
+            return self.model.generate(past_key_values=cache, **inputs)
+
+    def _read_again(self, copy: Any) -> None:
+        with running(RuntimeState(copy)):
+            ids = self.tokens["input_ids"]
+            self._repeat.run(copy, self.tokens.get("attention_mask", torch.ones_like(ids)))
+
+
+def observes(method: CacheMethod, layout: PromptLayout, config: Any) -> bool:
+    """Whether a method has to be shown queries."""
+    return isinstance(method.cache(layout, config), QueryObserver)

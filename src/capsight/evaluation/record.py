@@ -1,0 +1,82 @@
+"""What is kept of one item: who was right, who agreed with the full cache, and bytes; a line of JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from capsight.evaluation.asking import Answers
+from capsight.evaluation.items import Item
+from capsight.evaluation.score import exact_match
+from capsight.evaluation.sharing import FULL
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRecord:
+    """One method on one item; lists have one entry per question.
+
+    Attributes:
+        texts: its answers.
+        right: whether they matched exactly.
+        agrees: whether they equal the full cache's.
+        kl: KL divergence of the first answer token from the full cache's distribution, in nats.
+        nbytes: bytes of its cache before the answers.
+        nbytes_full: bytes of a full cache for the same tokens.
+    """
+
+    texts: list[str]
+    right: list[bool]
+    agrees: list[bool]
+    kl: list[float]
+    nbytes: int
+    nbytes_full: int
+
+
+@dataclass(frozen=True, slots=True)
+class ItemRecord:
+    """One item.
+
+    Attributes:
+        item: its name.
+        images: its image count.
+        tasks: the task of each question.
+        methods: what each method did.
+    """
+
+    item: str
+    images: int
+    tasks: list[str]
+    methods: dict[str, MethodRecord]
+
+    @classmethod
+    def of(cls, item: Item, answers: Mapping[str, Answers]) -> ItemRecord:
+        """Compare answers with the right ones and with those of the full cache."""
+        full = answers[FULL]
+        theirs = full.first_logits.log_softmax(-1)
+        methods = {}
+        for name, ours in answers.items():
+            kl = (theirs.exp() * (theirs - ours.first_logits.log_softmax(-1))).sum(-1).clamp_min(0)
+            methods[name] = MethodRecord(
+                list(ours.texts),
+                [exact_match(text, ask.answer) for text, ask in zip(ours.texts, item.asks, strict=True)],
+                [exact_match(text, other) for text, other in zip(ours.texts, full.texts, strict=True)],
+                [round(value, 8) for value in kl.tolist()],
+                ours.nbytes,
+                ours.nbytes_full,
+            )
+        return cls(item.name, len(item.images), [ask.task for ask in item.asks], methods)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ItemRecord:
+        """What `to_json` gave.
+
+        Raises:
+            KeyError, TypeError: it did not.
+        """
+        methods = {name: MethodRecord(**row) for name, row in values["methods"].items()}
+        return cls(values["item"], values["images"], values["tasks"], methods)
