@@ -34,7 +34,10 @@ def test_greedy_selection_takes_the_worst_predicted_token_each_time(case):
     c = covariance(size, groups, seed)
     g = torch.Generator().manual_seed(seed + 1)
     x = torch.randn(count, groups, size, 5, dtype=torch.float64, generator=g)
-    found = greedy_selection(c, x @ x.mT, kept)
+    other = covariance(size, groups, seed + 2)  # of a second layer, which must not matter
+    gram = x @ x.mT
+    found, factor = greedy_selection(torch.stack([other, c]), torch.stack([gram.flip(2), gram]), kept)
+    assert factor.shape == (2, count, groups, size, kept)
     for block in range(count):
         chosen: list[int] = []
         for _ in range(kept):
@@ -43,7 +46,7 @@ def test_greedy_selection_takes_the_worst_predicted_token_each_time(case):
             )
             energy[chosen] = -1
             chosen.append(int(energy.argmax()))
-        assert found[block].tolist() == sorted(chosen)
+        assert found[1, block].tolist() == chosen
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,6 +60,22 @@ def test_prediction_weights_solve_the_normal_equations(case):
         for group in range(groups):
             expected = predicted(c[group], kept[block], torch.eye(size, dtype=torch.float64))[:, kept[block]]
             torch.testing.assert_close(weights[block, group], expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes)
+def test_a_selection_knows_the_weights(case):
+    size, groups, count, seed, data = case
+    kept = data.draw(st.integers(1, size))
+    c = covariance(size, groups, seed)
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, groups, size, 5, dtype=torch.float64, generator=g)
+    selection = greedy_selection(c[None], (x @ x.mT)[None], kept)
+    wanted = torch.arange(size).expand(1, count, -1)
+    expected = prediction_weights(c, selection.order[0])
+    torch.testing.assert_close(selection.layer(0).weights(wanted)[0], expected)
+    some = prediction_weights(c, selection.order[0], wanted[0, :, 1:])
+    torch.testing.assert_close(some, expected[:, :, 1:])
 
 
 @settings(max_examples=40, deadline=None)
@@ -75,5 +94,6 @@ def test_pivoted_cholesky_takes_the_largest_residual_variance_each_time(size, se
 def test_float32_chooses_as_float64_on_large_blocks():
     c = covariance(64, 2, 3)
     x = torch.randn(6, 2, 64, 256, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).cumsum(2)
-    gram = x @ x.mT
-    assert torch.equal(greedy_selection(c, gram, 26), greedy_selection(c.float(), gram.float(), 26))
+    gram = (x @ x.mT)[None]
+    double, single = (greedy_selection(c[None].to(t), gram.to(t), 26) for t in (torch.float64, torch.float32))
+    assert torch.equal(double.order, single.order)

@@ -79,9 +79,9 @@ class ObservingLayer(CapsuleLayer):
         super().reset()
         self.pending, self.observed = (), None
 
-    def _store(self, keys: Tensor, values: Tensor, new: int) -> None:
+    def _store(self, keys: Tensor, values: Tensor) -> None:
         known = () if self.placement is None else self.placement.runs
-        super()._store(keys, values, new)
+        super()._store(keys, values)
         assert self.placement is not None
         stored = set(known)
         self.pending = tuple(run for run in self.placement.runs if run not in stored)

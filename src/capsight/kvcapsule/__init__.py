@@ -5,7 +5,7 @@ plan (which tokens) -> moments, fit (calibration) -> codecs (encode, decode) -> 
 
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.capsule import KVCapsule
-from capsight.kvcapsule.method import CacheMethod, ContextRepeater, QueryObserver
+from capsight.kvcapsule.method import CacheMethod, ContextRepeater, LatentMethod, QueryObserver
 from capsight.kvcapsule.plan import CapsulePlan, Run
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "CapsulePlan",
     "ContextRepeater",
     "KVCapsule",
+    "LatentMethod",
     "QueryObserver",
     "Run",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from capsight.errors import CapsightError, ModelMismatchError
 from capsight.kvcapsule.codecs import BlockCodec
+from capsight.kvcapsule.exact_rows import ExactRows
+from capsight.kvcapsule.latent import LatentBlocks
 from capsight.kvcapsule.layer import CapsuleLayer
 from capsight.kvcapsule.ledger import Ledger
 from capsight.layout import PromptLayout
@@ -21,8 +24,9 @@ class CapsuleCache(Cache):
     """Hand it to `model.generate(**inputs, past_key_values=cache)`; nothing of the model is patched.
 
     Prefill sees full keys and values; what comes later attends to capsules of the images, which
-    each layer rebuilds into one shared scratch buffer (`materialise`). Text, delimiters, block
-    tails and generated tokens are exact. Sliding-window layers are stock transformers layers.
+    each layer rebuilds into one shared scratch buffer (`materialise`), or leaves to an attention
+    function that reads them as they are (`latent`). Text, delimiters, block tails and generated
+    tokens are exact. Sliding-window layers are stock transformers layers.
     The capsule scheme is that of KVCapsule (arXiv 2605.16439); codecs and storage are our own.
 
     Attributes:
@@ -85,6 +89,10 @@ class CapsuleCache(Cache):
                     rows = self._ledger.plan.batch_size
                     raise CapsightError(f"the cache holds {rows} rows, the model was given {batch}")
                 self._ledger.fit_batch(batch)
+            if self._ledger.left is not None:
+                raise CapsightError(
+                    "attention did not read the capsules it was left; use decode='materialise' instead"
+                )
             payload = layer.payload
             if not self.honours_key_bias and payload is not None and layer.codec.bias(payload) is not None:
                 raise CapsightError(
@@ -102,6 +110,23 @@ class CapsuleCache(Cache):
         """
         layer = self.layers[layer_idx]
         return layer.key_bias() if isinstance(layer, CapsuleLayer) else None
+
+    @contextmanager
+    def leaving_capsules(self) -> Iterator[None]:
+        """Inside the block, `update` may leave capsules to an attention function that calls `take_latent`."""
+        self._ledger.latent = True
+        try:
+            yield
+        finally:
+            self._ledger.latent, self._ledger.left = False, None
+
+    def take_latent(self) -> tuple[LatentBlocks, ExactRows] | None:
+        """The capsules that the last update left to attention, and where its exact tokens lie.
+
+        Every new token sees all of them. None if `update` returned all tokens.
+        """
+        left, self._ledger.left = self._ledger.left, None
+        return left
 
     def extend_layout(self, layout: PromptLayout) -> None:
         """Announce the images of a further turn, before it is prefilled.

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from capsight.errors import CapsuleFileError, ModelMismatchError, OptionError
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.codecs import CODECS, LayerCodec
+from capsight.kvcapsule.codecs.adaptive import Weights
 from capsight.kvcapsule.fingerprint import model_fingerprint
 from capsight.kvcapsule.fit import check_options, collect_moments, kept_tokens, solve
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
@@ -59,7 +60,7 @@ class KVCapsule:
             codec: "adaptive", "static", or the control "evict".
             block_size: vision tokens per capsule (N).
             progress: show a progress bar.
-            **options: the codec's own, see its `fit`: `ridge`, and `joint` of the adaptive codec.
+            **options: the codec's own, see its `fit`: `ridge`, and of the adaptive one `joint`, `weights`.
 
         Raises:
             CalibrationError: no image is as long as a block, or keys or values are not finite.
@@ -184,6 +185,22 @@ class KVCapsule:
         layers = tuple(replace(layer, kept=kept) for layer in self.info.layers)
         return type(self)(codecs, replace(self.info, layers=layers))
 
+    def with_weights(self, weights: Weights) -> Self:
+        """This capsule with the weights that rebuild tokens "solved" or "stored" (adaptive).
+
+        "solved" is smallest, "stored" fastest; both rebuild the same up to rounding.
+
+        Raises:
+            OptionError: the codec has none, or `weights` is neither.
+        """
+        codecs = {index: codec.with_weights(weights) for index, codec in self.codecs.items()}
+        return type(self)(codecs, replace(self.info, options={**self.info.options, "weights": weights}))
+
+    def for_latent(self) -> Self:
+        """This capsule with its weights stored, if it has any and was not told what to do with them."""
+        told = self.info.codec != "adaptive" or "weights" in self.info.options
+        return self if told else self.with_weights("stored")
+
     def with_codec(self, name: str) -> Self:
         """This capsule as `evict`, the control that rebuilds nothing, or back as `adaptive`.
 
@@ -193,7 +210,8 @@ class KVCapsule:
         pair = ("adaptive", "evict")
         if name not in pair or self.info.codec not in pair:
             raise OptionError(f"only {pair} share what they learn; fit a capsule with codec={name!r}")
-        info = replace(self.info, codec=name)
+        options = {key: value for key, value in self.info.options.items() if key != "weights"}
+        info = replace(self.info, codec=name, options=options)
         codecs = {
             layer.index: _make_codec(self.codecs[layer.index].state_dict(), info, layer)
             for layer in info.layers
@@ -241,4 +259,5 @@ _INDEX_NBYTES = 16  # of a run in `Placement`: row and start, shared by all laye
 
 def _make_codec(tensors: dict[str, Tensor], info: CapsuleInfo, layer: LayerInfo) -> LayerCodec:
     shape = (layer.heads, info.block_size, layer.head_dim)
-    return CODECS[info.codec].from_tensors(tensors, shape, layer.kept)
+    codec = CODECS[info.codec].from_tensors(tensors, shape, layer.kept)
+    return codec.with_weights(info.options["weights"]) if "weights" in info.options else codec

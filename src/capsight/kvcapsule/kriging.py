@@ -7,63 +7,110 @@ Gaussian mean; kriging, in geostatistics). G groups (keys, values) may have a C 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
-def prediction_weights(covariance: Tensor, kept: Tensor) -> Tensor:
-    """Weights that predict every token of a block from its kept tokens.
+def prediction_weights(covariance: Tensor, kept: Tensor, wanted: Tensor | None = None) -> Tensor:
+    """Weights that predict tokens of a block from its kept tokens.
 
     Args:
         covariance: float `[G, N, N]`, symmetric positive definite.
         kept: int64 `[M, r]`, kept positions of each block.
+        wanted: int64 `[M, T]`, positions to predict; None for all, in order (T = N).
 
     Returns:
-        `[M, G, N, r]`; rows of kept tokens are unit vectors up to rounding.
+        `[M, G, T, r]`; rows of kept tokens are unit vectors up to rounding.
     """
     rows = covariance[:, kept]  # [G, M, r, N]
     square = rows.gather(3, kept[None, :, None, :].expand(*rows.shape[:3], -1))  # [G, M, r, r]
+    if wanted is not None:
+        rows = rows.gather(3, wanted[None, :, None, :].expand(*rows.shape[:3], -1))  # [G, M, r, T]
     factor = torch.linalg.cholesky(square)
     return torch.cholesky_solve(rows, factor).mT.transpose(0, 1)
 
 
-def greedy_selection(covariance: Tensor, gram: Tensor, count: int) -> Tensor:
+class Selection(NamedTuple):
+    """What `greedy_selection` chose in M blocks of each of L layers.
+
+    Attributes:
+        order: int64 `[L, M, r]`, kept positions in the order in which they were chosen.
+        factor: float `[L, M, G, N, r]`, column j being how much of the j-th residual each token takes;
+            the rows of the kept tokens, in order, are unit lower triangular.
+    """
+
+    order: Tensor
+    factor: Tensor
+
+    def layer(self, index: int) -> Selection:
+        """That of one layer (L = 1)."""
+        return Selection(self.order[index, None], self.factor[index, None])
+
+    def weights(self, wanted: Tensor) -> Tensor:
+        """Weights that predict positions `wanted` (int64 `[L, M, T]`) from those in `order`.
+
+        One triangular solve, since C[:, S] C[S, S]^-1 = F F[S]^-1 for the factor F.
+
+        Returns:
+            `[L, M, G, T, r]`.
+        """
+        kept, rest = self._rows(self.order), self._rows(wanted)
+        return torch.linalg.solve_triangular(kept, rest, upper=False, left=False, unitriangular=True)
+
+    def _rows(self, at: Tensor) -> Tensor:
+        index = at[:, :, None, :, None].expand(*self.factor.shape[:3], -1, self.factor.shape[4])
+        return self.factor.gather(3, index)
+
+
+def greedy_selection(covariance: Tensor, gram: Tensor, count: int) -> Selection:
     """Per block, keep `count` tokens, each time the one that those kept so far predict worst.
 
-    The residual energies of all tokens are updated after each choice by rank-one corrections of
-    C and of the block's Gram matrix, so the only Python loop is over the `count` choices.
+    Only columns of the chosen tokens are ever needed of the residual C and of the residual Gram
+    matrix of a block; both follow from the columns before (as in a pivoted Cholesky decomposition).
+    The only Python loop is over the `count` choices, for the blocks of all layers at once.
 
     Args:
-        covariance: float `[G, N, N]`, symmetric positive definite.
-        gram: float `[M, G, N, N]`, token Gram matrices x x^T of each block.
+        covariance: float `[L, G, N, N]`, symmetric positive definite, one per layer and group.
+        gram: float `[L, M, G, N, N]`, token Gram matrices x x^T of each block.
         count: tokens to keep (r).
-
-    Returns:
-        int64 `[M, r]`, ascending positions.
     """
-    blocks, groups, size, _ = gram.shape
-    energy = gram.diagonal(dim1=-2, dim2=-1).clone()  # [M, G, N] residual energy of each token
-    # After j choices: residual C = C - A diag(d) A^T, residual Gram = gram - A B^T - B A^T.
-    a = gram.new_zeros(blocks, groups, size, count)
-    b = torch.zeros_like(a)
-    d = gram.new_zeros(blocks, groups, count)
-    chosen = torch.zeros(blocks, size, dtype=torch.bool, device=gram.device)
+    layers, blocks, groups, size, _ = gram.shape
+    total = layers * blocks * groups
+    device = gram.device
+    energy = gram.diagonal(dim1=-2, dim2=-1).sum(2).flatten(0, 1)  # [L * M, N] residual energy of each token
+    # With w, g the columns chosen so far (g = residual Gram's, b = g - w g[p] / 2, v = residual variance):
+    # residual C = C - sum v w w^T, residual Gram = Gram - sum (w b^T + b w^T).
+    past = gram.new_zeros(total, size, count, 2)  # w and b
+    variance = gram.new_zeros(total, count, 2)  # v for w, 0 for b
+    block = torch.arange(total, device=device) * size
+    layer = torch.arange(layers * groups, device=device).view(layers, 1, groups) * size
+    layer = layer.expand(-1, blocks, -1).flatten()
+    c_rows, gram_rows = covariance.reshape(-1, size), gram.reshape(-1, size)
+    past_rows = past.view(-1, count, 2)
+    order = []
     for j in range(count):
-        pivot = energy.sum(1).masked_fill(chosen, -torch.inf).argmax(1)  # [M]
-        chosen.scatter_(1, pivot[:, None], True)
-        at = pivot[:, None, None].expand(-1, groups, 1)  # [M, G, 1]
-        row = at[..., None].expand(-1, -1, 1, j)
-        a_at, b_at = a[..., :j].gather(2, row), b[..., :j].gather(2, row)  # [M, G, 1, j]
-        column = covariance[:, pivot].transpose(0, 1) - (a[..., :j] @ (a_at * d[:, :, None, :j]).mT)[..., 0]
-        d[..., j] = column.gather(2, at)[..., 0]
-        weight = column / d[..., j, None]  # [M, G, N] how much of the pivot's residual each token takes
-        cross = gram.gather(3, at[..., None].expand(-1, -1, size, 1))
-        cross = (cross - a[..., :j] @ b_at.mT - b[..., :j] @ a_at.mT)[..., 0]  # [M, G, N]
-        own = cross.gather(2, at)  # [M, G, 1]
-        energy += weight * (weight * own - 2 * cross)
-        a[..., j] = weight
-        b[..., j] = cross - 0.5 * own * weight
-    return chosen.nonzero()[:, 1].view(blocks, count)
+        pivot = energy.argmax(1)  # [L * M]
+        order.append(pivot)
+        energy.scatter_(1, pivot[:, None], -torch.inf)
+        at = pivot.repeat_interleave(groups)  # [L * M * G]
+        column = c_rows.index_select(0, layer + at)[..., None]  # [L * M * G, N, 1]
+        cross = gram_rows.index_select(0, block + at)[..., None]
+        if j:
+            seen = past[:, :, :j].flatten(2)  # [L * M * G, N, 2 j]
+            row = past_rows.index_select(0, block + at)[:, :j]
+            column = torch.baddbmm(column, seen, (row * variance[:, :j]).view(total, -1, 1), alpha=-1)
+            cross = torch.baddbmm(cross, seen, row.flip(2).view(total, -1, 1), alpha=-1)
+        index = at[:, None, None]
+        own = column.gather(1, index)
+        w = column / own
+        b = torch.addcmul(cross, w, cross.gather(1, index), value=-0.5)
+        energy.sub_((w * b).view(-1, groups, size).sum(1), alpha=2)
+        variance[:, j, 0] = own[:, 0, 0]
+        past[:, :, j] = torch.cat([w, b], 2)
+    factor = past[..., 0].view(layers, blocks, groups, size, count)
+    return Selection(torch.stack(order, 1).view(layers, blocks, count), factor)
 
 
 def pivoted_cholesky(covariance: Tensor, count: int) -> Tensor:

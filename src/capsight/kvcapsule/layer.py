@@ -12,19 +12,21 @@ from capsight.errors import CapsightError
 from capsight.kvcapsule.codecs import BlockCodec, Payload
 from capsight.kvcapsule.ledger import Ledger
 from capsight.kvcapsule.placement import Placement
+from capsight.kvcapsule.waiting import Waiting
 
 
 class CapsuleLayer(DynamicLayer):
     """Stores what it has seen in three parts and gives attention full-length keys and values.
 
     - capsules: all runs of the plan that are complete;
-    - packed: exact keys and values `[2, E, H, D]` of all other tokens up to the last multi-token
-      update, rows end to end, no padding;
-    - tail: exact keys and values `[2, B, T, H, D]` of the tokens generated since.
+    - packed: exact keys and values `[2, E, H, D]` of all other tokens up to the last update that
+      completed a run, rows end to end, no padding;
+    - tail: exact keys and values `[2, B, T, H, D]` of the tokens that came since.
 
     `update` returns its own arguments at the first prefill (a later one attends to capsules of
     what came before it), and otherwise a rebuilt copy in the scratch buffer, which is valid until
-    the next layer's update.
+    the next layer's update. Where the ledger says so it leaves capsules as they are, returns exact
+    tokens only, and leaves the rest to `CapsuleCache.take_latent`.
     """
 
     def __init__(self, codec: BlockCodec, ledger: Ledger) -> None:
@@ -38,10 +40,29 @@ class CapsuleLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         self.placement: Placement | None = None
-        self.payload: Payload | None = None
+        self._payload: Payload | None = None
+        self._waiting: tuple[Waiting, Tensor] | None = None  # new blocks, and which runs they are: bool [M]
         self._packed: Tensor | None = None  # [2, E, H, D]
         self._tail: Tensor | None = None  # [2, B, T, H, D]
         self._bias: Tensor | None = None  # [B, H or 1, 1, S]
+
+    @property
+    def payload(self) -> Payload | None:
+        """Capsules of all complete runs, in the order of the runs: by row, then position."""
+        if self._waiting is not None:
+            waiting, fresh = self._waiting
+            self._waiting, new = None, self._ledger.queue.payload(waiting)
+            if self._payload is not None:
+                order = torch.empty(len(fresh), dtype=torch.int64, device=fresh.device)
+                order[~fresh] = torch.arange(len(fresh) - int(fresh.sum()), device=fresh.device)
+                order[fresh] = torch.arange(len(fresh) - int(fresh.sum()), len(fresh), device=fresh.device)
+                new = self._payload.join(new).select(order)
+            self._payload = new
+        return self._payload
+
+    @payload.setter
+    def payload(self, payload: Payload | None) -> None:
+        self._payload, self._waiting = payload, None
 
     def get_seq_length(self) -> int:
         """Logical length: tokens seen per row, padding included."""
@@ -61,21 +82,47 @@ class CapsuleLayer(DynamicLayer):
             value_states: `[B, H, Q, D]`.
 
         Returns:
-            Keys and values `[B, H, S, D]` of all S tokens seen, capsules rebuilt.
+            Keys and values `[B, H, S, D]` of all S tokens seen, capsules rebuilt; or `[B, H, X, D]` of
+            the exact ones, where capsules are left to attention.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.codec.to(key_states.device)
         with torch.no_grad():
-            keys, values = key_states, value_states
-            if self.placement is not None:
+            if self.placement is None:
+                self._store(key_states, value_states)
+                return key_states, value_states
+            grows = self._grows(self.placement, key_states.shape[2])
+            if grows and self._ledger.latent and self.payload is not None:
+                keys, values = self._exact(self.placement, self.payload, key_states, value_states)
+            else:
                 keys, values = self._rebuilt(self.placement, key_states, value_states)
-            self._store(keys, values, key_states.shape[2])
+            if grows:
+                self._append(key_states, value_states)
+            else:
+                self._store(keys, values)
         return keys, values
 
     def key_bias(self) -> Tensor | None:
         """What attention has to add to its scores over the keys last returned: `[B, H or 1, 1, S]`."""
         return self._bias
+
+    def _exact(
+        self, placement: Placement, payload: Payload, new_keys: Tensor, new_values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, H, X, D]` of exact tokens; `CapsuleCache.take_latent` has the capsules."""
+        assert self._packed is not None
+        assert self._tail is not None
+        rows = self._ledger.exact_rows(placement)
+        results = []
+        for kind, (role, new) in enumerate((("keys", new_keys), ("values", new_values))):
+            batch, heads, count, head_dim = new.shape
+            length = rows.width + self._tail.shape[2] + count
+            exact = self._ledger.scratch.view(role, (batch, length, heads, head_dim), new)
+            rows.place(self._packed[kind], self._tail[kind], new.transpose(1, 2), exact)
+            results.append(exact.transpose(1, 2))
+        self._bias, self._ledger.left = None, (self.codec.latent(payload), rows)
+        return results[0], results[1]
 
     def _rebuilt(self, placement: Placement, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, H, S, D]` in the scratch buffer: what is stored, then the new tokens."""
@@ -103,36 +150,34 @@ class CapsuleLayer(DynamicLayer):
             self._bias = flat.view(-1, length, bias.shape[1]).transpose(1, 2)[:, :, None]
         return results[0], results[1]
 
-    def _store(self, keys: Tensor, values: Tensor, new: int) -> None:
-        """Keep the last `new` tokens of `keys`, `values` `[B, H, S, D]`; make capsules of complete runs."""
+    def _store(self, keys: Tensor, values: Tensor) -> None:
+        """Keep all tokens seen, `[B, H, S, D]` (capsules as rebuilt); new runs become capsules."""
         length = keys.shape[2]
         runs = self._ledger.complete(length)
         stored = () if self.placement is None else self.placement.runs
-        kv = torch.stack([x[:, :, length - new :].transpose(1, 2) for x in (keys, values)])  # [2, B, Q, H, D]
-        if new == 1 and len(runs) == len(stored) and self._tail is not None and self._past_padding():
-            self._tail = torch.cat([self._tail, kv], 2)
-            return
-        self._tail = kv[:, :, :0].clone()
+        self._tail = keys.new_empty(2, keys.shape[0], 0, keys.shape[1], keys.shape[3])
         placement = self._ledger.place(runs, length, keys.device)
         known, slots = set(stored), placement.run_slots(length).view(len(runs), placement.block_size)
         fresh = torch.tensor([run not in known for run in runs], dtype=torch.bool, device=keys.device)
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (keys, values)]  # [B * S, H, D]
         if len(runs) > len(stored):
             blocks = [x[slots[fresh]].transpose(1, 2) for x in flat]  # [M, H, N, D]
-            payload = self.codec.encode_runs(blocks[0], blocks[1], [run for run in runs if run not in known])
-            if self.payload is not None:
-                # Capsules are stored in the order of the runs: by row, then position.
-                order = torch.empty(len(runs), dtype=torch.int64, device=keys.device)
-                order[~fresh] = torch.arange(len(stored), device=keys.device)
-                order[fresh] = torch.arange(len(stored), len(runs), device=keys.device)
-                payload = self.payload.join(payload).select(order)
-            self.payload = payload
+            new_runs = [run for run in runs if run not in known]
+            self._waiting = self._ledger.queue.add(self.codec, blocks[0], blocks[1], new_runs), fresh
         exact = placement.exact_slots(length)
         self._packed = torch.stack([x[exact] for x in flat])
         self.placement = placement
 
-    def _past_padding(self) -> bool:
-        return self.placement is not None and self.placement.settled >= max(self.placement.pads)
+    def _grows(self, placement: Placement, new: int) -> bool:
+        """Whether `new` more tokens go to the tail: none is padding, and they complete no run."""
+        runs = self._ledger.complete(self.get_seq_length() + new)
+        return len(runs) == len(placement.runs) and placement.settled >= max(placement.pads)
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        """Put new tokens `[B, H, Q, D]` at the end of the tail."""
+        assert self._tail is not None
+        new = torch.stack((keys.transpose(1, 2), values.transpose(1, 2)))  # [2, B, Q, H, D]
+        self._tail = torch.cat([self._tail, new], 2)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `tokens_to_remove` tokens (given as a negative number; 0 does nothing).

@@ -8,18 +8,24 @@ import torch
 from torch import Tensor
 
 from capsight.errors import LayoutError
+from capsight.kvcapsule.exact_rows import ExactRows
+from capsight.kvcapsule.latent import LatentBlocks
 from capsight.kvcapsule.placement import Placement
 from capsight.kvcapsule.plan import CapsulePlan, Run
 from capsight.kvcapsule.scratch import Scratch
+from capsight.kvcapsule.waiting import EncodeQueue
 from capsight.layout import PromptLayout
 
 
 class Ledger:
-    """Shared state of a `CapsuleCache`: integers and index tensors; no keys or values but the scratch.
+    """Shared state of a `CapsuleCache`: integers, index tensors, the scratch, and blocks that wait.
 
     Attributes:
         plan: the capsule runs of the batch as it is now.
         scratch: the buffer that layers rebuild into.
+        queue: blocks of the last prefill that are not encoded yet.
+        latent: whether layers leave capsules to an attention function that reads them as they are.
+        left: what the last update left to it, until it is taken.
     """
 
     def __init__(self, layout: PromptLayout, block_size: int) -> None:
@@ -31,6 +37,10 @@ class Ledger:
         self._complete: tuple[int, tuple[Run, ...]] = (-1, ())
         self.plan = CapsulePlan.from_layout(layout, block_size)
         self.scratch = Scratch()
+        self.queue = EncodeQueue()
+        self.latent = False
+        self.left: tuple[LatentBlocks, ExactRows] | None = None
+        self._exact: tuple[Placement, ExactRows] | None = None
 
     @property
     def layout(self) -> PromptLayout:
@@ -81,6 +91,7 @@ class Ledger:
 
     def restart(self) -> None:
         """Go back to the layout as it was given, for a new prefill of the same prompt."""
+        self.queue.clear()
         self._set_layout(self._given)
 
     def complete(self, seen: int) -> tuple[Run, ...]:
@@ -97,8 +108,14 @@ class Ledger:
             self._last = last
         return last
 
+    def exact_rows(self, placement: Placement) -> ExactRows:
+        """The exact tokens of `placement` side by side; worked out once for all layers."""
+        if self._exact is None or self._exact[0] is not placement:
+            self._exact = placement, ExactRows.build(placement)
+        return self._exact[1]
+
     def _set_layout(self, layout: PromptLayout) -> None:
-        self._layout, self._last, self._complete = layout, None, (-1, ())
+        self._layout, self._last, self._exact, self._complete = layout, None, None, (-1, ())
         self.plan = CapsulePlan.from_layout(layout, self._block_size)
 
     def full(self, role: str, length: int, like: Tensor) -> Tensor:

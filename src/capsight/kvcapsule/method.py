@@ -48,6 +48,19 @@ class CacheMethod(Protocol):
 
 
 @runtime_checkable
+class LatentMethod(CacheMethod, Protocol):
+    """A method whose caches can leave capsules to an attention function that reads them as they are."""
+
+    def for_latent(self) -> CacheMethod:
+        """The method as it is best attended to so.
+
+        Raises:
+            CapsightError: it cannot be.
+        """
+        ...
+
+
+@runtime_checkable
 class QueryObserver(Protocol):
     """A cache that chooses what to keep by attention, so it has to see queries."""
 

@@ -1,8 +1,8 @@
 """capsight's attention function, registered with transformers under its own name.
 
 It is the stock SDPA attention, with what the runtime state adds to it: the key bias of a cache that has
-evicted tokens, and queries for a cache that chooses by them. It is installed for the text model only, and
-only while `enable` needs it.
+evicted tokens, queries for a cache that chooses by them, and capsules that are read as they are. It is
+installed for the text model only, and only while `enable` needs it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from capsight.kvcapsule import QueryObserver
+from capsight.kvcapsule.latent import latent_attention
 from capsight.runtime.state import current_state
 
 ATTENTION_NAME = "capsight"
@@ -34,8 +35,8 @@ def capsight_attention(
     Args:
         module: the attention module; its `layer_idx` names the layer.
         query: `[B, Hq, Q, D]`.
-        key: `[B, Hkv, S, D]`.
-        value: `[B, Hkv, S, D]`.
+        key: `[B, Hkv, S, D]`; exact tokens only where the cache leaves capsules.
+        value: likewise.
         attention_mask: bool or additive `[B, 1, Q, S]`; None means causal.
         **kwargs: passed on to SDPA attention (`scaling`, `dropout`...).
 
@@ -44,11 +45,16 @@ def capsight_attention(
     """
     state, layer = current_state(), int(module.layer_idx)  # type: ignore[arg-type]
     cache = state.cache
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    left = None if cache is None else cache.take_latent()
+    if left is not None:
+        blocks, rows = left
+        mask = rows.mask(attention_mask, query.shape[2], key.shape[2])
+        return latent_attention(query, key, value, blocks, rows.blocks, mask, scaling), None
     bias = None if cache is None else cache.key_bias(layer)
     if bias is not None:
         attention_mask = _with_bias(attention_mask, bias, query, key)
-    scaling = kwargs.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(cache, QueryObserver):
         cache.observe(layer, query, key, attention_mask, scaling)
     if state.prefill is not None and bias is None:

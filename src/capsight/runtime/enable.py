@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from capsight.blindsight import HeadMap
 from capsight.errors import OptionError
-from capsight.kvcapsule import CacheMethod, CapsuleCache, ContextRepeater
+from capsight.kvcapsule import CacheMethod, CapsuleCache, ContextRepeater, LatentMethod
 from capsight.kvcapsule.fingerprint import model_fingerprint
 from capsight.layout import build_layout
 from capsight.runtime.attention import ATTENTION_NAME, register
@@ -28,6 +28,10 @@ from capsight.runtime.split import (
 )
 from capsight.runtime.state import RuntimeState, running
 
+Decode = Literal["materialise", "latent"]
+DECODES: tuple[Decode, ...] = ("materialise", "latent")
+"""How attention gets at capsules."""
+
 
 class FastModel:
     """A model with its capsule, as `enable` hands it out.
@@ -36,12 +40,15 @@ class FastModel:
         model: the transformers model, its weights and modules untouched.
         capsule: the capsule (or other method) in use, or None.
         head_map: the head map that prefill follows, or None.
+        decode: how attention gets at capsules, "materialise" or "latent".
         cache: the cache of the last call; give it to the next turn as `past_key_values`.
     """
 
-    def __init__(self, model: Any, capsule: CacheMethod | None, head_map: HeadMap | None) -> None:
+    def __init__(
+        self, model: Any, capsule: CacheMethod | None, head_map: HeadMap | None, decode: Decode
+    ) -> None:
         """Use `enable` instead."""
-        self.model, self.capsule, self.head_map = model, capsule, head_map
+        self.model, self.capsule, self.head_map, self.decode = model, capsule, head_map, decode
         self.cache: Any = None
         self._deltas = RopeDeltas(model)
 
@@ -77,7 +84,7 @@ class FastModel:
             self._deltas.restore(cache)
         else:
             prefill = self._sparse(inputs, sequence_length(inputs))
-        with running(_state(cache, prefill)):
+        with self._running(cache, prefill):
             tokens: Tensor = self.model.generate(past_key_values=cache, **inputs)
         if cache is not None:
             self._deltas.remember(cache)
@@ -114,6 +121,17 @@ class FastModel:
             **{k: v for k, v in inputs.items() if k in TOKEN_ENTRIES or k.startswith(PIXEL_PREFIXES)}
         )
 
+    @contextmanager
+    def _running(self, cache: Any, prefill: SparsePrefill | None = None) -> Iterator[None]:
+        """What the attention function has to know while the model runs with `cache`."""
+        capsules = cache if isinstance(cache, CapsuleCache) else None
+        latent = capsules is not None and self.decode == "latent"
+        with (
+            running(RuntimeState(capsules, prefill)),
+            capsules.leaving_capsules() if latent else nullcontext(),
+        ):
+            yield
+
     def encapsulate(self, **inputs: Any) -> Any:
         """Prefill the images alone (protocol `after`); what follows the last is left for `generate`.
 
@@ -129,7 +147,7 @@ class FastModel:
         cache = self.new_cache(head)
         repeat = ContextRepeat(self.model)
         with (
-            running(_state(cache, self._sparse(inputs, length))),
+            self._running(cache, self._sparse(inputs, length)),
             repeat.recording() if isinstance(cache, ContextRepeater) else nullcontext(),
         ):
             # generate, not forward: it derives positions from the padding as later turns will.
@@ -140,7 +158,7 @@ class FastModel:
         if isinstance(cache, ContextRepeater):
 
             def run(copy: Any) -> None:
-                with running(_state(copy)):
+                with self._running(copy):
                     repeat.run(copy, head.get("attention_mask", torch.ones_like(head["input_ids"])))
 
             cache.repeat_context(run)
@@ -149,13 +167,13 @@ class FastModel:
         return cache
 
 
-def _state(cache: Any, prefill: SparsePrefill | None = None) -> RuntimeState:
-    return RuntimeState(cache if isinstance(cache, CapsuleCache) else None, prefill)
-
-
 @contextmanager
 def enable(
-    model: Any, *, capsule: CacheMethod | None = None, head_map: HeadMap | None = None
+    model: Any,
+    *,
+    capsule: CacheMethod | None = None,
+    head_map: HeadMap | None = None,
+    decode: Decode = "materialise",
 ) -> Iterator[FastModel]:
     """Run a model with capsules, with sparse prefill, or with both.
 
@@ -163,27 +181,40 @@ def enable(
         model: a transformers vision-language model of a supported family.
         capsule: a `KVCapsule` fitted to this very model, or one of `capsight.baselines`.
         head_map: calibrated on this very model; prefill then skips what its heads do not use.
+        decode: "materialise" rebuilds keys and values one layer at a time for the model's own
+            attention; "latent" attends to capsules as they are, which is faster, with an attention
+            function of capsight's, and has an `adaptive` capsule store its weights unless it was told
+            not to (`KVCapsule.with_weights`). Both give the same up to rounding.
 
     Yields:
         A `FastModel`: `generate` takes what `model.generate` takes.
 
     Raises:
         ModelMismatchError: the capsule or the head map was made for another model.
+        OptionError: `decode` is neither, or the method has no capsules to attend to.
         UnsupportedModelError: the model's architecture is not known, or the method cannot run on it.
 
     Example:
         >>> with capsight.enable(model, capsule=capsule) as fast:
         ...     tokens = fast.generate(**inputs, max_new_tokens=32)
     """
+    if decode not in DECODES:
+        raise OptionError(f"decode must be one of {list(DECODES)}, not {decode!r}")
     if capsule is not None:
         capsule.check_model(model)
+    if decode == "latent":
+        if not isinstance(capsule, LatentMethod):
+            raise OptionError('decode="latent" attends to capsules; pass capsule=, a KVCapsule')
+        capsule = capsule.for_latent()
     text = model.config.get_text_config()
     if head_map is not None:
         fingerprint = model_fingerprint(model) if head_map.model else ""
         head_map.check(text.num_hidden_layers, text.num_attention_heads, fingerprint)
-    fast = FastModel(model, capsule, head_map)
+    fast = FastModel(model, capsule, head_map, decode)
     deltas = fast._deltas.value()
-    needs_attention = head_map is not None or (capsule is not None and capsule.needs_attention)
+    needs_attention = (
+        head_map is not None or decode == "latent" or (capsule is not None and capsule.needs_attention)
+    )
     before = text._attn_implementation
     try:
         if needs_attention:

@@ -2,153 +2,150 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from capsight.errors import OptionError
-from capsight.kvcapsule.codecs.base import LayerCodec, check_ridge, index_dtype, take_tensors
 from capsight.kvcapsule.codecs.block import Payload
-from capsight.kvcapsule.kriging import greedy_selection, prediction_weights, with_nugget
-from capsight.kvcapsule.moments import LayerMoments, rms
+from capsight.kvcapsule.codecs.selecting import SelectingCodec
+from capsight.kvcapsule.kriging import Selection, prediction_weights
+from capsight.kvcapsule.latent import LatentBlocks, TokenMap
+from capsight.kvcapsule.moments import LayerMoments
+
+Weights = Literal["solved", "stored"]
+WEIGHTS: tuple[Weights, ...] = ("solved", "stored")
+"""What may become of the prediction weights of a capsule."""
 
 
-class AdaptiveCodec(LayerCodec):
-    """Keeps, per block, the r tokens that the other kept ones predict worst; rebuilds the rest linearly.
+class AdaptiveCodec(SelectingCodec):
+    """Rebuilds, linearly from the kept tokens of its block, every token that was not kept.
 
-    One set of kept tokens serves the keys and values of all KV heads of a block. What is learnt
-    is second moments of tokens only, so the same module serves every r.
+    The weights of that follow from the positions kept. "solved" solves for them whenever they are
+    needed, which is smallest; "stored" keeps them in the capsule, which is fastest.
 
-    Buffers:
-        packed: float32 `[G, N (N + 1) / 2]`, lower triangle of the regularised second moment; G = 1
-            for keys and values together, G = 2 for one each.
-        mean: float32 `[2, H, D]`, mean of every channel of keys and of values.
-        scale: float32 `[2, H]`, root mean square about the mean of each KV head's keys and values.
-
-    Capsules:
-        keys, values: `[M, r, H, D]`, kept tokens in order of position.
-        kept: `[M, r]`, their positions in the block (uint8 up to N = 256).
+    Capsules, beside those of `SelectingCodec`:
+        weights: `[M, G, N - r, r]` with "stored", of the other tokens in order of position, in the
+            dtype of the blocks if it has 16 bits, else float16.
     """
 
     name = "adaptive"
-    packed: Tensor
-    mean: Tensor
-    scale: Tensor
 
-    def __init__(self, packed: Tensor, mean: Tensor, scale: Tensor, block_size: int, kept: int) -> None:
-        """Take what `fit` learnt or a file held; see the buffers above."""
-        super().__init__(block_size, kept)
-        self.register_buffer("packed", packed)
-        self.register_buffer("mean", mean)
-        self.register_buffer("scale", scale)
+    def __init__(
+        self,
+        packed: Tensor,
+        mean: Tensor,
+        scale: Tensor,
+        block_size: int,
+        kept: int,
+        weights: Weights = "solved",
+    ) -> None:
+        """Take what `fit` learnt or a file held (see `SelectingCodec`), and what to do with weights.
+
+        Raises:
+            OptionError: `weights` is neither "solved" nor "stored".
+        """
+        super().__init__(packed, mean, scale, block_size, kept)
+        if weights not in WEIGHTS:
+            raise OptionError(f"weights must be one of {list(WEIGHTS)}, not {weights!r}")
+        self.weights: Weights = weights
 
     @classmethod
     def fit(
-        cls, moments: LayerMoments, kept: int, *, ridge: float = 1e-2, joint: bool = False, **_: Any
+        cls,
+        moments: LayerMoments,
+        kept: int,
+        *,
+        ridge: float = 1e-2,
+        joint: bool = False,
+        weights: Weights = "solved",
+        **_: Any,
     ) -> Self:
-        """Solve for the codec from one layer's calibration moments.
+        """Solve for the codec as `SelectingCodec` does.
 
         Args:
             moments: sums over calibration blocks.
             kept: tokens kept of each block (r).
             ridge: noise variance added to C, as a fraction of its mean variance.
             joint: one C for keys and values together (half the module bytes) in place of one each.
+            weights: "solved" or "stored".
         """
-        check_ridge(ridge)
-        kinds = (moments.keys, moments.values)
-        mean = torch.stack([kind.channel_mean() for kind in kinds])  # [2, H, D]
-        second = [kind.about(centre[:, None]) for kind, centre in zip(kinds, mean, strict=True)]
-        scale = torch.stack([rms(heads) for heads in second])  # [2, H]
-        c = torch.stack(
-            [(heads / s[:, None, None] ** 2).mean(0) for heads, s in zip(second, scale, strict=True)]
-        )
-        c = with_nugget(c.mean(0, keepdim=True) if joint else c, ridge)  # [G, N, N]
-        rows, cols = torch.tril_indices(moments.block_size, moments.block_size)
-        return cls(c[:, rows, cols].float(), mean.float(), scale.float(), moments.block_size, kept)
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int, int], kept: int) -> Self:
-        """The codec for blocks of `shape` (H, N, D) whose `state_dict()` gave `tensors`."""
-        heads, block_size, head_dim = shape
-        shapes = {
-            "packed": (None, block_size * (block_size + 1) // 2),
-            "mean": (2, heads, head_dim),
-            "scale": (2, heads),
-        }
-        packed, mean, scale = take_tensors(tensors, shapes, {})
-        if len(packed) not in (1, 2):
-            raise OptionError(f"tensor packed holds {len(packed)} second moments, expected 1 or 2")
-        codec = cls(packed, mean, scale, block_size, kept)
-        if (scale <= 0).any() or torch.linalg.cholesky_ex(codec.covariance()).info.any():
-            raise OptionError("tensors packed and scale are not those of a positive definite second moment")
-        return codec
+        return super().fit(moments, kept, ridge=ridge, joint=joint).with_weights(weights)
 
     def resized(self, kept: int) -> Self:
         """This codec with another number of kept tokens; shares the buffers."""
-        return type(self)(self.packed, self.mean, self.scale, self.block_size, kept)
+        return type(self)(self.packed, self.mean, self.scale, self.block_size, kept, self.weights)
 
-    def covariance(self) -> Tensor:
-        """The regularised second moment: float32 `[G, N, N]`."""
-        n = self.block_size
-        rows, cols = torch.tril_indices(n, n, device=self.packed.device)
-        full = self.packed.new_empty(len(self.packed), n, n)
-        full[:, rows, cols] = self.packed
-        full[:, cols, rows] = self.packed
-        return full
-
-    def encode(self, keys: Tensor, values: Tensor) -> Payload:
-        """Choose the kept tokens of blocks `[M, H, N, D]` and copy them."""
-        kept = self.select(keys, values)  # [M, r]
-        index = kept[:, :, None, None]
-        return Payload(
-            {
-                "keys": keys.transpose(1, 2).take_along_dim(index, 1),
-                "values": values.transpose(1, 2).take_along_dim(index, 1),
-                "kept": kept.to(index_dtype(self.block_size)),
-            }
-        )
-
-    def select(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Positions to keep of blocks `[M, H, N, D]`: int64 `[M, r]`, ascending."""
-        if self.kept == self.block_size:
-            return torch.arange(self.block_size, device=keys.device).expand(keys.shape[0], -1)
-        gram = torch.stack([self._gram(0, keys), self._gram(1, values)], 1)  # [M, 2, N, N]
-        covariance = self.covariance()
-        return greedy_selection(
-            covariance, gram.sum(1, keepdim=True) if len(covariance) == 1 else gram, self.kept
-        )
+    def with_weights(self, weights: Weights) -> Self:
+        """This codec with its weights "solved" or "stored"; shares the buffers."""
+        return type(self)(self.packed, self.mean, self.scale, self.block_size, self.kept, weights)
 
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
-        """Predict all tokens from the kept ones, then put the kept ones themselves in their places."""
-        keys, values, kept = (
-            payload.tensors["keys"],
-            payload.tensors["values"],
-            payload.tensors["kept"].long(),
-        )
+        """Predict the tokens that were not kept from those that were."""
+        keys, values, kept = (payload.tensors[name] for name in ("keys", "values", "kept"))
         if self.kept == self.block_size:
             return keys.transpose(1, 2), values.transpose(1, 2)
-        weights = prediction_weights(self.covariance(), kept).to(keys.dtype)  # [M, G, N, r]
-        mean = self.mean.to(keys.dtype)
-        return _rebuild(weights[:, 0], keys, kept, mean[0]), _rebuild(weights[:, -1], values, kept, mean[1])
+        weights, mean = self._weights(payload).to(keys.dtype), self.mean.to(keys.dtype)
+        first = torch.arange(len(kept), device=kept.device)[:, None] * self.block_size  # [M, 1]
+        slots = (first + kept).flatten(), (first + self._others(kept)).flatten()
+        return (
+            _rebuild(weights[:, 0], keys, mean[0], self.block_size, slots),
+            _rebuild(weights[:, -1], values, mean[1], self.block_size, slots),
+        )
 
-    def _gram(self, kind: int, x: Tensor) -> Tensor:
-        """Token Gram matrices `[M, N, N]` of normalised blocks `[M, H, N, D]`, in float32."""
-        x = (x.transpose(1, 2).float() - self.mean[kind]) / self.scale[kind][:, None]  # [M, N, H, D]
-        x = x.flatten(2)
-        return x @ x.mT
+    def latent(self, payload: Payload) -> LatentBlocks:
+        """Kept tokens as slots, and the weights that the others follow with."""
+        keys, values = payload.tensors["keys"], payload.tensors["values"]
+        if self.kept == self.block_size:
+            return LatentBlocks(keys, values, TokenMap(), TokenMap())
+        weights = self._weights(payload).float()  # [M, G, T, r]
+        rest = 1 - weights.sum(-1)  # [M, G, T]
+        maps = [TokenMap(True, weights[:, g], rest[:, g], self.mean[i]) for i, g in ((0, 0), (1, -1))]
+        return LatentBlocks(keys, values, *maps)
 
     def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> int:
-        """Bytes of one block's capsule: the kept tokens and their positions."""
-        return self.kept * (2 * heads * head_dim * itemsize + index_dtype(self.block_size).itemsize)
+        """Bytes of one block's capsule: the kept tokens, their positions, and weights if stored."""
+        nbytes = super().payload_nbytes(heads, head_dim, itemsize)
+        if self.weights == "stored":
+            nbytes += len(self.packed) * (self.block_size - self.kept) * self.kept * min(itemsize, 2)
+        return nbytes
+
+    def _pack(self, keys: Tensor, values: Tensor, selection: Selection) -> Payload:
+        payload = super()._pack(keys, values, selection)
+        if self.weights == "stored" and self.kept < self.block_size:
+            others = self._others(payload.tensors["kept"])[None]  # [1, M, T]
+            ascending = selection.order[0].argsort(1)[:, None, None]  # [M, 1, 1, r]
+            weights = selection.weights(others)[0].take_along_dim(ascending, 3)  # [M, G, T, r]
+            payload.tensors["weights"] = weights.to(keys.dtype if keys.dtype.itemsize <= 2 else torch.float16)
+        return payload
+
+    def _weights(self, payload: Payload) -> Tensor:
+        """Weights of the tokens that were not kept: `[M, G, N - r, r]`."""
+        if "weights" in payload.tensors:
+            return payload.tensors["weights"]
+        kept = payload.tensors["kept"]
+        return prediction_weights(self.covariance(), kept.long(), self._others(kept))
+
+    def _others(self, kept: Tensor) -> Tensor:
+        """The positions that are not in `kept` `[M, r]`, ascending: int64 `[M, N - r]`."""
+        taken = torch.zeros(len(kept), self.block_size, dtype=torch.bool, device=kept.device)
+        order = taken.scatter_(1, kept.long(), True).sort(dim=1, stable=True).indices  # [M, N]
+        return order[:, : self.block_size - self.kept]
 
 
-def _rebuild(weights: Tensor, x: Tensor, kept: Tensor, mean: Tensor) -> Tensor:
-    """Blocks `[M, H, N, D]` from weights `[M, N, r]`, kept tokens `[M, r, H, D]`, mean `[H, D]`."""
-    blocks, size, _ = weights.shape
-    full = torch.bmm(weights, (x - mean).flatten(2)).view(blocks * size, *mean.shape)
-    full += mean
-    slots = torch.arange(blocks, device=kept.device)[:, None] * size + kept  # [M, r]
-    full.index_copy_(0, slots.flatten(), x.flatten(0, 1))
-    return full.view(blocks, size, *mean.shape).transpose(1, 2)
+def _rebuild(weights: Tensor, x: Tensor, mean: Tensor, size: int, slots: tuple[Tensor, Tensor]) -> Tensor:
+    """Blocks `[M, H, N, D]` of N = `size` tokens.
+
+    Args:
+        weights: `[M, T, r]`, of the tokens that were not kept.
+        x: `[M, r, H, D]`, kept tokens.
+        mean: `[H, D]`.
+        size: tokens in a block.
+        slots: int64 `[M * r]` and `[M * T]`, where the kept and the other tokens go in `[M * N]`.
+    """
+    full = x.new_empty(len(x) * size, *mean.shape)
+    others = torch.baddbmm(mean.flatten(), weights, (x - mean).flatten(2))  # [M, T, H * D]
+    full.index_copy_(0, slots[0], x.flatten(0, 1))
+    full.index_copy_(0, slots[1], others.view(-1, *mean.shape))
+    return full.view(len(x), size, *mean.shape).transpose(1, 2)

@@ -86,6 +86,14 @@ class LayerCodec(BlockCodec):
             f"the {self.name} codec is fitted for one retained fraction; fit again with the new one"
         )
 
+    def with_weights(self, weights: Any) -> Self:
+        """This codec with its prediction weights "solved" or "stored", sharing what was learnt.
+
+        Raises:
+            OptionError: it has none, or `weights` is neither.
+        """
+        raise OptionError(f"the {self.name} codec has no prediction weights; leave out weights={weights!r}")
+
     @property
     def retained(self) -> float:
         """Fraction kept, r / N."""

@@ -10,6 +10,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from capsight.errors import CapsightError
+from capsight.kvcapsule.latent import LatentBlocks
 from capsight.kvcapsule.plan import Run
 
 
@@ -63,9 +65,35 @@ class BlockCodec(nn.Module, ABC):
             A payload of M capsules, in the dtype of the blocks.
         """
 
+    @classmethod
+    def encode_layers(
+        cls,
+        codecs: Sequence[BlockCodec],
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        runs: Sequence[Run],
+    ) -> list[Payload]:
+        """Store the blocks that several layers have at the same places.
+
+        Args:
+            codecs: codec of each layer, all of this class.
+            keys: `[M, H, N, D]` of each layer, after RoPE.
+            values: `[M, H, N, D]` of each layer.
+            runs: where the M blocks lie.
+        """
+        return [c.encode_runs(k, v, runs) for c, k, v in zip(codecs, keys, values, strict=True)]
+
     @abstractmethod
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Keys and values `[M, H, N, D]` of the capsules; kept tokens are copied bit for bit."""
+
+    def latent(self, payload: Payload) -> LatentBlocks:
+        """The capsules as attention reads them without rebuilding tokens.
+
+        Raises:
+            CapsightError: the codec is not linear in what it stores.
+        """
+        raise CapsightError(f"the {self.name} codec has no latent form; use decode='materialise'")
 
     def bias(self, payload: Payload) -> Tensor | None:
         """What attention has to add to its scores over decoded blocks.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from capsight.kvcapsule.codecs.adaptive import AdaptiveCodec
 from capsight.kvcapsule.codecs.block import Payload
+from capsight.kvcapsule.codecs.selecting import SelectingCodec
+from capsight.kvcapsule.latent import LatentBlocks, TokenMap
 
 
-class EvictCodec(AdaptiveCodec):
+class EvictCodec(SelectingCodec):
     """Same fit, selection and capsules as `adaptive`; the tokens not kept are gone.
 
     Decoding leaves zeros in their places, which attention must not see: it needs an attention
@@ -22,6 +23,10 @@ class EvictCodec(AdaptiveCodec):
         """Kept tokens in their places, zeros elsewhere."""
         kept = payload.tensors["kept"].long()[:, :, None, None]
         return self._spread(payload.tensors["keys"], kept), self._spread(payload.tensors["values"], kept)
+
+    def latent(self, payload: Payload) -> LatentBlocks:
+        """Kept tokens as slots; there are no others."""
+        return LatentBlocks(payload.tensors["keys"], payload.tensors["values"], TokenMap(), TokenMap())
 
     def missing(self, payload: Payload) -> Tensor | None:
         """Tokens that were not kept: bool `[M, N]`."""

@@ -16,6 +16,7 @@ from capsight.errors import OptionError
 from capsight.kvcapsule.codecs.base import LayerCodec, check_kept, check_ridge, take_tensors
 from capsight.kvcapsule.codecs.block import Payload
 from capsight.kvcapsule.kriging import pivoted_cholesky, prediction_weights, with_nugget
+from capsight.kvcapsule.latent import LatentBlocks, TokenMap
 from capsight.kvcapsule.moments import LayerMoments, rms
 
 
@@ -99,6 +100,22 @@ class StaticCodec(LayerCodec):
         values = (self.value_basis.to(latent.dtype) @ latent.flatten(2)).view(shape)
         values += self.value_mean.to(latent.dtype)[:, None, None]
         return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def latent(self, payload: Payload) -> LatentBlocks:
+        """Kept keys and value coordinates as slots; the kept tokens come first."""
+        keys, latent = payload.tensors["keys"], payload.tensors["latent"]
+        if self.kept == self.block_size:
+            return LatentBlocks(keys, latent, TokenMap(), TokenMap())
+        kept = torch.zeros(self.block_size, dtype=torch.bool, device=keys.device)
+        kept[self.kept_index] = True
+        order = kept.sort(stable=True, descending=True).indices  # [N]
+        values = TokenMap(
+            copied=False,
+            weights=self.value_basis[order][None],
+            rest=self.value_mean[order][None],
+            mean=self.value_mean.new_ones(latent.shape[2:]),
+        )
+        return LatentBlocks(keys, latent, TokenMap(weights=self.key_map[order[self.kept :]][None]), values)
 
     def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> int:
         """Bytes of one block's capsule: kept keys and value coordinates."""

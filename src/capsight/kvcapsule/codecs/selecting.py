@@ -1,0 +1,168 @@
+"""What `adaptive` and `evict` share: which tokens to keep is chosen per image (our design)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from capsight.errors import OptionError
+from capsight.kvcapsule.codecs.base import LayerCodec, check_ridge, index_dtype, take_tensors
+from capsight.kvcapsule.codecs.block import BlockCodec, Payload
+from capsight.kvcapsule.kriging import Selection, greedy_selection, with_nugget
+from capsight.kvcapsule.moments import LayerMoments, rms
+from capsight.kvcapsule.plan import Run
+
+
+class SelectingCodec(LayerCodec):
+    """Keeps, per block, the r tokens that the other kept ones predict worst.
+
+    One set of kept tokens serves the keys and values of all KV heads of a block. What is learnt
+    is second moments of tokens only, so the same module serves every r.
+
+    Buffers:
+        packed: float32 `[G, N (N + 1) / 2]`, lower triangle of the regularised second moment; G = 1
+            for keys and values together, G = 2 for one each.
+        mean: float32 `[2, H, D]`, mean of every channel of keys and of values.
+        scale: float32 `[2, H]`, root mean square about the mean of each KV head's keys and values.
+
+    Capsules:
+        keys, values: `[M, r, H, D]`, kept tokens in order of position.
+        kept: `[M, r]`, their positions in the block (uint8 up to N = 256).
+    """
+
+    packed: Tensor
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, packed: Tensor, mean: Tensor, scale: Tensor, block_size: int, kept: int) -> None:
+        """Take what `fit` learnt or a file held; see the buffers above."""
+        super().__init__(block_size, kept)
+        self.register_buffer("packed", packed)
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def fit(
+        cls, moments: LayerMoments, kept: int, *, ridge: float = 1e-2, joint: bool = False, **_: Any
+    ) -> Self:
+        """Solve for the codec from one layer's calibration moments.
+
+        Args:
+            moments: sums over calibration blocks.
+            kept: tokens kept of each block (r).
+            ridge: noise variance added to C, as a fraction of its mean variance.
+            joint: one C for keys and values together (half the module bytes) in place of one each.
+        """
+        check_ridge(ridge)
+        kinds = (moments.keys, moments.values)
+        mean = torch.stack([kind.channel_mean() for kind in kinds])  # [2, H, D]
+        second = [kind.about(centre[:, None]) for kind, centre in zip(kinds, mean, strict=True)]
+        scale = torch.stack([rms(heads) for heads in second])  # [2, H]
+        c = torch.stack(
+            [(heads / s[:, None, None] ** 2).mean(0) for heads, s in zip(second, scale, strict=True)]
+        )
+        c = with_nugget(c.mean(0, keepdim=True) if joint else c, ridge)  # [G, N, N]
+        rows, cols = torch.tril_indices(moments.block_size, moments.block_size)
+        return cls(c[:, rows, cols].float(), mean.float(), scale.float(), moments.block_size, kept)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int, int], kept: int) -> Self:
+        """The codec for blocks of `shape` (H, N, D) whose `state_dict()` gave `tensors`."""
+        heads, block_size, head_dim = shape
+        shapes = {
+            "packed": (None, block_size * (block_size + 1) // 2),
+            "mean": (2, heads, head_dim),
+            "scale": (2, heads),
+        }
+        packed, mean, scale = take_tensors(tensors, shapes, {})
+        if len(packed) not in (1, 2):
+            raise OptionError(f"tensor packed holds {len(packed)} second moments, expected 1 or 2")
+        codec = cls(packed, mean, scale, block_size, kept)
+        if (scale <= 0).any() or torch.linalg.cholesky_ex(codec.covariance()).info.any():
+            raise OptionError("tensors packed and scale are not those of a positive definite second moment")
+        return codec
+
+    def resized(self, kept: int) -> Self:
+        """This codec with another number of kept tokens; shares the buffers."""
+        return type(self)(self.packed, self.mean, self.scale, self.block_size, kept)
+
+    def covariance(self) -> Tensor:
+        """The regularised second moment: float32 `[G, N, N]`."""
+        index = _square_from_packed(self.block_size, self.packed.device)
+        return self.packed[:, index].view(-1, self.block_size, self.block_size)
+
+    def encode(self, keys: Tensor, values: Tensor) -> Payload:
+        """Choose the kept tokens of blocks `[M, H, N, D]` and copy them."""
+        return self.encode_layers([self], [keys], [values], ())[0]
+
+    @classmethod
+    def encode_layers(
+        cls,
+        codecs: Sequence[BlockCodec],
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        runs: Sequence[Run],
+    ) -> list[Payload]:
+        """Make capsules in several layers; tokens of layers that keep equally many are chosen in one go."""
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for index, codec in enumerate(codecs):
+            assert isinstance(codec, SelectingCodec)
+            alike.setdefault((codec.kept, len(codec.packed), keys[index].device), []).append(index)
+        payloads: dict[int, Payload] = {}
+        for group in alike.values():
+            own: list[Any] = [codecs[index] for index in group]
+            selection = cls._selection(own, [keys[i] for i in group], [values[i] for i in group])
+            for place, index in enumerate(group):
+                payloads[index] = own[place]._pack(keys[index], values[index], selection.layer(place))
+        return [payloads[index] for index in range(len(codecs))]
+
+    @staticmethod
+    def _selection(
+        codecs: Sequence[SelectingCodec], keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> Selection:
+        """The tokens to keep of blocks `[M, H, N, D]` of L layers."""
+        blocks, _, size, _ = keys[0].shape
+        groups, kept = len(codecs[0].packed), codecs[0].kept
+        if kept == size:
+            order = torch.arange(size, device=keys[0].device).expand(len(codecs), blocks, -1)
+            return Selection(order, keys[0].new_empty(len(codecs), blocks, groups, size, 0))
+        gram = torch.empty(len(codecs), blocks, groups, size, size, device=keys[0].device)
+        for codec, k, v, own in zip(codecs, keys, values, gram, strict=True):
+            features = (codec._features(0, k), codec._features(1, v))  # [M, N, H * D] each
+            for group, x in enumerate(features if groups == 2 else [torch.cat(features, 2)]):
+                own[:, group] = x @ x.mT
+        return greedy_selection(torch.stack([codec.covariance() for codec in codecs]), gram, kept)
+
+    def _features(self, kind: int, x: Tensor) -> Tensor:
+        """Normalised tokens `[M, N, H * D]` of blocks `[M, H, N, D]`, in float32."""
+        x = (x.transpose(1, 2) - self.mean[kind]) / self.scale[kind][:, None]  # [M, N, H, D]
+        return x.flatten(2)
+
+    def _pack(self, keys: Tensor, values: Tensor, selection: Selection) -> Payload:
+        """Capsules of the blocks `[M, H, N, D]` of one layer."""
+        kept = selection.order[0].sort(1).values  # [M, r]
+        index = kept[:, :, None, None]
+        return Payload(
+            {
+                "keys": keys.transpose(1, 2).take_along_dim(index, 1),
+                "values": values.transpose(1, 2).take_along_dim(index, 1),
+                "kept": kept.to(index_dtype(self.block_size)),
+            }
+        )
+
+    def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> int:
+        """Bytes of one block's capsule: the kept tokens and their positions."""
+        return self.kept * (2 * heads * head_dim * itemsize + index_dtype(self.block_size).itemsize)
+
+
+@lru_cache(maxsize=8)
+def _square_from_packed(size: int, device: torch.device) -> Tensor:
+    """Where in a packed lower triangle the entries of a symmetric matrix lie: int64 `[N * N]`."""
+    rows, cols = torch.tril_indices(size, size)
+    index = torch.empty(size, size, dtype=torch.int64)
+    index[rows, cols] = index[cols, rows] = torch.arange(len(rows))
+    return index.flatten().to(device)

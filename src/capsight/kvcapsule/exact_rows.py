@@ -1,0 +1,98 @@
+"""`ExactRows`: the exact tokens of a batch side by side, as attention over capsules reads them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capsight.kvcapsule.latent import BlockRows
+from capsight.kvcapsule.placement import Placement
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExactRows:
+    """Where exact tokens lie in rows of X tokens: packed ones at the end of the first `width`, then the tail.
+
+    Derived from a placement and, as the scratch buffer, only there while tokens are decoded.
+
+    Attributes:
+        settled: tokens per row that the placement covers.
+        width: the most packed tokens of a row.
+        slots: int64 `[E]`, place of each packed token in its row.
+        rows: int64 `[E]`, its row.
+        columns: int64 `[B, width]`, logical position of what lies in each place; 0 where nothing does.
+        filled: bool `[B, width]`, whether anything does; None if it does everywhere.
+        blocks: which rows the capsules belong to.
+    """
+
+    settled: int
+    width: int
+    slots: Tensor
+    rows: Tensor
+    columns: Tensor
+    filled: Tensor | None
+    blocks: BlockRows
+
+    @classmethod
+    def build(cls, placement: Placement) -> ExactRows:
+        """Line up the exact tokens of `placement`."""
+        runs = Counter(run.row for run in placement.runs)
+        exact = [
+            max(placement.settled - pad, 0) - placement.block_size * runs[row]
+            for row, pad in enumerate(placement.pads)
+        ]
+        width, rows = max(exact), placement.exact_rows
+        first = torch.tensor([width - count for count in exact], device=rows.device)
+        slots = _ranks(rows) + first[rows]
+        columns = torch.zeros(len(exact), width, dtype=torch.int64, device=rows.device)
+        columns[rows, slots] = placement.exact_cols
+        filled = torch.arange(width, device=rows.device) >= first[:, None]
+        blocks = BlockRows(placement.run_rows, _ranks(placement.run_rows), max(runs.values(), default=0))
+        ragged = min(exact) < width
+        return cls(placement.settled, width, slots, rows, columns, filled if ragged else None, blocks)
+
+    def place(self, packed: Tensor, tail: Tensor, new: Tensor, out: Tensor) -> None:
+        """Fill `out` `[B, X, H, D]` from `[E, H, D]`, `[B, T, H, D]` and `[B, Q, H, D]`, else with zeros."""
+        old = self.width + tail.shape[1]
+        if len(out) == 1:
+            out[0, : self.width] = packed
+        else:
+            out[:, : self.width] = 0
+            out.flatten(0, 1).index_copy_(0, self.rows * out.shape[1] + self.slots, packed)
+        out[:, self.width : old] = tail
+        out[:, old:] = new
+
+    def mask(self, mask: Tensor | None, queries: int, exact: int) -> Tensor | None:
+        """The mask over exact tokens that one over all tokens means.
+
+        Args:
+            mask: bool or additive `[B or 1, 1 or Hq, Q, S]`, S logical positions; None means causal.
+            queries: new tokens (Q), the last ones.
+            exact: exact tokens of a row (X).
+
+        Returns:
+            Of the same kind, `[B or 1, 1 or Hq, Q, X]`; None if every query sees every token.
+        """
+        if mask is None:
+            seen = None
+            if queries > 1:
+                seen = torch.ones(queries, exact, dtype=torch.bool, device=self.columns.device)
+                seen = seen.tril(exact - queries)[None, None]
+            if self.filled is None:
+                return seen
+            filled = torch.nn.functional.pad(self.filled, (0, exact - self.width), value=True)[:, None, None]
+            return filled if seen is None else filled & seen
+        mask = mask.expand(len(self.columns), -1, -1, -1)
+        packed = mask.take_along_dim(self.columns[:, None, None], 3)  # [B, 1 or Hq, Q, width]
+        if self.filled is not None:
+            nothing = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            packed = packed.masked_fill(~self.filled[:, None, None], nothing)
+        return torch.cat([packed, mask[..., self.settled :]], 3)
+
+
+def _ranks(rows: Tensor) -> Tensor:
+    """How many entries before each one of ascending `rows` are of the same row."""
+    return torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)

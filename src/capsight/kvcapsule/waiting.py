@@ -1,0 +1,76 @@
+"""`EncodeQueue`: image blocks that wait to be encoded, so that several layers are encoded in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from capsight.kvcapsule.codecs import BlockCodec, Payload
+from capsight.kvcapsule.plan import Run
+
+_LAYERS = 8  # that wait at most: encoding many is hardly slower than encoding one, but they stay whole
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """The new blocks of one layer.
+
+    Attributes:
+        codec: the layer's.
+        blocks: keys and values `[M, H, N, D]`; empty once they are encoded.
+        payload: their capsules, once they are encoded.
+    """
+
+    codec: BlockCodec
+    blocks: tuple[Tensor, ...]
+    payload: Payload | None = None
+
+
+class EncodeQueue:
+    """Layers whose blocks lie at the same places and were not encoded yet.
+
+    What is encoded per block is little work in many steps, so it costs nearly the same for one layer
+    as for eight.
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._waiting: list[Waiting] = []
+        self._runs: tuple[Run, ...] = ()
+
+    def add(self, codec: BlockCodec, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> Waiting:
+        """Take blocks `[M, H, N, D]`; may encode them and all that wait."""
+        if tuple(runs) != self._runs or (self._waiting and type(self._waiting[0].codec) is not type(codec)):
+            self.flush()
+        self._runs = tuple(runs)
+        waiting = Waiting(codec, (keys, values))
+        self._waiting.append(waiting)
+        if len(self._waiting) == _LAYERS:
+            self.flush()
+        return waiting
+
+    def payload(self, waiting: Waiting) -> Payload:
+        """The capsules of blocks that were added; encodes all that wait."""
+        if waiting.payload is None:
+            self.flush()
+        assert waiting.payload is not None
+        return waiting.payload
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Encode all that waits."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        codecs = [each.codec for each in waiting]
+        keys, values = ([each.blocks[kind] for each in waiting] for kind in (0, 1))
+        payloads = type(codecs[0]).encode_layers(codecs, keys, values, self._runs)
+        for each, payload in zip(waiting, payloads, strict=True):
+            each.payload, each.blocks = payload, ()
+
+    def clear(self) -> None:
+        """Forget all that waits."""
+        self._waiting = []

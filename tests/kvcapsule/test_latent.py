@@ -1,0 +1,193 @@
+"""Attention over capsules as they are, against rebuilding every token and attending to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from capsight.errors import CapsightError, OptionError
+from capsight.kvcapsule import CapsuleCache, latent
+from capsight.kvcapsule.codecs import AdaptiveCodec
+from capsight.kvcapsule.latent import BlockRows, LatentBlocks, TokenMap, latent_attention
+from capsight.layout import PromptLayout
+from kvcapsule.conftest import codec, layouts, row
+from kvcapsule.test_cache import CONFIG, D, H, N, feed, real
+
+GROUP = 3  # query heads to a KV head
+LAYOUT = PromptLayout((row(30, 3, (4, 22)), row(30, 0, (1, 9), (10, 18), (19, 28)), row(30, 7)))
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Plain attention `[B, Q, Hq, D]` with scale 1/2, KV heads repeated."""
+    keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (keys, values))
+    scores = (query @ keys.mT / 2).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return (scores.softmax(-1) @ values).transpose(1, 2)
+
+
+def tokens(slots: Tensor, tokens_of: TokenMap) -> Tensor:
+    """The tokens `[M, N, H, D]` that slots `[M, r, H, D]` stand for."""
+    if tokens_of.weights is None:
+        return slots
+    made = torch.einsum("mtr,mrhd->mthd", tokens_of.weights.expand(len(slots), -1, -1), slots)
+    if tokens_of.mean is not None:
+        made = made + tokens_of.rest[:, :, None, None] * tokens_of.mean
+    return torch.cat([slots, made], 1) if tokens_of.copied else made
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=3).filter(any),
+    st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 3)),
+    st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(0, 4)),
+    st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    st.integers(0, 99),
+)
+def test_the_pure_function(counts, sizes, slots_of, flags, seed):
+    (heads, group, new), (slots, rebuilt, exact), (copied, shared, means) = sizes, slots_of, flags
+    g = torch.Generator().manual_seed(seed)
+    batch, blocks = len(counts), sum(counts)
+    owner = torch.tensor([b for b, count in enumerate(counts) for _ in range(count)])
+    rank = torch.tensor([i for count in counts for i in range(count)])
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    def token_map() -> TokenMap:
+        of = 1 if shared else blocks
+        rest, mean = (random(of, rebuilt), random(heads, 5)) if means else (None, None)
+        return TokenMap(copied, random(of, rebuilt, slots), rest, mean)
+
+    held = LatentBlocks(
+        random(blocks, slots, heads, 5), random(blocks, slots, heads, 5), token_map(), token_map()
+    )
+    query = random(batch, heads * group, new, 5)
+    keys, values = random(batch, heads, exact + new, 5), random(batch, heads, exact + new, 5)
+    mask = torch.ones(new, exact + new, dtype=torch.bool).tril(exact).expand(batch, 1, -1, -1)
+    for given_mask in (mask, torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)):
+        where = BlockRows(owner, rank, max(counts))
+        found = latent_attention(query, keys, values, held, where, given_mask, 0.5)
+        for b in range(batch):
+            own = (owner == b).nonzero()[:, 0]
+            parts = [
+                torch.cat([x[b], tokens(slots_, map_)[own].flatten(0, 1).transpose(0, 1)], 1)[None]
+                for x, slots_, map_ in (
+                    (keys, held.keys, held.key_map),
+                    (values, held.values, held.value_map),
+                )
+            ]
+            seen = torch.nn.functional.pad(mask[b, None], (0, parts[0].shape[2] - exact - new), value=True)
+            expected = attend(query[b, None], parts[0], parts[1], seen)[0]
+            torch.testing.assert_close(found[b], expected, atol=1e-5, rtol=1e-5)
+
+
+def pair(layout: PromptLayout, name: str, kept: int, **options: Any) -> tuple[CapsuleCache, CapsuleCache]:
+    """Two equal caches, and a prompt in both."""
+    codecs = dict.fromkeys((0, 1), codec(name, kept, **options))
+    caches = CapsuleCache(codecs, layout, CONFIG), CapsuleCache(codecs, layout, CONFIG)
+    new = torch.randn(2, layout.batch_size, H, layout.length, D)
+    for cache in caches:
+        cache.honours_key_bias = True
+        feed(cache, new)
+    return caches
+
+
+def compare(caches: tuple[CapsuleCache, CapsuleCache], count: int, masked: bool = True) -> bool:
+    """Feed `count` tokens to both, attend to what each gives; whether the second left its capsules."""
+    plain, cache = caches
+    layout = cache.layout
+    new, seen = torch.randn(2, layout.batch_size, H, count, D), plain.get_seq_length() + count
+    query = torch.randn(layout.batch_size, GROUP * H, count, D)
+    mask = torch.ones(count, seen, dtype=torch.bool).tril(seen - count)
+    mask = mask & real(layout, seen)[:, None, None]
+    for layer in (0, 1):
+        keys, values = plain.update(new[0], new[1], layer)
+        bias = plain.key_bias(layer)
+        expected = attend(query, keys, values, mask if bias is None else mask & (bias == 0))
+        with cache.leaving_capsules():
+            keys, values = cache.update(new[0], new[1], layer)
+            left = cache.take_latent()
+        if left is None:
+            assert keys.shape[2] == seen
+            continue
+        assert keys.shape[2] <= seen
+        blocks, rows = left
+        exact = rows.mask(mask if masked else None, count, keys.shape[2])
+        found = latent_attention(query, keys, values, blocks, rows.blocks, exact, 0.5)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert cache.nbytes == plain.nbytes
+    return left is not None
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    layouts(),
+    st.sampled_from(["adaptive", "static", "evict"]),
+    st.sampled_from([3, 8]),
+    st.booleans(),
+    st.lists(st.integers(1, 4), min_size=1, max_size=4),
+)
+def test_capsules_left_as_they_are_equal_capsules_rebuilt(layout, name, kept, stored, steps):
+    options = {"weights": "stored", "joint": kept == 3} if stored and name == "adaptive" else {}
+    caches = pair(layout, name, kept, **options)
+    for count in steps:
+        assert compare(caches, count) == any(layer.payload for layer in caches[1].capsule_layers.values())
+
+
+def test_rows_of_different_images_without_padding_need_no_mask():
+    layout = PromptLayout((row(30, 0, (4, 22)), row(30, 0, (1, 9), (10, 18), (19, 28)), row(30, 0)))
+    caches = pair(layout, "adaptive", 3)
+    for count in (1, 3, 1):
+        assert compare(caches, count, masked=False)
+
+
+def test_crop_moved_rows_and_new_images():
+    caches = pair(LAYOUT, "adaptive", 3, weights="stored")
+    assert compare(caches, 5)
+    for cache in caches:
+        cache.crop(-6)
+        cache.reorder_cache(torch.tensor([1, 1, 0, 2]))
+    assert compare(caches, 1)
+    rows = (LAYOUT.rows[i] for i in (1, 1, 0, 2))
+    longer = [row(50, r.pad_left, *((b.start, b.end) for b in r.blocks), (35, 45)) for r in rows]
+    for cache in caches:
+        cache.extend_layout(PromptLayout(tuple(longer)))
+    assert not compare(caches, 15)  # it completes runs, so it rebuilds
+    assert compare(caches, 2)
+    assert len(caches[1].capsule_layers[0].placement.runs) == 3 + 3 + 2 + 4
+
+
+def test_long_turns_are_attended_in_parts(monkeypatch):
+    monkeypatch.setattr(latent, "_QUERIES", 2)
+    assert compare(pair(LAYOUT, "adaptive", 3), 5)
+
+
+def test_what_is_left_must_be_taken():
+    _, cache = pair(LAYOUT, "adaptive", 3)
+    new = torch.randn(2, 3, H, 1, D)
+    with cache.leaving_capsules(), pytest.raises(CapsightError, match="materialise"):
+        feed(cache, new)
+    assert cache.take_latent() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_weights_are_counted_and_rebuild_the_same(dtype):
+    solved = codec("adaptive", 3)
+    stored = solved.with_weights("stored")
+    blocks = torch.randn(2, 5, H, N, D).to(dtype)
+    a, b = (c.encode(blocks[0], blocks[1]) for c in (solved, stored))
+    assert b.tensors["weights"].shape == (5, 2, N - 3, 3)
+    assert b.nbytes == a.nbytes + 5 * 2 * (N - 3) * 3 * 2
+    assert b.nbytes == 5 * stored.payload_nbytes(H, D, dtype.itemsize)
+    for x, y in zip(solved.decode(a), stored.decode(b), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-2 if dtype == torch.float32 else 1e-1, rtol=1e-2)
+    assert isinstance(stored, AdaptiveCodec)
+    assert stored.resized(4).weights == "stored"
+    with pytest.raises(OptionError, match="weights"):
+        solved.with_weights("both")
+    with pytest.raises(OptionError, match="no prediction weights"):
+        codec("static", 3).with_weights("stored")

@@ -1,0 +1,115 @@
+"""`enable(decode="latent")` through `generate`, against `materialise` and the full cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import capsight
+from capsight import KVCapsule
+from capsight.baselines import METHODS
+from capsight.errors import OptionError
+
+from .conftest import fitted
+from .test_enable import assert_same, greedy, mixed_batch
+
+
+def both_ways(vlm, capsule, **inputs):
+    """Logits after encapsulated images, materialised and latent."""
+    found = []
+    for decode in ("materialise", "latent"):
+        with capsight.enable(vlm.model, capsule=capsule, decode=decode) as fast:
+            cache = fast.encapsulate(**inputs)
+            found.append(greedy(fast.generate, past_key_values=cache, **inputs))
+            found[-1].nbytes = fast.cache.nbytes
+    return found
+
+
+def test_equals_materialise(vlm):
+    a, b = both_ways(vlm, fitted(vlm.name, 0.4).with_weights("stored"), **mixed_batch(vlm))
+    assert_same(b, a)
+    assert a.nbytes == b.nbytes
+
+
+def test_all_retained_is_the_full_cache(vlm):
+    inputs = mixed_batch(vlm)
+    full = greedy(vlm.model.generate, **inputs)
+    with capsight.enable(vlm.model, capsule=fitted(vlm.name, 1.0), decode="latent") as fast:
+        assert_same(greedy(fast.generate, **inputs), full)
+        cache = fast.encapsulate(**inputs)
+        assert_same(greedy(fast.generate, past_key_values=cache, **inputs), full)
+
+
+@pytest.mark.parametrize("codec", ["evict", "static"])
+def test_other_codecs(qwen, codec):
+    capsule = fitted("qwen2_5_vl", 0.4)
+    if codec == "static":
+        samples = [qwen.inputs([([qwen.picture(seed)], "what")]) for seed in range(3)]
+        capsule = KVCapsule.fit(qwen.model, None, samples, retained=0.4, codec="static", progress=False)
+    else:
+        capsule = capsule.with_codec("evict")
+    a, b = both_ways(qwen, capsule, **mixed_batch(qwen))
+    assert_same(b, a)
+
+
+def test_text_alone(qwen):
+    inputs = qwen.inputs([([], "just words"), ([], "and fewer")])
+    full = greedy(qwen.model.generate, **inputs)
+    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 0.4), decode="latent") as fast:
+        assert_same(greedy(fast.generate, **inputs), full)
+
+
+def test_a_cache_may_change_between_the_two_ways(qwen):
+    inputs, capsule = mixed_batch(qwen), fitted("qwen2_5_vl", 0.4).with_weights("stored")
+    with capsight.enable(qwen.model, capsule=capsule, decode="latent") as fast:
+        tokens = fast.generate(**inputs, max_new_tokens=2, min_new_tokens=2)
+        cache = fast.cache
+    more = dict(inputs, input_ids=torch.cat([tokens, tokens[:, -2:]], 1))
+    more["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
+    more.pop("mm_token_type_ids", None)
+    with capsight.enable(qwen.model, capsule=capsule) as fast:
+        found = greedy(fast.generate, past_key_values=cache, **more)
+    with capsight.enable(qwen.model, capsule=capsule) as fast:
+        fast.generate(**inputs, max_new_tokens=2, min_new_tokens=2)
+        assert_same(greedy(fast.generate, past_key_values=fast.cache, **more), found)
+
+
+def test_beams(qwen):
+    inputs = mixed_batch(qwen)
+    options = {"max_new_tokens": 4, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    full = qwen.model.generate(**inputs, **options)
+    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 1.0), decode="latent") as fast:
+        assert torch.equal(fast.generate(**inputs, **options), full)
+
+
+def test_weights_are_stored_unless_told_otherwise(qwen, tmp_path):
+    capsule = fitted("qwen2_5_vl", 0.4)
+    solved = capsule.with_weights("solved")
+    for given, stored in ((capsule, True), (solved, False), (capsule.with_codec("evict"), False)):
+        with capsight.enable(qwen.model, capsule=given, decode="latent") as fast:
+            cache = fast.encapsulate(**qwen.inputs([([qwen.picture(1)], "what is it")]))
+        payload = next(iter(cache.capsule_layers.values())).payload
+        assert ("weights" in payload.tensors) == stored
+    capsule.with_weights("stored").save_pretrained(tmp_path)
+    again = KVCapsule.from_pretrained(tmp_path)
+    assert all(codec.weights == "stored" for codec in again.codecs.values())
+    assert again.with_retained(0.2).codecs[0].weights == "stored"
+    assert again.with_codec("evict").with_codec("adaptive").codecs[0].weights == "solved"
+
+
+def test_refused(qwen):
+    text = qwen.config.get_text_config()
+    before = text._attn_implementation
+    for capsule, decode, match in (
+        (None, "latent", "KVCapsule"),
+        (METHODS["uniform"](0.4), "latent", "KVCapsule"),
+        (fitted("qwen2_5_vl", 0.4), "fused", "one of"),
+    ):
+        with (
+            pytest.raises(OptionError, match=match),
+            capsight.enable(qwen.model, capsule=capsule, decode=decode),
+        ):
+            pass
+    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 0.4), decode="latent"):
+        assert text._attn_implementation == "capsight"
+    assert text._attn_implementation == before
