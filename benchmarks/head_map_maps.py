@@ -1,0 +1,136 @@
+"""The head maps that `head_map_curve.py` tests, made from what the criteria say of a few prompts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from head_map_scoring import Score, Scored
+from rich.progress import track
+
+from capsight.blindsight import SPARSE, Category, HeadMap, MaskOptions, Prompt, Thresholds, visible_pairs
+from capsight.blindsight.calibrate import CRITERIA, Losses, at_cost
+from capsight.blindsight.calibrate.capture import shape_of
+from capsight.blindsight.calibrate.recovery import recover
+from capsight.blindsight.calibrate.run import ALPHAS
+from capsight.blindsight.calibrate.votes import Votes
+from capsight.layout import PromptLayout
+
+SHARES = (0.25, 0.5, 0.75, 0.9)
+"""Savings compared at equal FLOPs, as shares of what the cheapest map (all Sink) saves."""
+
+TOLERANCES = (0.0, 0.01, 0.02, 0.05)
+RANDOM_SEEDS = (0, 1, 2)
+SINK_TOKENS, OWN_WINDOWS = (0, 1, 4, 16), (8, 32, 64)
+
+
+@dataclass
+class Row:
+    """One head map."""
+
+    group: str
+    name: str
+    head_map: HeadMap
+    facts: dict[str, Any]
+
+
+@cache
+def pairs(layout: PromptLayout, category: Category, options: MaskOptions) -> int:
+    """Visible pairs of one head, remembered."""
+    return visible_pairs(layout, category, options)
+
+
+def cost(layouts: Sequence[PromptLayout], head_map: HeadMap) -> int:
+    """Pairs of query and key that all heads compute for these prompts: attention FLOPs over 4 D."""
+    return sum(
+        heads * pairs(layout, category, head_map.options)
+        for category, heads in head_map.counts().items()
+        if heads
+        for layout in layouts
+    )
+
+
+def saved(layouts: Sequence[PromptLayout], head_map: HeadMap) -> float:
+    """Fraction of attention FLOPs saved (0..1)."""
+    dense = HeadMap.all_dense(head_map.num_layers, head_map.num_heads)
+    return 1 - cost(layouts, head_map) / cost(layouts, dense)
+
+
+class Calibration:
+    """What each criterion says of each head, prompt by prompt, so that every map is made from it at once."""
+
+    def __init__(
+        self, model: Any, voting: Sequence[Prompt], options: MaskOptions, names: Sequence[str]
+    ) -> None:
+        """Judge the heads; `seconds` says how long each criterion took."""
+        self.size, self.options = shape_of(model), options
+        self.layouts = [prompt.layout for prompt in voting]
+        self.lost: dict[str, list[torch.Tensor]] = {}
+        self.seconds: dict[str, float] = {}
+        for name in names:
+            began = time.perf_counter()
+            told = track(voting, f"judging heads by {name}", transient=True)
+            self.lost[name] = [CRITERIA[name](model, prompt, options, 1) for prompt in told]
+            self.seconds[name] = time.perf_counter() - began
+
+    def losses(self, name: str) -> Losses:
+        """Means over prompts."""
+        losses = Losses(*self.size)
+        for lost in self.lost[name]:
+            losses.add(lost)
+        return losses
+
+    def voted(self, name: str, alpha: float) -> HeadMap:
+        """As `calibrate` votes with its default gammas."""
+        votes = Votes(*self.size, Thresholds((alpha, alpha), 0.1, 0.9, 0.9))
+        for lost in self.lost[name]:
+            votes.add(lost)
+        return HeadMap(votes.decide(), self.options)
+
+    def at_share(self, name: str, share: float) -> HeadMap:
+        """The map of this criterion that saves so large a share of what can be saved."""
+        sink = HeadMap.uniform(Category.SINK, *self.size, self.options)
+        dense = HeadMap.all_dense(*self.size)
+        most = cost(self.layouts, dense) - share * (cost(self.layouts, dense) - cost(self.layouts, sink))
+        return at_cost(self.losses(name).mean(), lambda m: cost(self.layouts, m), most, self.options)
+
+
+def drop_of(held: Sequence[Scored], head_map: HeadMap) -> float:
+    """Share of held-out answers that change."""
+    total = sum((prompt.score(head_map) for prompt in held), Score())
+    return 1 - total.agrees / total.questions
+
+
+def rows_of(calibration: Calibration, held: Sequence[Scored]) -> list[Row]:
+    """Every map there is to test."""
+    size, options = calibration.size, calibration.options
+    rows = [Row("dense", "all dense", HeadMap.all_dense(*size), {})]
+    rows += [Row("control", f"all {c}", HeadMap.uniform(c, *size, options), {}) for c in SPARSE]
+    for share in SHARES:
+        for name in calibration.lost:
+            found = calibration.at_share(name, share)
+            rows.append(Row("equal FLOPs", name, found, {"share": share}))
+        counts = calibration.at_share("output", share).counts()
+        for seed in RANDOM_SEEDS:
+            drawn = HeadMap.random(*size, counts, seed, options)
+            rows.append(Row("equal FLOPs", f"random {seed}", drawn, {"share": share}))
+    errors = calibration.losses("output")
+    tasks = [(name, tolerance) for name in calibration.lost for tolerance in TOLERANCES]
+    for name, tolerance in track(tasks, "recovery", transient=True):
+        voted = calibration.voted(name, ALPHAS[name])
+        found, drop = recover(voted, errors, lambda m: drop_of(held, m), tolerance)
+        facts = {"tolerance": tolerance, "held_out_changed": drop, "alpha": ALPHAS[name]}
+        rows.append(Row("tolerance", name, found, facts))
+    for k in SINK_TOKENS:
+        chosen = MaskOptions(sink_tokens=k)
+        both = HeadMap.uniform(Category.INTRA_IMAGE_SINK, *size, chosen)
+        rows.append(Row("options", f"all intra_image_sink, sink_tokens {k}", both, {"sink_tokens": k}))
+    for window in OWN_WINDOWS:
+        chosen = MaskOptions(own_window=window)
+        sink = HeadMap.uniform(Category.SINK, *size, chosen)
+        rows.append(Row("options", f"all sink, own_window {window}", sink, {"own_window": window}))
+    return rows
