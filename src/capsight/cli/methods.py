@@ -9,8 +9,14 @@ from capsight.baselines import METHODS
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, KVCapsule
 from capsight.kvcapsule.codecs import CODECS
+from capsight.kvcapsule.quantise import BITS
 
-METHOD_NAMES = (*CODECS, *(name for name in METHODS if name not in CODECS))
+#: Codec and bits of a stored number, by method name.
+CAPSULES: dict[str, tuple[str, int | None]] = {
+    **{codec: (codec, None) for codec in CODECS},
+    **{f"adaptive-int{bits}": ("adaptive", bits) for bits in BITS},
+}
+METHOD_NAMES = (*CAPSULES, *(name for name in METHODS if name not in CAPSULES))
 
 
 def make_methods(
@@ -25,7 +31,7 @@ def make_methods(
     Args:
         names: out of `METHOD_NAMES`.
         retained: retained fractions; methods whose bytes cannot be chosen ignore them.
-        load: gives the capsule, for its codec, and for `adaptive` and `evict`.
+        load: gives the capsule, for its codec, for `adaptive` and `evict`, and for `adaptive` in few bits.
         samples: gives calibration prompts (processor outputs), for baselines that are fitted.
         model: the model to fit them to.
 
@@ -37,10 +43,12 @@ def make_methods(
         raise OptionError(f"there is no method {unknown[0]!r}; use {', '.join(METHOD_NAMES)}")
     methods: dict[str, CacheMethod] = {}
     for name in names:
-        if name in CODECS:
+        if name in CAPSULES:
+            codec, bits = CAPSULES[name]
             capsule = load()
-            if name != capsule.name:
-                capsule = capsule.with_codec(name)
+            if codec != capsule.info.codec:
+                capsule = capsule.with_codec(codec)
+            capsule = capsule.with_bits(bits)
             methods |= {f"{name} {rho:g}": capsule.with_retained(rho) for rho in retained}
             continue
         kind: Any = METHODS[name]

@@ -14,12 +14,13 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from capsight.errors import CapsuleFileError, ModelMismatchError, OptionError
 from capsight.kvcapsule.cache import CapsuleCache
-from capsight.kvcapsule.codecs import CODECS, LayerCodec
+from capsight.kvcapsule.codecs import CODECS, LayerCodec, QuantisedCodec
 from capsight.kvcapsule.codecs.adaptive import Weights
 from capsight.kvcapsule.fingerprint import model_fingerprint
 from capsight.kvcapsule.fit import check_options, collect_moments, kept_tokens, solve
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
+from capsight.kvcapsule.quantise import check_bits
 from capsight.kvcapsule.store import locate, read_folder, write_folder
 from capsight.layout import PromptLayout, build_layout
 
@@ -145,7 +146,15 @@ class KVCapsule:
         """
         config = self.config if config is None else config
         layout = inputs if isinstance(inputs, PromptLayout) else build_layout(inputs, config)
-        return CapsuleCache(self.codecs, layout, config)
+        return CapsuleCache(self.stored, layout, config)
+
+    @property
+    def stored(self) -> Mapping[int, LayerCodec | QuantisedCodec]:
+        """What caches use for each layer: `codecs`, or those that quantise around them."""
+        bits = self.info.bits
+        if bits is None:
+            return self.codecs
+        return {index: QuantisedCodec(codec, bits) for index, codec in self.codecs.items()}
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -218,10 +227,20 @@ class KVCapsule:
         }
         return type(self)(codecs, info)
 
+    def with_bits(self, bits: int | None) -> Self:
+        """This capsule with its numbers stored in 8 or 4 bits (or as they are: None), without fitting again.
+
+        Raises:
+            OptionError: `bits` is none of these.
+        """
+        if bits is not None:
+            check_bits(bits)
+        return type(self)(self.codecs, replace(self.info, bits=bits))
+
     @property
     def name(self) -> str:
-        """Name of the codec."""
-        return self.info.codec
+        """Name of the codec, and the bits it is stored in: "adaptive", "adaptive-int8"."""
+        return self.info.codec if self.info.bits is None else f"{self.info.codec}-int{self.info.bits}"
 
     @property
     def needs_attention(self) -> bool:
@@ -247,10 +266,10 @@ class KVCapsule:
         Returns:
             The smallest such number of tokens, a multiple of the block size; None if capsules save nothing.
         """
-        size, item, saved = self.info.block_size, self.info.itemsize, -_INDEX_NBYTES
+        size, item, saved, stored = self.info.block_size, self.info.itemsize, -_INDEX_NBYTES, self.stored
         for layer in self.info.layers:
             full = 2 * size * layer.heads * layer.head_dim * item
-            saved += full - self.codecs[layer.index].payload_nbytes(layer.heads, layer.head_dim, item)
+            saved += full - stored[layer.index].payload_nbytes(layer.heads, layer.head_dim, item)
         return size * (self.module_nbytes // (saved * batch) + 1) if saved > 0 else None
 
 

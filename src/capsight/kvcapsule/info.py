@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from capsight.errors import CapsuleFileError
+from capsight.kvcapsule.quantise import BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class CapsuleInfo:
         fingerprint: `model_fingerprint` of the model it was fitted to.
         model_config: that model's config.
         blocks: calibration blocks seen.
+        bits: bits of a stored number, 8 or 4; None for the numbers as they are.
     """
 
     codec: str
@@ -55,6 +57,7 @@ class CapsuleInfo:
     fingerprint: str
     model_config: dict[str, Any]
     blocks: int
+    bits: int | None = None
 
     def to_header(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -87,4 +90,8 @@ class CapsuleInfo:
             raise CapsuleFileError(f"the capsule file has a malformed layer entry: {error}") from error
         if not layers or min(fields["block_size"], fields["itemsize"]) < 1:
             raise CapsuleFileError("the capsule file has no layers, or a size that is not positive")
+        if fields["bits"] not in (None, *BITS) or isinstance(fields["bits"], (bool, float)):
+            raise CapsuleFileError(
+                f"field bits of the capsule file is {fields['bits']!r}, expected 8, 4 or null"
+            )
         return cls(**{**fields, "layers": layers})

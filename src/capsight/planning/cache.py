@@ -80,7 +80,7 @@ def capsule_kv_bytes(
         if layer.window is not None:
             total += layout.batch_size * layer.kv_bytes(min(seen, layer.window - 1), itemsize)
             continue
-        payload = capsule.codecs[index].payload_nbytes(layer.kv_heads, layer.head_dim, itemsize)
+        payload = capsule.stored[index].payload_nbytes(layer.kv_heads, layer.head_dim, itemsize)
         total += len(plan.runs) * payload
         total += layer.kv_bytes(exact + new_tokens * layout.batch_size, itemsize)
     return total

@@ -1,0 +1,99 @@
+"""`QuantisedCodec`: any codec, with the numbers of its capsules kept in 8 or 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from capsight.kvcapsule.codecs.base import LayerCodec
+from capsight.kvcapsule.codecs.block import BlockCodec, Payload
+from capsight.kvcapsule.latent import LatentBlocks
+from capsight.kvcapsule.plan import Run
+from capsight.kvcapsule.quantise import Quantised, check_bits, dequantise, quantise
+
+_AXES = {"keys": 1, "values": 3, "latent": 3}  # of [M, r, H, D]: the axis that a group spans
+
+
+class QuantisedCodec(BlockCodec):
+    """Stores what another codec stores, keys and values in 8 or 4 bits, and opens it before that codec does.
+
+    Keys are quantised per channel, over the r kept tokens of a block, and values (latent ones, too) per
+    token and head, over its D channels: keys have channels of large magnitude, values have not (KIVI,
+    arXiv 2402.02750). Kept tokens are not copied bit for bit any more; where they lie stays exact.
+
+    Capsules, for each of `keys` and `values` (or `latent`), beside what is not quantised:
+        *.levels: uint8 `[M, r, H, D]`, in 4 bits `[M, r, H, ceil(D / 2)]`.
+        *.step, *.low: `[M, 1, H, D]` for keys, `[M, r, H, 1]` for values, in the dtype of the blocks.
+    """
+
+    name: ClassVar[str] = "quantised"
+
+    def __init__(self, inner: LayerCodec, bits: int) -> None:
+        """Wrap `inner`.
+
+        Raises:
+            OptionError: `bits` is neither 8 nor 4.
+        """
+        super().__init__(inner.block_size)
+        check_bits(bits)
+        self.inner, self.bits = inner, bits
+
+    def encode_runs(self, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> Payload:
+        """Make capsules of blocks `[M, H, N, D]` and quantise them."""
+        return self.closed(self.inner.encode_runs(keys, values, runs))
+
+    @classmethod
+    def encode_layers(
+        cls,
+        codecs: Sequence[BlockCodec],
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        runs: Sequence[Run],
+    ) -> list[Payload]:
+        """Make capsules in several layers as the inner codecs do, and quantise them."""
+        own = [codec for codec in codecs if isinstance(codec, cls)]
+        payloads = type(own[0].inner).encode_layers([codec.inner for codec in own], keys, values, runs)
+        return [codec.closed(payload) for codec, payload in zip(own, payloads, strict=True)]
+
+    def closed(self, payload: Payload) -> Payload:
+        """Capsules of the inner codec, quantised."""
+        tensors: dict[str, Tensor] = {}
+        for name, x in payload.tensors.items():
+            if name not in _AXES:
+                tensors[name] = x
+                continue
+            parts = quantise(x, self.bits, _AXES[name])
+            tensors |= {f"{name}.{part}": tensor for part, tensor in parts._asdict().items()}
+        return Payload(tensors)
+
+    def opened(self, payload: Payload) -> Payload:
+        """The capsules as the inner codec has them, `[M, r, H, D]` in the dtype of the blocks."""
+        tensors = dict(payload.tensors)
+        channels = tensors["keys.step"].shape[-1]
+        for name in _AXES:
+            if f"{name}.levels" in tensors:
+                parts = Quantised(*(tensors.pop(f"{name}.{part}") for part in Quantised._fields))
+                tensors[name] = dequantise(parts, self.bits, channels)
+        return Payload(tensors)
+
+    def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
+        """Dequantise, then decode: keys and values `[M, H, N, D]`."""
+        return self.inner.decode(self.opened(payload))
+
+    def latent(self, payload: Payload) -> LatentBlocks:
+        """Dequantise, then as the inner codec: attention reads `[M, r, H, D]` numbers, not N tokens."""
+        return self.inner.latent(self.opened(payload))
+
+    def bias(self, payload: Payload) -> Tensor | None:
+        """That of the inner codec, which follows from positions alone."""
+        return self.inner.bias(payload)
+
+    def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> int:
+        """Bytes of one block's capsule, for H heads of size D and steps of `itemsize` bytes."""
+        kept = self.inner.kept
+        exact = self.inner.payload_nbytes(heads, head_dim, itemsize) - 2 * kept * heads * head_dim * itemsize
+        levels = 2 * kept * heads * (head_dim if self.bits == 8 else (head_dim + 1) // 2)
+        groups = heads * (head_dim + kept)  # of keys, of values
+        return exact + levels + 2 * groups * itemsize
