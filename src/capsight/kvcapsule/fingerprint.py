@@ -1,14 +1,17 @@
-"""A cheap hash that tells one set of model weights from another, fine-tunes of one architecture included."""
+"""Cheap hashes that tell one model, capsule or set of images from another."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _TENSORS, _NUMBERS = 24, 256
+_PIXELS = 1 << 16
 _CONFIG_KEYS = (
     "model_type",
     "hidden_size",
@@ -23,8 +26,8 @@ _CONFIG_KEYS = (
 def model_fingerprint(model: Any) -> str:
     """Hash of the text config's essentials and of numbers sampled from weights all over the model.
 
-    The numbers are rounded to bfloat16 first, so that a model loaded in float32 and in bfloat16
-    has one fingerprint.
+    Fine-tunes of one architecture differ in it. The numbers are rounded to bfloat16 first, so that a
+    model loaded in float32 and in bfloat16 has one fingerprint.
 
     Args:
         model: a transformers model.
@@ -41,10 +44,39 @@ def model_fingerprint(model: Any) -> str:
     projections = [item for item in weights if ".k_proj." in item[0] or ".v_proj." in item[0]]
     for name, weight in [*_spread(weights), *_spread(projections)]:
         step = max(weight.numel() // _NUMBERS, 1)
-        sample = weight.detach().flatten()[::step][:_NUMBERS].to("cpu", torch.bfloat16)
         digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes(weight.detach().flatten()[::step][:_NUMBERS].to("cpu", torch.bfloat16)))
     return digest.hexdigest()
+
+
+def tensors_fingerprint(tensors: Mapping[str, Tensor], about: Any) -> str:
+    """Hash of whole tensors, their names, dtypes and shapes, and of JSON-ready values about them."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def pixels_fingerprint(inputs: Mapping[str, Any]) -> str:
+    """Hash of numbers sampled from all pixels of processor outputs; "" if there are none.
+
+    The numbers are rounded to bfloat16 first, so that casting inputs to that dtype changes nothing.
+    """
+    names = sorted(k for k, v in inputs.items() if k.startswith("pixel_values") and isinstance(v, Tensor))
+    digest = hashlib.sha256()
+    for name in names:
+        pixels = inputs[name].detach()
+        step = max(pixels.numel() // _PIXELS, 1)
+        digest.update(f"{name} {tuple(pixels.shape)}".encode())
+        digest.update(_bytes(pixels.flatten()[::step].to("cpu", torch.bfloat16)))
+    return digest.hexdigest() if names else ""
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a tensor on the CPU."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _spread(items: list[Any]) -> list[Any]:

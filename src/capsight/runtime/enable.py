@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from capsight.runtime.attention import ATTENTION_NAME, register
 from capsight.runtime.positions import RopeDeltas
 from capsight.runtime.prefill import SparsePrefill
 from capsight.runtime.repeat import ContextRepeat
+from capsight.runtime.saved import Prompts
 from capsight.runtime.split import (
     PIXEL_PREFIXES,
     TOKEN_ENTRIES,
@@ -50,7 +52,7 @@ class FastModel:
         """Use `enable` instead."""
         self.model, self.capsule, self.head_map, self.decode = model, capsule, head_map, decode
         self.cache: Any = None
-        self._deltas = RopeDeltas(model)
+        self._deltas, self._prompts = RopeDeltas(model), Prompts()
 
     def new_cache(self, inputs: Mapping[str, Any]) -> Any:
         """An empty cache of the capsule in use for a batch of prompts; None without a capsule."""
@@ -78,9 +80,10 @@ class FastModel:
         cache = self.new_cache(inputs) if past_key_values is None else past_key_values
         if cache is not None and not cache.get_seq_length() and isinstance(cache, ContextRepeater):
             cache = self._prefilled(cache, inputs)
-        prefill = None
+        prefill, given = None, inputs
         if cache is not None and cache.get_seq_length():
             inputs = self._continue(cache.get_seq_length(), inputs)
+            self._prompts.check(cache, given)
             self._deltas.restore(cache)
         else:
             prefill = self._sparse(inputs, sequence_length(inputs))
@@ -88,8 +91,53 @@ class FastModel:
             tokens: Tensor = self.model.generate(past_key_values=cache, **inputs)
         if cache is not None:
             self._deltas.remember(cache)
+            self._prompts.remember(cache, given)
         self.cache = cache
         return tokens
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `cache` to a file, to ask about its images later without prefilling them again.
+
+        Args:
+            path: the file, usually *.safetensors; an older one is replaced in one step.
+
+        Raises:
+            OptionError: there is no cache of a `KVCapsule` yet.
+            CapsuleFileError: the file cannot be written; an older one is unharmed.
+            CapsightError: the cache holds NaN or infinite numbers.
+
+        Example:
+            >>> fast.encapsulate(**inputs)
+            >>> fast.save("images.safetensors")
+            >>> fast.generate(past_key_values=fast.load("images.safetensors"), **inputs_of_a_question)
+        """
+        self._prompts.save(path, self.cache, self.capsule, self._deltas)
+
+    def load(self, path: str | os.PathLike[str]) -> CapsuleCache:
+        """Read a cache that `save` wrote, in this process or another, for `generate(past_key_values=...)`.
+
+        Args:
+            path: the file.
+
+        Raises:
+            CapsuleFileError: the file is missing, truncated or was changed.
+            ModelMismatchError: it was made for another model or dtype, or with another capsule.
+        """
+        cache = self._prompts.load(path, self.model, self.capsule, self._deltas)
+        cache.honours_key_bias = True
+        self.cache = cache
+        return cache
+
+    @property
+    def prompt_ids(self) -> Tensor:
+        """The prompt that `cache` has read, images and padding included: int64 `[B, K]`, on the CPU.
+
+        A further question goes after it; tokens generated since the prompt are not in it.
+
+        Raises:
+            OptionError: there is no cache yet.
+        """
+        return self._prompts.of(self.cache).input_ids
 
     def _continue(self, seen: int, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of a turn of text whose first `seen` tokens the cache holds: no pixels."""
@@ -125,10 +173,10 @@ class FastModel:
     def _running(self, cache: Any, prefill: SparsePrefill | None = None) -> Iterator[None]:
         """What the attention function has to know while the model runs with `cache`."""
         capsules = cache if isinstance(cache, CapsuleCache) else None
-        latent = capsules is not None and self.decode == "latent"
+        latent = capsules if self.decode == "latent" else None
         with (
             running(RuntimeState(capsules, prefill)),
-            capsules.leaving_capsules() if latent else nullcontext(),
+            nullcontext() if latent is None else latent.leaving_capsules(),
         ):
             yield
 
@@ -163,6 +211,8 @@ class FastModel:
 
             cache.repeat_context(run)
         self._deltas.remember(cache)
+        if cache is not None:
+            self._prompts.remember(cache, head)
         self.cache = cache
         return cache
 

@@ -28,6 +28,15 @@ class RopeDeltas:
         if self._core is not None:
             self._known[cache] = self._core.rope_deltas
 
+    def of(self, cache: Any) -> Any:
+        """The offset that `cache` was prefilled with; None if there is none, or it is not known."""
+        return self._known.get(cache)
+
+    def assign(self, cache: Any, value: Any) -> None:
+        """Say what offset `cache`, which comes from a file, was prefilled with."""
+        if self._core is not None:
+            self._known[cache] = value
+
     def value(self) -> Any:
         """The model's present offset."""
         return None if self._core is None else self._core.rope_deltas

@@ -1,0 +1,205 @@
+"""Takes a capsule cache apart into named tensors and puts it together again, checking every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from capsight.errors import CapsightError, CapsuleFileError
+from capsight.kvcapsule.cache import CapsuleCache
+from capsight.kvcapsule.capsule import KVCapsule
+from capsight.kvcapsule.codecs import Payload
+from capsight.kvcapsule.info import LayerInfo
+from capsight.kvcapsule.layer import CapsuleLayer
+from capsight.kvcapsule.plan import Run, exact_spans
+from capsight.layout import PromptLayout
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Shape = tuple[int | None, ...]
+
+
+def take_apart(cache: CapsuleCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """All that a cache holds.
+
+    Returns:
+        JSON-ready values, and tensors by name: `layers.I.exact` `[2, E, H, D]`, `layers.I.tail`
+        `[2, B, T, H, D]` and `layers.I.capsule.*` of full-attention layers, `layers.I.window`
+        `[2, B, H, T, D]` of sliding-window layers.
+
+    Raises:
+        CapsightError: the cache is empty, or has a layer of another kind.
+    """
+    length, sliding = cache.get_seq_length(), {}
+    tensors: dict[str, Tensor] = {}
+    settled = {layer.placement.settled for layer in cache.capsule_layers.values() if layer.placement}
+    layers: list[Any] = cache.layers
+    if not length or len(settled) != 1 or any(layer.get_seq_length() != length for layer in layers):
+        raise CapsightError("the cache has not been prefilled; encapsulate a prompt before saving it")
+    for index, layer in enumerate(layers):
+        if isinstance(layer, CapsuleLayer):
+            assert layer._packed is not None
+            assert layer._tail is not None
+            tensors |= {f"layers.{index}.exact": layer._packed, f"layers.{index}.tail": layer._tail}
+            for name, tensor in (layer.payload.tensors if layer.payload else {}).items():
+                tensors[f"layers.{index}.capsule.{name}"] = tensor
+        elif isinstance(layer, DynamicSlidingWindowLayer):
+            held: tuple[Any, Any] = (layer.keys, layer.values)
+            sliding[str(index)] = layer.cumulative_length
+            window = [x[:, :, -layer.sliding_window + 1 :] for x in held]
+            tensors[f"layers.{index}.window"] = torch.stack(window)
+        else:
+            raise CapsightError(f"a cache with a {type(layer).__name__} cannot be saved; use it as it is")
+    header = {"layout": cache.layout.to_dict(), "settled": settled.pop(), "sliding": sliding}
+    return header, tensors
+
+
+def put_together(
+    header: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    capsule: KVCapsule,
+    config: PreTrainedConfig,
+    devices: Mapping[int, torch.device],
+) -> CapsuleCache:
+    """The cache whose parts `take_apart` gave.
+
+    Args:
+        header: its JSON-ready values.
+        tensors: its tensors; those that belong to the cache are removed.
+        capsule: the capsule that made it.
+        config: the model's config.
+        devices: where each layer goes.
+
+    Raises:
+        CapsuleFileError: a value or tensor is missing, or is not what the layout asks for.
+        LayoutError: the layout is not one.
+    """
+    layout = PromptLayout.from_dict(_field(header, "layout", dict))
+    settled, sliding = _field(header, "settled", int), _field(header, "sliding", dict)
+    cache = capsule.cache(layout, config)
+    sizes = {layer.index: layer for layer in capsule.info.layers}
+    parts = _Parts(tensors, layout.batch_size)
+    templates: dict[LayerInfo, Payload] = {}
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
+        device = devices[index]
+        if isinstance(layer, CapsuleLayer):
+            template = templates.get(shape := _alike(sizes[index]))
+            if template is None:
+                dtype = parts.peek(f"layers.{index}.exact").dtype
+                template = templates[shape] = _template(layer, sizes[index], dtype)
+            _fill(layer, cache, parts, index, settled, sizes[index], template, device)
+        else:
+            seen = _field(sliding, str(index), int)
+            _fill_window(layer, parts, index, seen, config, device)
+    lengths = {layer.get_seq_length() for layer in layers}
+    if len(lengths) != 1:
+        raise CapsuleFileError(f"the layers of the saved cache differ in length: {sorted(lengths)}")
+    return cache
+
+
+class _Parts:
+    """Named tensors, checked when they are taken; keys and values all have one dtype."""
+
+    def __init__(self, tensors: dict[str, Tensor], batch: int) -> None:
+        self._tensors, self.batch = tensors, batch
+        self.dtype: torch.dtype | None = None
+
+    def peek(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise CapsuleFileError(f"the saved cache has no tensor {name}; save it again")
+        return self._tensors[name]
+
+    def take(self, name: str, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor called `name`; None in a shape stands for any size, no dtype for that of the cache."""
+        tensor = self.peek(name)
+        if dtype is None:
+            self.dtype = dtype = self.dtype or (tensor.dtype if tensor.dtype in _DTYPES else _DTYPES[0])
+        fits = len(shape) == tensor.ndim and all(
+            n in (None, m) for n, m in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits or tensor.dtype != dtype:
+            raise CapsuleFileError(
+                f"tensor {name} of the saved cache is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} "
+                f"{shape}; save it again"
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CapsuleFileError(
+                f"tensor {name} of the saved cache holds NaN or infinite values; save it again"
+            )
+        return self._tensors.pop(name)
+
+
+def _fill(
+    layer: CapsuleLayer,
+    cache: CapsuleCache,
+    parts: _Parts,
+    index: int,
+    settled: int,
+    sizes: LayerInfo,
+    template: Payload,
+    device: torch.device,
+) -> None:
+    """Give a layer its exact tokens and capsules."""
+    ledger, prefix = cache._ledger, f"layers.{index}."
+    plan, runs = ledger.plan, ledger.complete(settled)
+    spans = exact_spans(runs, plan.pads, plan.block_size, settled)
+    exact = sum(end - start for row in spans for start, end in row)
+    packed = parts.take(prefix + "exact", (2, exact, sizes.heads, sizes.head_dim))
+    tail = parts.take(prefix + "tail", (2, parts.batch, None, sizes.heads, sizes.head_dim))
+    layer.lazy_initialization(tail[0].to(device), tail[1].to(device))
+    layer.codec.to(device)
+    layer.placement = ledger.place(runs, settled, device)
+    layer._packed, layer._tail = packed.to(device), tail.to(device)
+    if runs:
+        capsules = {
+            name: parts.take(f"{prefix}capsule.{name}", (len(runs), *like.shape[1:]), like.dtype)
+            for name, like in template.tensors.items()
+        }
+        kept = capsules.get("kept")
+        if kept is not None and ((kept >= plan.block_size).any() or (kept.long().diff() <= 0).any()):
+            raise CapsuleFileError(
+                f"{prefix}capsule.kept does not ascend within a block; save the cache again"
+            )
+        layer.payload = Payload({name: tensor.to(device) for name, tensor in capsules.items()})
+
+
+def _fill_window(
+    layer: Any, parts: _Parts, index: int, seen: int, config: PreTrainedConfig, device: torch.device
+) -> None:
+    """Give a sliding-window layer its last tokens."""
+    text = config.get_text_config(decoder=True)
+    heads = text.num_key_value_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    held = min(seen, layer.sliding_window - 1)
+    window = parts.take(f"layers.{index}.window", (2, parts.batch, heads, held, head_dim)).to(device)
+    layer.lazy_initialization(window[0], window[1])
+    layer.keys, layer.values = window[0].clone(), window[1].clone()
+    layer.cumulative_length = seen
+
+
+def _alike(layer: LayerInfo) -> LayerInfo:
+    """The same for all layers whose capsules have the same shapes."""
+    return LayerInfo(0, layer.kept, layer.heads, layer.head_dim)
+
+
+def _template(layer: CapsuleLayer, sizes: LayerInfo, dtype: torch.dtype) -> Payload:
+    """The capsule of one block of zeros: names, shapes and dtypes are those of any other."""
+    if dtype not in _DTYPES:
+        raise CapsuleFileError(f"the saved cache holds keys in {dtype}; save it again")
+    device = next(layer.codec.buffers()).device
+    zeros = torch.zeros(1, sizes.heads, layer.codec.block_size, sizes.head_dim, dtype=dtype, device=device)
+    with torch.no_grad():
+        return layer.codec.encode_runs(zeros, zeros, [Run(0, 0)])
+
+
+def _field(values: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = values.get(name)
+    fits = isinstance(value, kind) and not isinstance(value, bool)
+    if not fits or (isinstance(value, int) and value < 0):
+        raise CapsuleFileError(f"field {name} of the saved cache is {value!r}, expected {kind.__name__}")
+    return value

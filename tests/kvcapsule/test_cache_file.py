@@ -1,0 +1,206 @@
+"""Files of saved caches: damage is noticed, and so is what was forged."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from capsight.errors import CapsightError, CapsuleFileError
+from capsight.kvcapsule.cache_file import SavedCache, load_cache, save_cache
+from capsight.kvcapsule.fingerprint import tensors_fingerprint
+from capsight.kvcapsule.prompt import Prompt
+from kvcapsule.conftest import BLOCK, fitted
+from tiny import FAMILIES
+
+
+def prefilled(vlm, capsule):
+    inputs = vlm.inputs([([vlm.picture(0)], "what is it?"), ([], "only text")])
+    cache = capsule.cache(inputs)
+    vlm.model.generate(**inputs, past_key_values=cache, max_new_tokens=2, do_sample=False)
+    return SavedCache(cache, Prompt.of(inputs), None)
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "gemma3"])
+def made(request, tmp_path_factory):
+    """A file, the capsule, and what was saved; gemma3 has sliding-window layers."""
+    vlm = FAMILIES[request.param]()
+    capsule = fitted(vlm).with_bits(8)
+    saved = prefilled(vlm, capsule)
+    path = tmp_path_factory.mktemp("cache") / "x.safetensors"
+    save_cache(path, saved, capsule)
+    return path, capsule, saved
+
+
+def parts(path):
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["header"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def forge(path, header, tensors):
+    """A file whose checksum is right."""
+    text = header if isinstance(header, str) else json.dumps(header, sort_keys=True)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    about = {
+        "format": "capsight.capsule_cache",
+        "header": text,
+        "sha256": tensors_fingerprint(tensors, text),
+    }
+    save_file(tensors, path, about)
+    return path
+
+
+def test_what_is_loaded_is_what_was_saved(made):
+    path, capsule, saved = made
+    again = load_cache(path, capsule)
+    assert again.cache.layout == saved.cache.layout
+    assert again.cache.nbytes == saved.cache.nbytes
+    assert again.cache.nbytes_full == saved.cache.nbytes_full
+    assert torch.equal(again.prompt.input_ids, saved.prompt.input_ids)
+    assert again.prompt.pixels == saved.prompt.pixels != ""
+    for a, b in zip(again.cache.layers, saved.cache.layers, strict=True):
+        assert a.get_seq_length() == b.get_seq_length()
+        assert a.get_mask_sizes(3) == b.get_mask_sizes(3)
+        if a.is_sliding:
+            assert torch.equal(a.keys, b.keys)
+            assert torch.equal(a.values, b.values)
+        else:
+            assert a.placement.runs == b.placement.runs
+            assert all(torch.equal(t, b.payload.tensors[name]) for name, t in a.payload.tensors.items())
+            assert torch.equal(a._packed, b._packed)
+            assert torch.equal(a._tail, b._tail)
+    if not any(layer.is_sliding for layer in again.cache.layers):
+        again.cache.crop(-1)
+    again.cache.reorder_cache(torch.tensor([1, 0]))
+    again.cache.reset()
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_damage_is_noticed(made, tmp_path_factory, data):
+    path, capsule, _ = made
+    good = path.read_bytes()
+    start = 8 + int.from_bytes(good[:8], "little")
+    edge = st.integers(0, 40) | st.integers(start - 40, start + 40) | st.integers(0, len(good) - 1)
+    damage = data.draw(st.sampled_from(["flip", "cut", "insert", "remove", "zero"]))
+    at = data.draw(edge)
+    bad = bytearray(good)
+    if damage == "flip":
+        bad[at] ^= data.draw(st.integers(1, 255))
+    elif damage == "cut":
+        del bad[at:]
+    elif damage == "insert":
+        bad[at:at] = data.draw(st.binary(min_size=1, max_size=9))
+    elif damage == "remove":
+        del bad[at : at + data.draw(st.integers(1, 9))]
+    else:
+        bad[at : at + 64] = bytes(len(bad[at : at + 64]))
+    broken = path.with_name("broken")
+    broken.write_bytes(bad)
+    try:
+        found = load_cache(broken, capsule)
+    except CapsightError:
+        return
+    again = path.with_name("again")  # what was changed says nothing, as white space: the content is the same
+    save_cache(again, found, capsule)
+    assert again.read_bytes() == good
+
+
+FORGED = [
+    ("settled", None, "settled"),
+    ("settled", True, "settled"),
+    ("settled", -1, "settled"),
+    ("settled", 1, "layers"),
+    ("sliding", [], "sliding"),
+    ("layout", None, "layout"),
+    ("layout", {"rows": [{"length": 2, "pad_left": 0, "blocks": []}]}, "layers.0"),
+    ("layout", {"rows": [{"length": "2"}]}, "not a prompt layout"),
+    ("pixels", 7, "prompt"),
+    ("format_version", 99, "format version 99"),
+    ("model", "0", "another model"),
+    ("capsule", "0", "another capsule"),
+    ("weights", "heavy", "weights"),
+    ("weights", "stored", "capsule.weights"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "words"), FORGED)
+def test_forged_headers_are_refused(made, tmp_path, field, value, words):
+    path, capsule, _ = made
+    header, tensors = parts(path)
+    with pytest.raises(CapsightError, match=words):
+        load_cache(forge(tmp_path / "x", header | {field: value}, tensors), capsule)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "7", "[" * 100_000])
+def test_headers_that_are_no_object_are_refused(made, tmp_path, text):
+    path, capsule, _ = made
+    with pytest.raises(CapsuleFileError, match="malformed header"):
+        load_cache(forge(tmp_path / "x", text, parts(path)[1]), capsule)
+
+
+def test_forged_tensors_are_refused(made, tmp_path):
+    path, capsule, _ = made
+    header, good = parts(path)
+    for name, tensor in good.items():
+        wrong = [None, tensor[None], tensor.to(torch.float64 if tensor.is_floating_point() else torch.int32)]
+        wrong += [tensor[..., :0], torch.cat([tensor, tensor])]
+        if tensor.is_floating_point() and tensor.numel():
+            for bad in (float("nan"), float("inf")):
+                broken = tensor.clone()
+                broken.view(-1)[-1] = bad
+                wrong.append(broken)
+        if name.endswith("kept"):
+            wrong += [tensor.flip(1), torch.full_like(tensor, BLOCK), torch.zeros_like(tensor)]
+        for bad in wrong:
+            tensors = {key: value for key, value in good.items() if key != name}
+            if bad is not None:
+                tensors[name] = bad
+            elif name == "rope_deltas":
+                continue
+            with pytest.raises(CapsuleFileError):
+                load_cache(forge(tmp_path / "x", header, tensors), capsule)
+    with pytest.raises(CapsuleFileError, match="of no layer"):
+        load_cache(forge(tmp_path / "x", header, {**good, "more": torch.zeros(1)}), capsule)
+    for deltas in (
+        torch.zeros(3, 1).long(),
+        torch.zeros(2, 2).long(),
+        torch.zeros(2, 1),
+        torch.zeros(0, 1).long(),
+    ):
+        with pytest.raises(CapsuleFileError, match="rope_deltas"):
+            load_cache(forge(tmp_path / "x", header, {**good, "rope_deltas": deltas}), capsule)
+
+
+def test_an_empty_cache_cannot_be_saved(made, tmp_path):
+    _, capsule, saved = made
+    empty = SavedCache(capsule.cache(saved.cache.layout), saved.prompt, None)
+    with pytest.raises(CapsightError, match="prefilled"):
+        save_cache(tmp_path / "x", empty, capsule)
+
+
+@pytest.mark.parametrize("codec", ["static", "evict"])
+def test_other_codecs(qwen, tmp_path, codec):
+    capsule = fitted(qwen, codec=codec)
+    inputs = qwen.inputs([([qwen.picture(0)], "what is it?")])
+    cache = capsule.cache(inputs)
+    cache.honours_key_bias = True
+    with torch.no_grad():
+        qwen.model(**inputs, past_key_values=cache, use_cache=True)
+    save_cache(tmp_path / "x", SavedCache(cache, Prompt.of(inputs), None), capsule)
+    again = load_cache(tmp_path / "x", capsule).cache
+    for a, b in zip(again.layers, cache.layers, strict=True):
+        for x, y in zip(a.codec.decode(a.payload), b.codec.decode(b.payload), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_stored_weights_come_back_and_serve_a_capsule_that_solves(qwen, tmp_path):
+    capsule = fitted(qwen).with_weights("stored")
+    save_cache(tmp_path / "x", prefilled(qwen, capsule), capsule)
+    again = load_cache(tmp_path / "x", fitted(qwen)).cache
+    assert "weights" in again.capsule_layers[0].payload.tensors
