@@ -7,10 +7,12 @@ import sys
 import typer
 from rich.console import Console
 
+from capsight.cli.ask import ask
 from capsight.cli.attention import attention
 from capsight.cli.bench import bench_command
 from capsight.cli.calibrate import calibrate
 from capsight.cli.demo import demo
+from capsight.cli.encapsulate import encapsulate
 from capsight.cli.evaluate import evaluate_command
 from capsight.cli.fit import fit
 from capsight.cli.generate import generate
@@ -27,6 +29,8 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(generate)
+app.command()(encapsulate)
+app.command()(ask)
 app.command()(fit)
 app.command()(calibrate)
 app.command()(attention)

@@ -1,0 +1,58 @@
+"""`capsight encapsulate`: images read once and kept in a file, for `capsight ask`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from capsight.cli.models import REFERENCE, check_out, load_capsule, load_model
+from capsight.cli.output import human_bytes
+from capsight.evaluation import Ask, Item, open_image
+from capsight.evaluation.asking import process
+from capsight.kvcapsule import KVCapsule
+from capsight.runtime import enable
+
+RetainedOption = Annotated[float | None, typer.Option(help="Another retained fraction than the capsule's.")]
+BitsOption = Annotated[
+    int | None, typer.Option(help="Bits of a stored number: 8 or 4; by default those of the capsule.")
+]
+
+
+def encapsulate(
+    image: Annotated[list[Path], typer.Option(help="An image; give the option once for each.")],
+    out: Annotated[Path, typer.Option(help="File to write, usually *.safetensors.")],
+    model: Annotated[str, typer.Option(help="'reference', a folder or a hub id.")] = REFERENCE,
+    capsule: Annotated[str | None, typer.Option(help="'reference', a folder or a hub id.")] = None,
+    retained: RetainedOption = None,
+    bits: BitsOption = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+) -> None:
+    """Read images once and write their capsules to a file; `capsight ask` answers questions from it."""
+    check_out(out)
+    images = tuple(open_image(path) for path in image)
+    vlm, processor = load_model(model, dtype, device)
+    inputs = process(processor, Item("command line", images, (Ask("", ""),)), [""])
+    with enable(vlm, capsule=chosen_capsule(capsule, model, retained, bits)) as fast, torch.no_grad():
+        cache = fast.encapsulate(**{name: value.to(vlm.device) for name, value in inputs.items()})
+        fast.save(out)
+    Console().print(
+        f"{cache.get_seq_length()} tokens of {len(images)} images -> {out} "
+        f"(KV cache {human_bytes(cache.nbytes)}, full {human_bytes(cache.nbytes_full)})"
+    )
+
+
+def chosen_capsule(source: str | None, model: str, retained: float | None, bits: int | None) -> KVCapsule:
+    """The capsule that a command line names, at the retained fraction and in the bits that it names.
+
+    Raises:
+        CapsightError: there is none, or it cannot be had so.
+    """
+    capsule = load_capsule(source, model)
+    if retained is not None:
+        capsule = capsule.with_retained(retained)
+    return capsule if bits is None else capsule.with_bits(bits)

@@ -1,0 +1,61 @@
+"""`capsight encapsulate` and `capsight ask`."""
+
+from __future__ import annotations
+
+import pytest
+
+from capsight.reference import split_prompt
+
+from .test_cli import run
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    prompt = split_prompt("calibration", 0, 2)
+    for index, scene in enumerate(prompt.scenes):
+        scene.image.save(tmp_path / f"{index}.png")
+    return prompt, [tmp_path / "0.png", tmp_path / "1.png"]
+
+
+def test_ask_says_what_generate_says(monkeypatch, capsys, tmp_path, pictures):
+    prompt, (first, second) = pictures
+    file = tmp_path / "images.safetensors"
+    images = ("--image", first, "--image", second)
+    for options in ((), ("--retained", 0.5, "--bits", 8)):
+        code, out, _ = run(monkeypatch, capsys, "encapsulate", *images, "--out", file, *options)
+        assert code == 0
+        assert "2 images" in out
+        for question in prompt.questions[:2]:
+            code, answer, err = run(monkeypatch, capsys, "ask", file, "--prompt", question.text, *options)
+            assert code == 0
+            assert "KV cache" in err
+            if not options:
+                code, direct, _ = run(
+                    monkeypatch, capsys, "generate", *images, "--prompt", question.text, "--protocol", "after"
+                )
+                assert answer == direct
+    code, _, err = run(monkeypatch, capsys, "ask", file, "--prompt", "what?")
+    assert code == 2
+    assert "another capsule (adaptive-int8, 0.5 retained" in err
+    file.write_bytes(file.read_bytes()[:-1])
+    code, _, err = run(monkeypatch, capsys, "ask", file, "--prompt", "what?")
+    assert code == 2
+    assert "truncated" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["encapsulate", "--image", "none.png", "--out", "x"], "none.png"),
+        (["encapsulate", "--image", "none.png", "--out", "/no/such/folder/x"], "does not exist"),
+        (["ask", "none.safetensors", "--prompt", "x"], "missing"),
+        (["ask", "none.safetensors", "--prompt", "x", "--bits", "3"], "8 or 4 bits"),
+        (["ask", "none.safetensors", "--prompt", "x", "--max-new-tokens", "0"], "at least 1"),
+    ],
+)
+def test_bad_input_is_one_clear_line(monkeypatch, capsys, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
