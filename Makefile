@@ -10,7 +10,11 @@ export KMP_BLOCKTIME ?= 0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help setup demo test lint docs train-reference fit-reference accuracy clean
+# What `make bench` compares; the first one is tested against the others.
+METHODS := adaptive evict cur uniform streaming-llm snapkv vl-cache merge kvzip feature-pca \
+	quanto-int4 quanto-int2
+
+.PHONY: help setup demo test lint docs train-reference fit-reference accuracy bench test-matrix clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -50,10 +54,22 @@ train-reference: setup  ## train the reference VLM from nothing (resumes; writes
 fit-reference: setup  ## fit the capsule that ships with the reference VLM
 	$(BIN)/capsight fit --model reference --out src/capsight/reference/weights/capsule
 
-accuracy: setup  ## accuracy of the reference VLM on its test split, full cache and capsules
-	$(BIN)/capsight eval --method adaptive --method evict --retained 0.4 --retained 0.2 --samples 100 \
-		--json benchmarks/results/accuracy.json
-	$(BIN)/python benchmarks/readme_numbers.py
+accuracy: setup  ## accuracy of the reference VLM on its test split, full cache and every method
+	@mkdir -p benchmarks/results
+	$(BIN)/capsight eval $(METHODS:%=--method %) --retained 0.6 --retained 0.4 --retained 0.2 --retained 0.1 \
+		--images 1,4,8 --samples 30 --json benchmarks/results/accuracy.json
+	$(BIN)/python benchmarks/write_pages.py
+
+bench: accuracy  ## every figure of the README: accuracy, speed, prefill attention, the demo
+	$(BIN)/capsight bench $(METHODS:%=--method %) --retained 0.4 --batch 1,4 --images 1,8 --calibrate 16 \
+		--kv-budget 256MB --json benchmarks/results/bench.json
+	$(BIN)/python benchmarks/prefill_attention.py --lengths 4096,8192 --json benchmarks/results/prefill.json
+	@mkdir -p out
+	$(BIN)/capsight demo --png out/demo.png --json benchmarks/results/demo.json
+	$(BIN)/python benchmarks/write_pages.py
+
+test-matrix:  ## run the tests with the oldest and the newest supported torch and transformers
+	PYTHON=$(PYTHON) tools/test_matrix.sh
 
 clean:  ## remove .venv and what tools left behind
 	rm -rf $(VENV) out site .pytest_cache .mypy_cache .ruff_cache .hypothesis

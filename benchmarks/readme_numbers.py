@@ -1,4 +1,4 @@
-"""Writes the README's table of figures from the JSON files under benchmarks/results."""
+"""Writes the README's figures from the JSON files under benchmarks/results."""
 
 from __future__ import annotations
 
@@ -6,34 +6,38 @@ import json
 from pathlib import Path
 from typing import Any
 
+from accuracy_page import budget_table
+from page_parts import table
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- numbers", "<!-- /numbers -->"
 
+Report = dict[str, Any]
+Row = tuple[str, str, str]
 
-def load(name: str) -> dict[str, Any] | None:
+
+def load(results: Path, name: str) -> Report | None:
     """One result file, or None where it has not been made."""
-    path = RESULTS / name
+    path = results / name
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def accuracy_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows of `make accuracy`."""
-    command, methods = "`make accuracy`", report["methods"]
-    full = methods["full"]
+def accuracy_lines(report: Report) -> list[str]:
+    """What was asked, and exact match by method and budget."""
+    full = report["methods"]["full"]
     by_images = ", ".join(f"{c['exact_match']:.1f} % at {n}" for n, c in full["by"]["images"].items())
-    found = [(f"exact match, full cache, by image count ({full['questions']} questions)", by_images, command)]
-    for name, row in methods.items():
-        if name != "full":
-            low, high = row["interval"]
-            value = f"{row['exact_match']:.1f} % ({low:.1f}-{high:.1f}), drop {row['drop']:+.1f} points"
-            found.append((f"`{name}`, question asked over capsules", value, command))
-            ratio = row["kv_bytes_full"] / row["kv_bytes"]
-            found.append((f"`{name}`, KV cache after the images", f"{ratio:.2f}x smaller", command))
-    return found
+    return [
+        f"{full['questions']} test questions of the reference task, asked over the compressed cache "
+        f"(protocol `{report['protocol']}`, `make bench`). The full cache by image count: {by_images}.",
+        "",
+        *budget_table(report),
+        "",
+        "Intervals, tests and the tables by task: [accuracy](docs/benchmarks/accuracy.md).",
+        "",
+    ]
 
 
-def demo_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+def demo_rows(report: Report) -> list[Row]:
     """Rows of `make demo`."""
     full, ours = report["sides"].values()
     ratio = full["kv_bytes"] / (ours["kv_bytes"] + ours["module_bytes"])
@@ -45,20 +49,51 @@ def demo_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def rows() -> list[tuple[str, str, str]]:
-    """(figure, value, command) of every result there is."""
-    accuracy, demo = load("accuracy.json"), load("demo.json")
-    return (accuracy_rows(accuracy) if accuracy else []) + (demo_rows(demo) if demo else [])
+def bench_rows(report: Report) -> list[Row]:
+    """Rows of `capsight bench`, of `adaptive` alone; the page has all."""
+    found = []
+    for row in report["rows"]:
+        if row["method"] == "adaptive":
+            ratios = row["ratios"]
+            value = (
+                f"{ratios['tokens_per_s']:.2f} of the tokens/s, {ratios['ttft']:.2f} of the time to first "
+                f"token, {ratios['bytes']:.2f} of the bytes"
+            )
+            found.append(
+                (f"`{row['name']}`, {row['images']} images, batch {row['batch']}", value, "`make bench`")
+            )
+    return found
 
 
-def main() -> None:
+def prefill_rows(report: Report) -> list[Row]:
+    """The longest prompt of prefill_attention.py."""
+    row = report["rows"][-1]
+    value = ", ".join(f"{name}: {ratio:.2f}x" for name, ratio in row["speedup"].items())
+    return [
+        (f"prefill attention at {row['tokens']} tokens against the faster dense one", value, "`make bench`")
+    ]
+
+
+def lines(results: Path) -> list[str]:
+    """Everything between the markers."""
+    made: list[Row] = []
+    for name, rows in (("demo.json", demo_rows), ("bench.json", bench_rows), ("prefill.json", prefill_rows)):
+        report = load(results, name)
+        made += rows(report) if report is not None else []
+    accuracy = load(results, "accuracy.json")
+    return [
+        *([] if accuracy is None else accuracy_lines(accuracy)),
+        *(table(("figure", "measured", "command"), made, 3) if made else []),
+    ]
+
+
+def main(root: Path = ROOT) -> None:
     """Replace what stands between the markers in README.md."""
-    readme = ROOT / "README.md"
+    readme = root / "README.md"
     text = readme.read_text()
     start = text.index("\n", text.index(BEGIN)) + 1
-    lines = ["| figure | measured | command |", "|---|---|---|"]
-    lines += [f"| {figure} | {value} | {command} |" for figure, value, command in rows()]
-    readme.write_text(text[:start] + "\n".join(lines) + "\n" + text[text.index(END) :])
+    body = "\n".join(["", *lines(root / "benchmarks" / "results"), ""])
+    readme.write_text(text[:start] + body + text[text.index(END) :])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,80 @@
+"""Tables of speed and memory, from the JSON of `capsight bench` and of prefill_attention.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from page_parts import GENERATED, human_bytes, machine, table
+
+Report = dict[str, Any]
+
+
+def page(bench: Report | None, prefill: Report | None) -> str:
+    """The whole page, of what there is."""
+    lines = [GENERATED, "", "# Speed and memory", "", "`make bench` makes this page.", ""]
+    if bench is not None:
+        lines += [
+            "## Generation",
+            "",
+            f"Model `{bench['model']}`, medians of {bench['runs']} runs, {bench['new_tokens']} new tokens a "
+            f"row; in brackets the ratio to the full cache in the same run. {machine(bench['machine'])} "
+            "*encode* is what filling the method's cache takes once the prefill's keys and values are there. "
+            "KV counts the method's modules.",
+            "",
+            *_generation(bench),
+            "",
+        ]
+        if bench.get("calibration"):
+            lines += ["## Calibration", "", "Fitting once, model loaded.", "", *_calibration(bench), ""]
+    if prefill is not None:
+        lines += ["## Prefill attention", "", *_prefill(prefill), ""]
+    return "\n".join(lines)
+
+
+def _generation(bench: Report) -> list[str]:
+    heads = ["method", "images", "batch", "first token", "encode", "tokens/s", "KV", "peak"]
+    if bench.get("kv_budget"):
+        heads.append(f"largest batch in {human_bytes(bench['kv_budget'])}")
+    rows = []
+    for row in bench["rows"]:
+        ratios = row["ratios"]
+        cells = [
+            f"`{row['name']}`",
+            str(row["images"]),
+            str(row["batch"]),
+            f"{row['ttft_s'] * 1e3:.0f} ms ({ratios['ttft']:.2f})",
+            f"{row['encode_s'] * 1e3:.1f} ms",
+            f"{row['tokens_per_s']:.0f} ({ratios['tokens_per_s']:.2f})",
+            f"{human_bytes(row['kv_bytes'] + row['module_bytes'])} ({ratios['bytes']:.2f})",
+            "" if row["peak_bytes"] is None else human_bytes(row["peak_bytes"]),
+        ]
+        rows.append([*cells, *([str(row["largest_batch"])] if bench.get("kv_budget") else [])])
+    return table(heads, rows)
+
+
+def _calibration(bench: Report) -> list[str]:
+    rows = [[f"`{f['method']}`", str(f["prompts"]), f"{f['seconds']:.1f} s"] for f in bench["calibration"]]
+    return table(["method", "prompts", "seconds"], rows)
+
+
+def _prefill(prefill: Report) -> list[str]:
+    setup = prefill["setup"]
+    lead = (
+        f"One layer of {setup['heads']} query and {setup['kv_heads']} KV heads of {setup['head_dim']} "
+        f"channels, {setup['device']}, {prefill['machine']['threads']} threads. The ratio "
+        "is against the faster of causal SDPA and causal FlexAttention, all measured in turns."
+    )
+    rows = [
+        [
+            str(row["tokens"]),
+            str(row["images"]),
+            row.get("dtype", setup["dtype"]),
+            name,
+            f"{seconds * 1e3:.1f} ms",
+            f"{row['speedup'][name]:.2f}x" if name in row["speedup"] else "",
+        ]
+        for row in prefill["rows"]
+        for name, seconds in row["seconds"].items()
+    ]
+    heads = ["tokens", "images", "dtype", "variant", "time", "faster"]
+    return [lead, "", *table(heads, rows, 4)]

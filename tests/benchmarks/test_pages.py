@@ -1,0 +1,111 @@
+"""The generated README part and pages, from small made-up files in the formats that the commands write."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+import write_pages
+
+from capsight.evaluation import MethodResult, Outcome, paired, summary
+from capsight.evaluation.bench_row import BenchRow
+
+MACHINE = {"cpu": "x86_64", "cores": 2, "threads": 2, "gpu": None, "torch": "2.13.0", "capsight": "0.1.0"}
+
+
+def accuracy():
+    def result(right: int, share: float) -> MethodResult:
+        outcomes = [
+            Outcome(f"i{i // 2}", "find" if i % 2 else "plate", 1 + i % 2 * 3, i < right, True, 0.25)
+            for i in range(40)
+        ]
+        return MethodResult(outcomes, int(1000 * share), 1000, 77_000 if share < 1 else 0)
+
+    results = {
+        "full": result(40, 1), "adaptive 0.4": result(39, 0.46), "adaptive 0.2": result(30, 0.28),
+        "evict 0.4": result(35, 0.46), "evict 0.2": result(20, 0.28), "quanto-int4": result(38, 0.17),
+    }  # fmt: skip
+    report = {"model": "reference", "protocol": "after", "methods": summary(results), "machine": MACHINE}
+    return report | {"paired": paired(results, "adaptive")}
+
+
+def bench():
+    full = BenchRow("full", None, 2, 4, 500, 0.2, 100.0, 8000, 0, 0.001, 9000)
+    ours = BenchRow("adaptive", 0.4, 2, 4, 500, 0.25, 80.0, 4000, 400, 0.01, None)
+    rows = [
+        r.to_dict() | {"name": r.name, "ratios": r.ratios(full), "largest_batch": 7} for r in (full, ours)
+    ]
+    fits = [{"method": "adaptive", "prompts": 8, "seconds": 3.0}]
+    return {
+        "model": "reference", "runs": 3, "new_tokens": 32, "kv_budget": 64_000_000, "rows": rows,
+        "calibration": fits, "machine": MACHINE,
+    }  # fmt: skip
+
+
+def prefill():
+    row = {"tokens": 4096, "images": 8, "seconds": {"25% dense": 0.1, "sdpa causal": 0.3}, "speedup": {}}
+    row["speedup"]["25% dense"] = 3.0
+    setup = {"heads": 8, "kv_heads": 2, "head_dim": 64, "dtype": "float32", "device": "cpu"}
+    return {"machine": {"threads": 2}, "setup": setup, "rows": [row]}
+
+
+def demo():
+    side = {"kv_bytes": 100, "module_bytes": 0, "ttft_s": 1.0, "tokens_per_s": 10.0}
+    return {"sides": {"full cache": side, "capsules": side | {"kv_bytes": 40, "module_bytes": 10}}}
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "README.md").write_text("a\n<!-- numbers: made -->\nold\n<!-- /numbers -->\nb\n")
+    return tmp_path
+
+
+def write(root, **files):
+    for name, values in files.items():
+        (root / "benchmarks" / "results" / f"{name}.json").write_text(json.dumps(values))
+    write_pages.main(root)
+    return (root / "README.md").read_text()
+
+
+def tables_are_square(text):
+    lines = text.splitlines()
+    for before, line in pairwise(lines):
+        if before.startswith("|") and line.startswith("|"):
+            assert before.count("|") == line.count("|"), (before, line)
+    return True
+
+
+def test_everything(root):
+    readme = write(root, accuracy=accuracy(), bench=bench(), prefill=prefill(), demo=demo())
+    assert "old" not in readme
+    assert readme.startswith("a\n<!-- numbers")
+    assert readme.endswith("<!-- /numbers -->\nb\n")
+    assert "| full cache | 100.0 | 100.0 |" in readme
+    assert "| `adaptive` | 97.5 (-2.5) | 75.0 (-25.0) |" in readme
+    assert "`quanto-int4` 95.0 (-5.0) at 17 % of the bytes" in readme
+    assert "2.00x smaller" in readme
+    assert "0.80 of the tokens/s, 1.25 of the time to first token, 0.55 of the bytes" in readme
+    page = (root / "docs" / "benchmarks" / "accuracy.md").read_text()
+    assert "| `adaptive 0.2` | `evict 0.2` | +25.0 |" in page
+    assert "77.0 KB" in page
+    assert "| questions | 20 | 20 |" in page
+    speed = (root / "docs" / "benchmarks" / "speed.md").read_text()
+    assert "| `adaptive 0.4` | 4 | 2 | 250 ms (1.25) | 10.0 ms |" in speed
+    assert "largest batch in 64.0 MB" in speed
+    assert "3.00x" in speed
+    assert all(tables_are_square(text) for text in (readme, page, speed))
+
+
+def test_again_is_the_same(root):
+    first = write(root, accuracy=accuracy())
+    assert write(root, accuracy=accuracy()) == first
+
+
+def test_what_is_missing_is_left_out(root):
+    readme = write(root, demo=demo())
+    assert "test questions" not in readme
+    assert "make demo" in readme
+    assert not (root / "docs" / "benchmarks" / "accuracy.md").exists()
+    assert "<!-- /numbers -->" in write(root)
