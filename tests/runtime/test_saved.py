@@ -78,6 +78,27 @@ def test_a_later_turn_goes_on_after_loading(qwen, tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(results[0].logits, results[1].logits, strict=True))
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_cache_saved_by_one_decode_serves_the_other(qwen, tmp_path, bits):
+    inputs, found = mixed_batch(qwen), {}
+    capsule = fitted("qwen2_5_vl", 0.4).with_bits(bits)
+    for decode in ("latent", "materialise"):
+        with capsight.enable(qwen.model, capsule=capsule, decode=decode) as fast:
+            fast.encapsulate(**inputs)
+            fast.save(tmp_path / decode)
+            found["direct", decode] = greedy(fast.generate, past_key_values=fast.cache, **inputs)
+    for decode in ("latent", "materialise"):
+        with capsight.enable(qwen.model, capsule=capsule, decode=decode) as fast:
+            for source in ("latent", "materialise"):
+                found[source, decode] = greedy(
+                    fast.generate, past_key_values=fast.load(tmp_path / source), **inputs
+                )
+    for decode in ("latent", "materialise"):
+        assert torch.equal(found["direct", decode].logits[0], found[decode, decode].logits[0])
+        other = found["materialise" if decode == "latent" else "latent", decode]
+        torch.testing.assert_close(other.logits[0], found[decode, decode].logits[0], atol=2e-2, rtol=0)
+
+
 def test_text_alone_and_repeated_rows(qwen, tmp_path):
     capsule = fitted("qwen2_5_vl", 0.4)
     with capsight.enable(qwen.model, capsule=capsule) as fast:

@@ -56,8 +56,8 @@ def planned_capsule(
                 "mean": (2, layer.kv_heads, layer.head_dim),
                 "scale": (2, layer.kv_heads),
             }
-            tensors = {name: torch.empty(size, device="meta") for name, size in sizes.items()}
-            codecs[index] = AdaptiveCodec(**tensors, block_size=block_size, kept=kept)
+            packed, mean, scale = (torch.empty(size, device="meta") for size in sizes.values())
+            codecs[index] = AdaptiveCodec(packed, mean, scale, block_size, kept)
             infos.append(LayerInfo(index, kept, layer.kv_heads, layer.head_dim))
     return KVCapsule(codecs, CapsuleInfo("adaptive", block_size, itemsize, tuple(infos), {}, "", {}, 0))
 
