@@ -34,32 +34,33 @@ class TokenMap:
     rest: Tensor | None = None
     mean: Tensor | None = None
 
-    def scores(self, slots: Tensor, mean: Tensor | None) -> Tensor:
-        """Scores over tokens.
+    def scores(self, slots: Tensor, mean: Tensor | None) -> list[Tensor]:
+        """Scores over tokens, in parts to be put side by side.
 
         Args:
             slots: `[M, C, r]`, scores of C queries (all heads) over the slots.
             mean: `[M or 1, C]`, scores over `mean`.
 
         Returns:
-            `[M, C, N]`.
+            `[M, C, r]`, `[M, C, T]` or both.
         """
         if self.weights is None:
-            return slots
+            return [slots]
         rebuilt = slots @ self.weights.mT  # [M, C, T]
         if mean is not None and self.rest is not None:
-            rebuilt = rebuilt.addcmul_(mean[:, :, None], self.rest[:, None])
-        return torch.cat([slots, rebuilt], -1) if self.copied else rebuilt
+            rebuilt.addcmul_(mean[:, :, None], self.rest[:, None])
+        return [slots, rebuilt] if self.copied else [rebuilt]
 
-    def gather(self, p: Tensor) -> tuple[Tensor, Tensor | None]:
-        """From probabilities of tokens `[M, C, N]` those of slots `[M, C, r]` and of `mean` `[M, C]`."""
+    def gather(self, parts: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """From probabilities of tokens, in parts, those of slots `[M, C, r]` and of `mean` `[M, C]`."""
         if self.weights is None:
-            return p, None
-        copied = p.shape[-1] - self.weights.shape[1]
-        rebuilt = p[..., copied:]  # [M, C, T]
-        slots = rebuilt @ self.weights
-        if copied:
-            slots += p[..., :copied]
+            return parts[0], None
+        if self.copied:
+            copied, rebuilt = parts
+            slots = torch.baddbmm(copied, rebuilt, self.weights.expand(len(copied), -1, -1))
+        else:
+            rebuilt = torch.cat(parts, -1)
+            slots = rebuilt @ self.weights
         return slots, None if self.rest is None else (rebuilt @ self.rest[..., None])[..., 0]
 
 
@@ -71,7 +72,7 @@ class LatentBlocks:
         keys: `[M, r, H, D]`, slots.
         values: `[M, r, H, D]`, slots.
         key_map: from key slots to keys.
-        value_map: from value slots to values.
+        value_map: from value slots to values; copies them as `key_map` does, or does not copy.
     """
 
     keys: Tensor
@@ -155,11 +156,11 @@ def _attend(
     if blocks.key_map.mean is not None:
         mean = (q @ blocks.key_map.mean.to(work)[:, :, None]).view(batch, -1)  # [B, C]
         mean = mean if batch == 1 else mean[rows.rows]
-    tokens = blocks.key_map.scores(_slot_scores(q, blocks.keys.to(work), rows), mean)  # [M, C, N]
-    p = torch.cat([exact, _by_row(tokens, rows, batch)], -1).softmax(-1)
-    exact, tokens = p.split([exact.shape[-1], p.shape[-1] - exact.shape[-1]], -1)
+    parts = blocks.key_map.scores(_slot_scores(q, blocks.keys.to(work), rows), mean)  # [M, C, r], [M, C, T]
+    parts = [exact, *(_by_row(part, rows, batch) for part in parts)]
+    exact, *parts = torch.cat(parts, -1).softmax(-1).split([part.shape[-1] for part in parts], -1)
     out = exact.view(batch, heads, -1, exact.shape[-1]) @ values.to(work)  # [B, H, C / H, D]
-    slots, total = blocks.value_map.gather(_by_block(tokens, rows))  # [M, C, r], [M, C]
+    slots, total = blocks.value_map.gather([_by_block(part, rows) for part in parts])  # [M, C, r], [M, C]
     out += _slot_sums(slots, blocks.values.to(work), rows, batch)
     if total is not None and blocks.value_map.mean is not None:
         total = total.new_zeros(batch, total.shape[1]).index_add_(0, rows.rows, total)

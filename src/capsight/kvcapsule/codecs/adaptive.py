@@ -115,8 +115,9 @@ class AdaptiveCodec(SelectingCodec):
         payload = super()._pack(keys, values, selection)
         if self.weights == "stored" and self.kept < self.block_size:
             others = self._others(payload.tensors["kept"])[None]  # [1, M, T]
-            ascending = selection.order[0].argsort(1)[:, None, None]  # [M, 1, 1, r]
-            weights = selection.weights(others)[0].take_along_dim(ascending, 3)  # [M, G, T, r]
+            weights = selection.weights(others)[0]  # [M, G, T, r]
+            ascending = selection.order[0].argsort(1)[:, None, None].expand_as(weights)
+            weights = weights.gather(3, ascending)
             payload.tensors["weights"] = weights.to(keys.dtype if keys.dtype.itemsize <= 2 else torch.float16)
         return payload
 
