@@ -31,12 +31,12 @@ class Journal:
         """
         self._path = path
         self.done: dict[str, ItemRecord] = {}
-        settings = json.loads(json.dumps(settings))  # as they will be read
+        wanted: dict[str, Any] = json.loads(json.dumps(settings))  # as they will be read
         try:
             if path.exists():
-                self._read(settings)
+                self._read(wanted)
             else:
-                self._append(settings)
+                self._append(wanted)
         except OSError as error:
             raise OptionError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -21,10 +21,17 @@ from capsight.runtime.state import RuntimeState, running
 
 
 class _Recorder(DynamicCache):
-    """A stock cache that holds everything: made without a config, it has no sliding layers."""
+    """A stock cache that holds everything: made without a config, it has no sliding layers.
+
+    To capsight's attention function it is a capsule cache without capsules.
+    """
 
     def key_bias(self, layer_idx: int) -> None:
         """Nothing is hidden."""
+        return
+
+    def take_latent(self) -> None:
+        """Nothing is left to attention."""
         return
 
 
