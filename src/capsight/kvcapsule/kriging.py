@@ -82,34 +82,30 @@ def greedy_selection(covariance: Tensor, gram: Tensor, count: int) -> Selection:
     energy = gram.diagonal(dim1=-2, dim2=-1).sum(2).flatten(0, 1)  # [L * M, N] residual energy of each token
     # With w, g the columns chosen so far (g = residual Gram's, b = g - w g[p] / 2, v = residual variance):
     # residual C = C - sum v w w^T, residual Gram = Gram - sum (w b^T + b w^T).
-    past = gram.new_zeros(total, size, count, 2)  # w and b
+    past = gram.new_empty(total, count, 2, size)  # w and b
     variance = gram.new_zeros(total, count, 2)  # v for w, 0 for b
     block = torch.arange(total, device=device) * size
     layer = torch.arange(layers * groups, device=device).view(layers, 1, groups) * size
     layer = layer.expand(-1, blocks, -1).flatten()
     c_rows, gram_rows = covariance.reshape(-1, size), gram.reshape(-1, size)
-    past_rows = past.view(-1, count, 2)
     order = []
     for j in range(count):
         pivot = energy.argmax(1)  # [L * M]
         order.append(pivot)
         energy.scatter_(1, pivot[:, None], -torch.inf)
         at = pivot.repeat_interleave(groups)  # [L * M * G]
-        column = c_rows.index_select(0, layer + at)[..., None]  # [L * M * G, N, 1]
-        cross = gram_rows.index_select(0, block + at)[..., None]
+        # of the chosen tokens, the columns of residual C and of residual Gram: [L * M * G, 2, N]
+        columns = torch.stack((c_rows.index_select(0, layer + at), gram_rows.index_select(0, block + at)), 1)
         if j:
-            seen = past[:, :, :j].flatten(2)  # [L * M * G, N, 2 j]
-            row = past_rows.index_select(0, block + at)[:, :j]
-            column = torch.baddbmm(column, seen, (row * variance[:, :j]).view(total, -1, 1), alpha=-1)
-            cross = torch.baddbmm(cross, seen, row.flip(2).view(total, -1, 1), alpha=-1)
-        index = at[:, None, None]
-        own = column.gather(1, index)
-        w = column / own
-        b = torch.addcmul(cross, w, cross.gather(1, index), value=-0.5)
+            row = past[:, :j].gather(3, at[:, None, None, None].expand(-1, j, 2, -1))[..., 0]
+            sides = torch.stack((row * variance[:, :j], row.flip(2)), 1).flatten(2)  # [L * M * G, 2, 2 j]
+            columns.baddbmm_(sides, past[:, :j].flatten(1, 2), alpha=-1)
+        own = columns.gather(2, at[:, None, None].expand(-1, 2, -1))  # [L * M * G, 2, 1]
+        w = columns[:, 0] / own[:, 0]
+        b = torch.addcmul(columns[:, 1], w, own[:, 1], value=-0.5)
         energy.sub_((w * b).view(-1, groups, size).sum(1), alpha=2)
-        variance[:, j, 0] = own[:, 0, 0]
-        past[:, :, j] = torch.cat([w, b], 2)
-    factor = past[..., 0].view(layers, blocks, groups, size, count)
+        past[:, j, 0], past[:, j, 1], variance[:, j, 0] = w, b, own[:, 0, 0]
+    factor = past[:, :, 0].mT.unflatten(0, (layers, blocks, groups))
     return Selection(torch.stack(order, 1).view(layers, blocks, count), factor)
 
 
