@@ -163,7 +163,7 @@ def _attend(
     slots, total = blocks.value_map.gather([_by_block(part, rows) for part in parts])  # [M, C, r], [M, C]
     out += _slot_sums(slots, blocks.values.to(work), rows, batch)
     if total is not None and blocks.value_map.mean is not None:
-        total = total.new_zeros(batch, total.shape[1]).index_add_(0, rows.rows, total)
+        total = _row_sums(total, rows, batch)
         out.addcmul_(total.view(*out.shape[:3], 1), blocks.value_map.mean.to(work)[:, None])
     return out.view(batch, query_heads, new, head_dim).transpose(1, 2).to(query.dtype).contiguous()
 
@@ -190,7 +190,14 @@ def _slot_sums(p: Tensor, slots: Tensor, rows: BlockRows, batch: int) -> Tensor:
         p = p.transpose(0, 1).reshape(heads, -1, blocks * count)
         return (p @ slots.flatten(0, 1).transpose(0, 1))[None]
     each = p.view(blocks, heads, -1, count) @ slots.transpose(1, 2)  # [M, H, C / H, D]
-    return each.new_zeros(batch, *each.shape[1:]).index_add_(0, rows.rows, each)
+    return _row_sums(each, rows, batch)
+
+
+def _row_sums(x: Tensor, rows: BlockRows, batch: int) -> Tensor:
+    """Sums over the blocks of a row: `[M, ...]` -> `[B, ...]`."""
+    if batch == 1:
+        return x.sum(0, keepdim=True)
+    return x.new_zeros(batch, *x.shape[1:]).index_add_(0, rows.rows, x)
 
 
 def _by_row(x: Tensor, rows: BlockRows, batch: int) -> Tensor:
