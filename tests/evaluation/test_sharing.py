@@ -12,6 +12,7 @@ from capsight.errors import OptionError
 from capsight.evaluation import FULL, Ask, Item, ask_item, evaluate, reference_items
 from capsight.evaluation.sharing import FULL_SPARSE, Asking
 from capsight.runtime import enable
+from tiny import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +100,25 @@ def test_taken_name(reference, methods):
     model, processor = reference
     with pytest.raises(OptionError, match="taken"):
         Asking(model, processor, {"full": methods["merge"]})
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", "llava_onevision", "idefics3"])
+def test_sharing_in_other_families(family, monkeypatch):
+    tiny = FAMILIES[family]()
+
+    def rendered(messages, **_):
+        content = messages[0]["content"]
+        return tiny.prompt([part for part in content if part["type"] == "image"], content[-1]["text"])
+
+    monkeypatch.setattr(tiny.processor, "apply_chat_template", rendered, raising=False)
+    asks = tuple(Ask(text, "") for text in ("one?", "and the other one?"))
+    item = Item("tiny", (tiny.picture(1), tiny.picture(2)), asks)
+    chosen = {name: METHODS[name](0.2) for name in ("uniform", "snapkv", "kvzip")}
+    pair = (tiny.model, tiny.processor)
+    for protocol in ("after", "within"):
+        with torch.no_grad():
+            shared = dict(Asking(*pair, chosen, protocol, max_new_tokens=12).ask(item))
+        for name, ours in shared.items():
+            own = alone(pair, chosen.get(name), item, protocol)
+            assert (ours.first_logits - own.first_logits).abs().max() < 2e-3, (protocol, name)
+            assert ours.texts == own.texts, (protocol, name)
