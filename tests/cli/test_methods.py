@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+import capsight
+from capsight.cli.evaluate import calibration_prompts
 from capsight.cli.methods import METHOD_NAMES, make_methods
 from capsight.errors import OptionError
 from capsight.kvcapsule import KVCapsule
@@ -26,3 +28,18 @@ def test_names_are_unique_and_others_are_refused():
     for name in ("int8", "adaptive-int2", "static-int8"):
         with pytest.raises(OptionError, match="no method"):
             made(name)
+
+
+def test_static_is_fitted_at_every_fraction():
+    model, processor = capsight.load_reference_vlm()
+    fitted = make_methods(
+        ["static"],
+        [0.5, 0.25],
+        lambda: KVCapsule.from_pretrained("reference"),
+        lambda: calibration_prompts(processor, "reference", None)[:2],
+        model,
+    )
+    assert {label: (m.info.codec, m.retained) for label, m in fitted.items()} == {
+        "static 0.5": ("static", 0.5),
+        "static 0.25": ("static", 0.25),
+    }

@@ -29,7 +29,7 @@ def test_scenes_repeat_from_their_seed(kind, seed, large):
 def test_all_text_and_marks_lie_inside_the_picture(kind, seed, large):
     scene = draw_scene(random.Random(seed), kind, large)
     assert scene.glyphs or scene.marks
-    for thing in (*scene.glyphs, *scene.marks):
+    for thing in (*scene.glyphs, *scene.marks, *scene.words):
         assert 0 <= thing.x < scene.image.width
         assert 0 <= thing.y < scene.image.height
 

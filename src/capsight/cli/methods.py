@@ -32,7 +32,8 @@ def make_methods(
         names: out of `METHOD_NAMES`.
         retained: retained fractions; methods whose bytes cannot be chosen ignore them.
         load: gives the capsule, for its codec, for `adaptive` and `evict`, and for `adaptive` in few bits.
-        samples: gives calibration prompts (processor outputs), for baselines that are fitted.
+        samples: gives calibration prompts (processor outputs), for methods that are fitted: some
+            baselines, and `static`, whose fraction is fixed at the fit.
         model: the model to fit them to.
 
     Raises:
@@ -44,12 +45,7 @@ def make_methods(
     methods: dict[str, CacheMethod] = {}
     for name in names:
         if name in CAPSULES:
-            codec, bits = CAPSULES[name]
-            capsule = load()
-            if codec != capsule.info.codec:
-                capsule = capsule.with_codec(codec)
-            capsule = capsule.with_bits(bits)
-            methods |= {f"{name} {rho:g}": capsule.with_retained(rho) for rho in retained}
+            methods |= {f"{name} {rho:g}": _capsule(name, rho, load, samples, model) for rho in retained}
             continue
         kind: Any = METHODS[name]
         fitted = kind.fit(model, None, samples()) if kind.calibrated else kind(retained[0])
@@ -57,3 +53,15 @@ def make_methods(
         budgets = [fitted.with_retained(rho) for rho in retained]
         methods |= {method.label: method for method in budgets}
     return methods
+
+
+def _capsule(
+    name: str, retained: float, load: Callable[[], KVCapsule], samples: Callable[[], list[Any]], model: Any
+) -> KVCapsule:
+    codec, bits = CAPSULES[name]
+    if codec == "static":  # its positions and maps are those of one fraction
+        return KVCapsule.fit(model, None, samples(), retained=retained, codec=codec)
+    capsule = load()
+    if codec != capsule.info.codec:
+        capsule = capsule.with_codec(codec)
+    return capsule.with_bits(bits).with_retained(retained)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image, ImageDraw, ImageFont
 
-from capsight.reference.drawing.palette import RGB
+from capsight.reference.drawing.palette import RGB, Face
 
 #: Side of a cell and width of a character, in px.
 CELL, PITCH = 28, 14
@@ -17,9 +17,19 @@ CELL, PITCH = 28, 14
 
 @dataclass(frozen=True, slots=True)
 class Glyph:
-    """One character and the pixel position of its centre."""
+    """One character, the pixel position of its centre, and what the text it belongs to is about."""
 
     char: str
+    x: float
+    y: float
+    about: str
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A word, and the centre of one of the cells that it covers."""
+
+    word: str
     x: float
     y: float
 
@@ -47,6 +57,7 @@ class Canvas:
     background: RGB = (255, 255, 255)
     glyphs: list[Glyph] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
+    words: list[Word] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Start with the background, which one time in three is a soft gradient."""
@@ -71,15 +82,36 @@ class Canvas:
         """Rows of cells."""
         return self.height // CELL
 
-    def text(self, column: float, row: float, text: str, font: ImageFont.FreeTypeFont, fill: RGB) -> None:
-        """Write ``text`` from cell (``column``, ``row``) on, two characters to a cell of 28 px."""
+    def text(
+        self,
+        column: float,
+        row: float,
+        text: str,
+        font: ImageFont.FreeTypeFont,
+        fill: RGB,
+        about: str = "",
+    ) -> None:
+        """Write ``text`` from cell (``column``, ``row``) on, two characters to a cell of 28 px.
+
+        ``about`` is what a question would call the text: the ink of a code, the item of a price.
+        """
         for k, char in enumerate(text):
             if char == " ":
                 continue
             x = CELL * column + PITCH * (k + 0.5) + self.shift[0]
             y = CELL * (row + 0.5) + self.shift[1]
             self.draw.text((x, y), char, font=font, fill=fill, anchor="mm")
-            self.glyphs.append(Glyph(char, x, y))
+            self.glyphs.append(Glyph(char, x, y, about))
+
+    def word(self, column: float, row: float, word: str, face: Face, fill: RGB) -> None:
+        """Write a word into two cells from (``column``, ``row``) on, letters as wide as they are."""
+        font = face.font()
+        while font.getlength(word) > 2 * CELL - 3:
+            face = face.smaller()
+            font = face.font()
+        x, y = CELL * column + 2 + self.shift[0], CELL * (row + 0.5) + self.shift[1]
+        self.draw.text((x, y), word, font=font, fill=fill, anchor="lm")
+        self.words += [Word(word, CELL * (column + k + 0.5), CELL * (row + 0.5)) for k in (0, 1)]
 
     def mark(self, shape: str, color: str, x: float, y: float) -> None:
         """Record a shape or bar drawn at (x, y)."""

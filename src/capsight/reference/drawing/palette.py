@@ -1,6 +1,7 @@
 """Colours, fonts and words that the scenes draw with."""
 
 import random
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -47,11 +48,32 @@ def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
-def random_font(rng: random.Random, low: int, high: int) -> ImageFont.FreeTypeFont:
+@dataclass(frozen=True, slots=True)
+class Face:
+    """A font at a size in px."""
+
+    name: str
+    size: int
+
+    def font(self) -> ImageFont.FreeTypeFont:
+        """The font itself."""
+        return load_font(self.name, self.size)
+
+    def smaller(self) -> "Face":
+        """The same font, one px smaller."""
+        return Face(self.name, self.size - 1)
+
+
+def random_face(rng: random.Random, low: int, high: int) -> Face:
     """Draw a font and a size in ``[low, high]`` px, never below the font's smallest legible size."""
     name = rng.choice(list(FONTS))
     smallest = max(low, FONTS[name])
-    return load_font(name, rng.randint(smallest, max(smallest, high)))
+    return Face(name, rng.randint(smallest, max(smallest, high)))
+
+
+def random_font(rng: random.Random, low: int, high: int) -> ImageFont.FreeTypeFont:
+    """The font of a `random_face`."""
+    return random_face(rng, low, high).font()
 
 
 def jitter(rng: random.Random, color: RGB, amount: int = 14) -> RGB:

@@ -34,5 +34,5 @@ def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str
         outline=(30, 30, 30),
     )
     ink = jitter(rng, COLORS[rng.choice(("black", "blue", "red"))])
-    canvas.text(column, row, code, random_font(rng, 17, 20), ink)
+    canvas.text(column, row, code, random_font(rng, 17, 20), ink, "plate")
     return canvas, {"code": code}

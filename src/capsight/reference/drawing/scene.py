@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from capsight.reference.drawing import card, chart, plate, receipt, shapes, table
-from capsight.reference.drawing.canvas import CELL, Canvas, Glyph, Mark
+from capsight.reference.drawing.canvas import CELL, Canvas, Glyph, Mark, Word
 
 
 class _Painter(Protocol):
@@ -47,6 +47,7 @@ class Scene:
         facts: what is true of the image; the questions are made from it.
         glyphs: every character drawn, with its centre.
         marks: every shape and bar drawn.
+        words: every word drawn, once for each cell that it covers.
     """
 
     kind: str
@@ -54,12 +55,13 @@ class Scene:
     facts: dict[str, Any]
     glyphs: tuple[Glyph, ...]
     marks: tuple[Mark, ...]
+    words: tuple[Word, ...] = ()
 
 
 #: Pages with room for little, in cells: the first pages of training.
 _LITTLE_SIZES: dict[str, tuple[tuple[int, int], ...]] = {
-    "card": ((7, 3), (8, 4)),
-    "receipt": ((7, 2), (7, 3)),
+    "card": ((6, 3), (7, 4)),
+    "receipt": ((6, 2), (6, 3)),
     "table": ((2, 2), (3, 2), (3, 3)),
     "chart": ((4, 3), (6, 4)),
     "shapes": ((2, 2), (3, 2)),
@@ -84,4 +86,4 @@ def draw_scene(rng: random.Random, kind: str | None = None, large: float = 0.5, 
     else:
         width, height = rng.choice(_LARGE_SIZES[kind]) if rng.random() < large else SMALL
     canvas, facts = _PAINTERS[kind].paint(rng, width, height)
-    return Scene(kind, canvas.image, facts, tuple(canvas.glyphs), tuple(canvas.marks))
+    return Scene(kind, canvas.image, facts, tuple(canvas.glyphs), tuple(canvas.marks), tuple(canvas.words))

@@ -33,6 +33,6 @@ def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str
         letter = "ABCD"[i]
         canvas.text(left, top + i + 1, letter, font, ink)
         for j in range(columns):
-            cells[letter, j + 1] = str(rng.randint(10, 99))
-            canvas.text(left + 1 + step * j, top + i + 1, cells[letter, j + 1], font, ink)
+            cells[letter, j + 1] = value = str(rng.randint(10, 99))
+            canvas.text(left + 1 + step * j, top + i + 1, value, font, ink, f"{letter}{j + 1}")
     return canvas, {"cells": cells}

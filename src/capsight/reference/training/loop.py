@@ -15,13 +15,14 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 from capsight.reference.training.batches import Batch, Batcher
 from capsight.reference.training.dense import DenseHeads
 from capsight.reference.training.feed import Lesson, lesson, lessons
+from capsight.reference.training.muon import Muon
 from capsight.reference.training.stages import STAGES, Stage
 
 #: Muon's learning rate over AdamW's: learning went faster so in the one run that
 #: was resumed with it. The language model's factor is a guess (2, 3 and 5 were run, not compared alone).
 TOWER_FACTOR, LANGUAGE_FACTOR = 4.0, 3.0
 #: Weight of the dense loss beside the answers.
-DENSE_WEIGHT = 0.5
+DENSE_WEIGHT = 1.0
 #: Standard deviation of the tower's output after the first stage.
 FEATURE_STD = 0.1
 
@@ -90,7 +91,7 @@ class Trainer:
             matrices.append({"params": flat, "lr": lr, "peak": factor * lr})
             others.append({"params": rest, "lr": lr, "peak": lr})
         self.optimizers = [
-            torch.optim.Muon(matrices, weight_decay=0.02, adjust_lr_fn="match_rms_adamw", ns_steps=5),
+            Muon(matrices, weight_decay=0.02),
             torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
         ]
 
@@ -148,7 +149,8 @@ class Trainer:
         last = [m for m in self.model.model.visual.merger.modules() if isinstance(m, nn.Linear)][-1]
         last.weight.div_(scale)
         last.bias.sub_(mean).div_(scale)
-        for head in (self.heads.chars, self.heads.shapes, self.heads.colors):
+        for head in self.heads.children():
+            assert isinstance(head, nn.Linear)
             head.bias.add_(head.weight @ mean)
             head.weight.mul_(scale)
 

@@ -40,20 +40,17 @@ class Stage:
 
 
 STAGES = (
-    Stage("see", 500, 24, (), 0.0, 1.2e-3, 0.1),
+    Stage("see", 600, 24, (), 0.0, 1.2e-3, 0.2),
     Stage("spell", 400, 40, (1,), 1.2e-3, 0.0, 0.0, little=1.0, transcripts=1.0),
-    Stage("read", 1000, 20, (1, 1, 2), 1.2e-3, 0.0, 0.1, little=0.3, transcripts=1.0),
-    Stage(
-        "compare", 1350, 16, (1, 2, 3, 4, 6, 8), 1.2e-3, 0.0, 0.35, cross=0.4, little=0.1, transcripts=0.25
-    ),
-    Stage("polish", 400, 16, (1, 2, 3, 4, 6, 8), 3e-4, 5e-5, 0.4, cross=0.4),
+    Stage("read", 1000, 16, (1, 1, 2), 1.2e-3, 1e-4, 0.1, little=0.3, transcripts=0.7),
+    Stage("compare", 2000, 16, (1, 2, 3, 4, 6, 8), 1.2e-3, 1e-4, 0.35, 0.4, little=0.1, transcripts=0.25),
 )
 
 
 def pages(stage: Stage, step: int) -> list[Scene]:
-    """The pictures of one step of the first stage: half of them pages of text."""
+    """The pictures of one step of the first stage: a quarter of them pages of text."""
     rng = split_rng("train", step, stage.name)
-    return [text_page(rng) if i % 2 else draw_scene(rng, None, stage.large) for i in range(stage.images)]
+    return [text_page(rng) if i % 4 == 3 else draw_scene(rng, None, stage.large) for i in range(stage.images)]
 
 
 def prompts(stage: Stage, step: int) -> list[Prompt]:
