@@ -34,15 +34,15 @@ def _card(s: Scene, rng: random.Random) -> tuple[str, str, str]:
     if "small_print" in s.facts and rng.random() < 0.3:
         return "small_print", "what is the small print?", s.facts["small_print"]
     label = rng.choice(list(s.facts["codes"]))
-    return "read_code", f"what is the {s.facts['inks'][label]} code?", s.facts["codes"][label]
+    return "read_code", f"what is the {label} code?", s.facts["codes"][label]
 
 
 def _receipt(s: Scene, rng: random.Random) -> tuple[str, str, str]:
     prices: dict[str, str] = s.facts["prices"]
     roll = rng.random()
-    if "total" in s.facts and roll < 0.35:
+    if "total" in s.facts and roll < 0.2:
         return "total", "what is the total?", s.facts["total"]
-    if roll < 0.5:
+    if roll < 0.35:
         return "priciest", "which item costs the most?", max(prices, key=lambda k: float(prices[k]))
     item = rng.choice(list(prices))
     return "price", f"what does the {item} cost?", prices[item]

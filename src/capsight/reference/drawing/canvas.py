@@ -93,7 +93,7 @@ class Canvas:
     ) -> None:
         """Write ``text`` from cell (``column``, ``row``) on, two characters to a cell of 28 px.
 
-        ``about`` is what a question would call the text: the ink of a code, the item of a price.
+        ``about`` is what a question would call the text: the label of a code, the item of a price.
         """
         for k, char in enumerate(text):
             if char == " ":

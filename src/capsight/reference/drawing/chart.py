@@ -1,4 +1,4 @@
-"""A bar chart: coloured bars with their values written into them."""
+"""A bar chart: coloured bars with their values written below them."""
 
 import random
 from typing import Any
@@ -22,19 +22,18 @@ def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str
     values = [rng.randint(max(10, span * k), span * k + 9) for k in levels]
     wide = 2 * len(colors)
     left = rng.randint(0, canvas.columns - wide)
-    base = CELL * rng.randint(top_level, canvas.rows)
+    base = CELL * rng.randint(top_level, canvas.rows - 1)
     grid = (215, 215, 215)
     for level in range(1, top_level + 1):
         y = base - CELL * level
         canvas.draw.line((CELL * left, y, CELL * (left + wide), y), fill=grid)
     axis = jitter(rng, (60, 60, 60), 20)
     canvas.draw.line((CELL * left, base - 1, CELL * (left + wide), base - 1), fill=axis)
-    font = random_font(rng, 14, 16)
+    font, half = random_font(rng, 15, 17), rng.uniform(9, 13)
     for k, (color, level, value) in enumerate(zip(colors, levels, values, strict=True)):
         x, top = CELL * (left + 2 * k + 0.5), base - CELL * level + rng.uniform(0, 4)
-        canvas.draw.rectangle((x - 14, top, x + 13, base - 2), fill=jitter(rng, COLORS[color]))
+        canvas.draw.rectangle((x - half, top, x + half, base - 2), fill=jitter(rng, COLORS[color]))
         for cell in range(level):
             canvas.mark("bar", color, x, base - CELL * (cell + 0.5))
-        ink = (20, 20, 20) if sum(COLORS[color]) > 380 else (245, 245, 245)
-        canvas.text(left + 2 * k, base // CELL - 1, str(value), font, ink, color)
+        canvas.text(left + 2 * k, base // CELL, str(value), font, axis, color)
     return canvas, {"bars": dict(zip(colors, values, strict=True))}

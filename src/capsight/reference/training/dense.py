@@ -2,7 +2,7 @@
 
 Every merged vision token covers a cell of 28 x 28 px. It is asked for the character in its left and in its
 right half, for the shape and the colour of a mark whose centre lies in it, and for its word: the word written
-there, or what the text there is about (the ink of a code, the item of a price, the bar of a value, the row
+there, or what the text there is about (the label of a code, the item of a price, the bar of a value, the row
 and column of a number).
 """
 
