@@ -42,16 +42,16 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[Tensor]] = {}
+            shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for shape, parameters in shapes.items():
+                    shapes.setdefault(p.shape, []).append((p, p.grad))
+            for shape, pairs in shapes.items():
                 updates = []
-                for p in parameters:
+                for p, grad in pairs:
                     buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                    buffer.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(p.grad.lerp(buffer, group["momentum"]))
+                    buffer.lerp_(grad, 1 - group["momentum"])
+                    updates.append(grad.lerp(buffer, group["momentum"]))
                 step = 0.2 * max(shape) ** 0.5 * group["lr"]
-                for p, update in zip(parameters, orthogonalise(torch.stack(updates)), strict=True):
+                for (p, _), update in zip(pairs, orthogonalise(torch.stack(updates)), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=step)
