@@ -5,7 +5,7 @@ from typing import Any
 
 from PIL import Image
 
-from capsight.reference.drawing.canvas import CELL, Canvas
+from capsight.reference.drawing.canvas import CELL, PITCH, Canvas
 from capsight.reference.drawing.palette import COLORS, jitter, light, random_code, random_font
 
 
@@ -29,7 +29,7 @@ def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str
     code = random_code(rng, 5, 6)
     column, row = rng.randint(0, canvas.columns - 3), rng.randint(0, canvas.rows - 1)
     canvas.draw.rectangle(
-        (CELL * column - 3, CELL * row, CELL * column + 14 * len(code) + 3, CELL * row + CELL - 1),
+        (CELL * column - 3, CELL * row, CELL * column + PITCH * len(code) + 3, CELL * row + CELL - 1),
         fill=jitter(rng, (240, 240, 225), 12),
         outline=(30, 30, 30),
     )
