@@ -32,6 +32,12 @@ WORTH_IT = 0.9
 """A candidate has to take at most this share of the time of the one used so far."""
 
 
+_ABOUT = (
+    "Fastest implementation from so many keys on, per device, dtype and kind of head; measured by "
+    "benchmarks/attention_choice.py on the machines named here"
+)
+
+
 def timings(length: int, kind: str, dtype: str, device: str, shape: tuple[int, int, int]) -> dict[str, float]:
     """Median seconds of every candidate; `shape` is query heads, key-value heads, channels."""
     layout = layout_of(length, images_of(length))
@@ -91,6 +97,7 @@ def main(
         return
     shipped, name = json.loads(TABLE.read_text()), device_name(torch.device(device))
     shipped["table"].setdefault(name, {}).update(table)
+    shipped["about"] = _ABOUT
     shipped["measured_on"][name] = machine(device)
     temporary = TABLE.with_suffix(".tmp")
     temporary.write_text(json.dumps(shipped, indent=1) + "\n")
