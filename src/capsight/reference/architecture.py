@@ -43,9 +43,9 @@ PATCH, MERGE, TEMPORAL = 14, 2, 2
 #: leave none to match content over any distance. So each part has both. Written into the configuration as
 #: ``longrope`` factors, which transformers applies unchanged.
 ROTARY = (
-    (2.4, 1.1, 0.4, 0.0005),
-    (2.6, 1.5, 0.8, 0.3, 0.0005, 0.0001),
-    (2.6, 1.5, 0.8, 0.3, 0.0005, 0.0001),
+    (2.2, 0.8, 0.0005, 0.0001),
+    (2.4, 1.2, 0.4, 0.001, 0.0005, 0.0001),
+    (2.4, 1.2, 0.4, 0.001, 0.0005, 0.0001),
 )
 HEAD_DIM, MAX_POSITIONS, ROPE_BASE = 32, 8192, 10000.0
 

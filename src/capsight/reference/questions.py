@@ -150,15 +150,14 @@ def _odd(scenes: list[Scene], rng: random.Random) -> Question | None:
 
 
 def _compare(scenes: list[Scene], rng: random.Random) -> Question | None:
-    def pairs(kind: str, value: Callable[[Scene], float]) -> list[tuple[int, int, float, float]]:
+    def pairs(
+        kind: str, value: Callable[[Scene], float], apart: float
+    ) -> list[tuple[int, int, float, float]]:
         found = [(i, value(s)) for i, s in enumerate(scenes, 1) if s.kind == kind]
-        return [(i, j, a, b) for i, a in found for j, b in found if i < j and a != b]
+        return [(i, j, a, b) for i, a in found for j, b in found if i < j and abs(a - b) >= apart]
 
-    asks = [("has more shapes", p) for p in pairs("shapes", lambda s: len(s.facts["shapes"]))]
-    asks += [
-        ("has the larger total", p)
-        for p in pairs("receipt", lambda s: sum(map(float, s.facts["prices"].values())))
-    ]
+    asks = [("has more shapes", p) for p in pairs("shapes", lambda s: len(s.facts["shapes"]), 1)]
+    asks += [("has the larger total", p) for p in pairs("receipt", _sum_of_prices, 2)]
     if not asks:
         return None
     what, (i, j, a, b) = rng.choice(asks)

@@ -12,7 +12,8 @@ def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str
     canvas = Canvas(rng, width, height, light(rng, 200, 240))
     most = min(5, canvas.rows - 1)
     items = rng.sample(ITEMS, rng.randint(min(2, most), most))
-    cents = rng.sample(range(100, 1000, 5), len(items))
+    units = rng.sample(range(1, 10), len(items))  # no two prices begin with the same digit
+    cents = [100 * unit + 5 * rng.randrange(20) for unit in units]
     prices = {item: f"{c / 100:.2f}" for item, c in zip(items, cents, strict=True)}
     total = f"{sum(cents) / 100:.2f}"
     tall = len(items) + 1

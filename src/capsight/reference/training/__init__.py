@@ -1,1 +1,1 @@
-"""How the reference VLM was trained: see, spell, index, compare."""
+"""How the reference VLM was trained: see, read, compare, finish."""

@@ -21,6 +21,7 @@ from capsight.reference.architecture import (
     VISION_START,
 )
 from capsight.reference.prompts import Prompt
+from capsight.reference.training.pointing import RowMap, Targets, targets
 
 _IGNORE = -100
 
@@ -33,15 +34,22 @@ class Batch:
         input_ids: [B, S] int64, right-padded.
         position_ids: [3, B, S] int64, M-RoPE.
         labels: [B, S] int64, the next token where it belongs to an answer, else -100.
+        targets: where the heads of `pointing.SLOTS` should look.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
+    targets: dict[str, Targets]
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All tensors, in the order of the fields."""
-        return self.input_ids, self.position_ids, self.labels
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        return Batch(
+            self.input_ids.to(device),
+            self.position_ids.to(device),
+            self.labels.to(device),
+            {name: one.to(device) for name, one in self.targets.items()},
+        )
 
 
 def patches(images: list[Image.Image]) -> tuple[Tensor, Tensor]:
@@ -67,19 +75,27 @@ class Batcher:
         self._special = {t: vocabulary[t] for t in (USER, ASSISTANT, END, PAD)}
         self._vision = {t: vocabulary[t] for t in (VISION_START, VISION_END, IMAGE_PAD)}
         self._memo: dict[str, list[int]] = {}
+        self._texts: dict[int, str] = {}
 
     def _encode(self, text: str) -> list[int]:
         if text not in self._memo:
             self._memo[text] = self._tokenizer.encode(text, add_special_tokens=False)
         return self._memo[text]
 
-    def _row(self, prompt: Prompt) -> tuple[list[int], Tensor, list[int]]:
+    def _words(self, first: int, tokens: list[int]) -> list[tuple[int, str]]:
+        for token in tokens:
+            if token not in self._texts:
+                self._texts[token] = self._tokenizer.decode([token])
+        return [(first + k, self._texts[token]) for k, token in enumerate(tokens)]
+
+    def _row(self, prompt: Prompt) -> tuple[list[int], Tensor, list[int], RowMap]:
         ids, labels, positions, offset = (
             [self._special[USER]],
             [_IGNORE],
             [torch.zeros(3, 1, dtype=torch.long)],
             1,
         )
+        row = RowMap([], [])
 
         def text(tokens: list[int], answer: bool) -> None:
             nonlocal offset
@@ -102,22 +118,26 @@ class Batcher:
             )
             positions.append(where + offset)
             offset += max(h, w)
+            row.images.append((len(ids) - h * w - 2, len(ids) - h * w, len(ids)))
             text([self._vision[VISION_END]], False)
         for turn, question in enumerate(prompt.questions):
             start = [self._special[USER]] if turn else []
-            text([*start, *self._encode(question.text), self._special[ASSISTANT]], False)
-            text([*self._encode(question.answer), self._special[END]], True)
-        return ids, torch.cat(positions, 1), labels
+            asked, answer = self._encode(question.text), self._encode(question.answer)
+            words = self._words(len(ids) + len(start), asked)
+            text([*start, *asked, self._special[ASSISTANT]], False)
+            row.questions.append((words, self._words(len(ids), answer)))
+            text([*answer, self._special[END]], True)
+        return ids, torch.cat(positions, 1), labels, row
 
     def __call__(self, prompts: list[Prompt]) -> Batch:
         """Build one batch; rows are padded on the right, where causal attention cannot see the padding."""
         rows = [self._row(p) for p in prompts]
-        length = max(len(ids) for ids, _, _ in rows)
+        length = max(len(ids) for ids, _, _, _ in rows)
         input_ids = torch.full((len(rows), length), self._special[PAD])
         labels = torch.full((len(rows), length), _IGNORE)
         position_ids = torch.zeros(3, len(rows), length, dtype=torch.long)
-        for b, (ids, positions, row_labels) in enumerate(rows):
+        for b, (ids, positions, row_labels, _) in enumerate(rows):
             input_ids[b, : len(ids)] = torch.tensor(ids)
             position_ids[:, b, : len(ids)] = positions
             labels[b, : len(ids) - 1] = torch.tensor(row_labels[1:])
-        return Batch(input_ids, position_ids, labels)
+        return Batch(input_ids, position_ids, labels, targets(prompts, [row for _, _, _, row in rows]))

@@ -30,7 +30,7 @@ class Lesson:
 
     def to(self, device: torch.device) -> "Lesson":
         """The same lesson on a device."""
-        batch = self.batch and Batch(*(t.to(device) for t in self.batch.tensors()))
+        batch = self.batch and self.batch.to(device)
         labels = DenseLabels(*(t.to(device) for t in self.labels.tensors()))
         return Lesson(self.pixel_values.to(device), self.grid_thw.to(device), labels, batch)
 

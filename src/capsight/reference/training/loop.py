@@ -16,11 +16,14 @@ from capsight.reference.training.batches import Batch, Batcher
 from capsight.reference.training.dense import DenseHeads
 from capsight.reference.training.feed import Lesson, lesson, lessons
 from capsight.reference.training.muon import Muon
+from capsight.reference.training.pointing import Pointing
 from capsight.reference.training.stages import STAGES, Stage
 
 #: Muon's learning rate over AdamW's: learning went faster so in the one run that
 #: was resumed with it. The language model's factor is a guess (2, 3 and 5 were run, not compared alone).
 TOWER_FACTOR, LANGUAGE_FACTOR = 4.0, 3.0
+#: Steps over which a stage's learning rate rises.
+WARM_UP = 30
 #: Weight of the dense loss beside the answers.
 DENSE_WEIGHT = 1.0
 #: Standard deviation of the tower's output after the first stage.
@@ -66,6 +69,7 @@ class Trainer:
         self.device = model.device
         self.heads = DenseHeads(model.model.visual.config.out_hidden_size).to(self.device)
         self.batcher = Batcher(tokenizer)
+        self.pointing = Pointing(model.model.language_model)
         self.stage_index, self.step = 0, 0
         self.optimizers: list[torch.optim.Optimizer] = []
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,20 +80,20 @@ class Trainer:
         return self.folder / "checkpoint.pt"
 
     def _start(self, stage: Stage) -> None:
-        self.model.model.visual.requires_grad_(stage.vision_lr > 0)
+        self.model.model.visual.requires_grad_(stage.vision > 0)
         groups = []
-        if stage.vision_lr > 0:
-            groups.append(([*self.heads.parameters()], stage.vision_lr, TOWER_FACTOR))
-            groups.append(([*self.model.model.visual.parameters()], stage.vision_lr, TOWER_FACTOR))
-        if stage.lr > 0:
-            groups.append(([*self.model.model.language_model.parameters()], stage.lr, LANGUAGE_FACTOR))
+        if stage.vision > 0:
+            groups.append(([*self.heads.parameters()], stage.vision, TOWER_FACTOR))
+            groups.append(([*self.model.model.visual.parameters()], stage.vision, TOWER_FACTOR))
+        if stage.counts:
+            groups.append(([*self.model.model.language_model.parameters()], 1.0, LANGUAGE_FACTOR))
         matrices, others = [], []
         embedding = self.model.get_input_embeddings().weight
-        for parameters, lr, factor in groups:
+        for parameters, share, factor in groups:
             flat = [p for p in parameters if p.ndim == 2 and p is not embedding and p.shape[0] < 1500]
             rest = [p for p in parameters if not any(p is q for q in flat)]
-            matrices.append({"params": flat, "lr": lr, "peak": factor * lr})
-            others.append({"params": rest, "lr": lr, "peak": lr})
+            matrices.append({"params": flat, "share": factor * share})
+            others.append({"params": rest, "share": share})
         self.optimizers = [
             Muon(matrices, weight_decay=0.02),
             torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
@@ -126,8 +130,11 @@ class Trainer:
         features = self._see(lesson.pixel_values, lesson.grid_thw)
         if lesson.batch is None:
             return self.heads(features, lesson.labels)
+        self.pointing.begin(lesson.batch.targets)
         loss, accuracy = answer_loss(self.model, lesson.batch, features)
-        if stage.vision_lr > 0:
+        pointing, attention = self.pointing.loss()
+        loss, accuracy = loss + stage.pointing * pointing, accuracy | attention | {"answers": loss.item()}
+        if stage.vision > 0:
             dense, seen = self.heads(features, lesson.labels)
             loss, accuracy = loss + DENSE_WEIGHT * dense, accuracy | seen
         return loss, accuracy
@@ -156,14 +163,14 @@ class Trainer:
 
     def _update(self, stage: Stage, loss: Tensor) -> None:
         done = self.step / stage.steps
-        factor = min(1.0, (self.step + 1) / 40) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
+        lr = min(1.0, (self.step + 1) / WARM_UP) * (stage.lr + (stage.end - stage.lr) * done)
         loss.backward()
         nn.utils.clip_grad_norm_(
             [p for o in self.optimizers for g in o.param_groups for p in g["params"]], 1.0
         )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * factor
+                group["lr"] = group["share"] * lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

@@ -1,4 +1,4 @@
-"""The lessons: see (dense labels), spell (a little page), read (one or two pages), compare (one to eight)."""
+"""The lessons: see (dense labels), read (one or two pages), compare (one to eight), finish (full pages)."""
 
 import random
 from dataclasses import dataclass
@@ -7,7 +7,6 @@ from capsight.reference.drawing import draw_scene
 from capsight.reference.drawing.scene import Scene
 from capsight.reference.prompts import Prompt, draw_prompt, split_rng
 from capsight.reference.training.dense import text_page
-from capsight.reference.training.transcript import with_transcript
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +18,13 @@ class Stage:
         steps: optimiser steps.
         images: images a step, shared out over its prompts.
         counts: image counts of a prompt; one is drawn for each step.
-        lr: peak learning rate of the language model (the first stage has none).
-        vision_lr: peak learning rate of the vision tower; 0 freezes it.
+        lr: learning rate at the start, after a short warm-up.
+        end: learning rate at the end; in between it falls linearly.
         large: probability of a page of 128 instead of 64 vision tokens.
         cross: probability that a question needs several images.
         little: probability of a page of few vision tokens.
-        transcripts: probability that a prompt asks for everything on one of its images.
+        pointing: weight of the pointing lesson.
+        vision: the vision tower's learning rate over the language model's; 0 freezes it.
     """
 
     name: str
@@ -32,18 +32,19 @@ class Stage:
     images: int
     counts: tuple[int, ...]
     lr: float
-    vision_lr: float
+    end: float
     large: float
     cross: float = 0.35
     little: float = 0.0
-    transcripts: float = 0.0
+    pointing: float = 0.0
+    vision: float = 0.0
 
 
 STAGES = (
-    Stage("see", 600, 24, (), 0.0, 1.2e-3, 0.2),
-    Stage("spell", 400, 40, (1,), 1.2e-3, 0.0, 0.0, little=1.0, transcripts=1.0),
-    Stage("read", 1000, 16, (1, 1, 2), 1.2e-3, 1e-4, 0.1, little=0.3, transcripts=0.7),
-    Stage("compare", 2000, 16, (1, 2, 3, 4, 6, 8), 1.2e-3, 1e-4, 0.35, 0.4, little=0.1, transcripts=0.25),
+    Stage("see", 600, 24, (), 1.2e-3, 3e-5, large=0.2, vision=1.0),
+    Stage("read", 600, 16, (1, 1, 2), 1.2e-3, 1.1e-3, large=0.1, little=0.3, pointing=0.3),
+    Stage("compare", 2200, 16, (1, 2, 3, 4, 6, 8), 1.1e-3, 5e-4, 0.3, 0.4, little=0.05, pointing=0.2),
+    Stage("finish", 1000, 16, (1, 2, 4, 6, 8), 5e-4, 1e-5, large=0.5, cross=0.4, pointing=0.05),
 )
 
 
@@ -57,8 +58,7 @@ def prompts(stage: Stage, step: int) -> list[Prompt]:
     """The prompts of one step: all with the same number of images, ten questions and more each."""
     rng: random.Random = split_rng("train", step, stage.name)
     count = rng.choice(stage.counts)
-    made = []
-    for _ in range(max(1, stage.images // count)):
-        prompt = draw_prompt(rng, count, 10 + 2 * count, stage.large, stage.cross, stage.little)
-        made.append(with_transcript(prompt, rng) if rng.random() < stage.transcripts else prompt)
-    return made
+    return [
+        draw_prompt(rng, count, 10 + 2 * count, stage.large, stage.cross, stage.little)
+        for _ in range(max(1, stage.images // count))
+    ]
