@@ -44,7 +44,8 @@ def test_evidence_holds_the_answer():
     for prompt in _asked():
         for question in prompt.questions:
             looks = evidence(prompt, question)
-            assert looks and all(one and two for one, two in looks)
+            assert looks
+            assert all(one and two for one, two in looks)
             for one, two in looks:
                 for image, cell in (*one, *two):
                     assert (image, cell) == START or 0 <= image < len(prompt.scenes)
@@ -72,7 +73,9 @@ def test_what_a_value_is_about_comes_before_it(kind):
     for _ in range(20):
         scene = draw_scene(rng, kind, 0.3)
         for cell, rows, columns in bindings(scene):
-            assert rows and columns and max(*rows, *columns) < cell
+            assert rows
+            assert columns
+            assert max(*rows, *columns) < cell
 
 
 def test_targets_lie_in_the_past_and_add_up_to_one(tokenizer):
@@ -122,4 +125,5 @@ def test_pointing_measures_attention_and_changes_nothing(tokenizer):
             chances = attention[target.row, at, target.key].log()
             expected -= (chances * target.weight).sum() / target.weight.sum()
     assert abs(loss.item() - expected.item()) < 1e-3
-    assert set(shares) == set(SLOTS) and all(0 < share < 1 for share in shares.values())
+    assert set(shares) == set(SLOTS)
+    assert all(0 < share < 1 for share in shares.values())

@@ -7,8 +7,8 @@ import torch
 
 from capsight.reference.architecture import build_config, build_model, build_processor, build_tokenizer
 from capsight.reference.corpus import wording
-from capsight.reference.drawing import KINDS, draw_scene
-from capsight.reference.prompts import Prompt, split_prompt
+from capsight.reference.drawing import draw_scene
+from capsight.reference.prompts import split_prompt
 from capsight.reference.training.batches import Batcher, patches
 from capsight.reference.training.dense import CHARACTERS, SLOTS, dense_labels, text_page
 from capsight.reference.training.feed import lesson

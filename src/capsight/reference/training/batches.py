@@ -85,7 +85,7 @@ class Batcher:
     def _words(self, first: int, tokens: list[int]) -> list[tuple[int, str]]:
         for token in tokens:
             if token not in self._texts:
-                self._texts[token] = self._tokenizer.decode([token])
+                self._texts[token] = str(self._tokenizer.decode([token]))
         return [(first + k, self._texts[token]) for k, token in enumerate(tokens)]
 
     def _row(self, prompt: Prompt) -> tuple[list[int], Tensor, list[int], RowMap]:

@@ -1,7 +1,7 @@
 """Where on the pages the answer to a question is to be seen: targets of the pointing lesson.
 
-A place is ``(image, cell)``: the index of an image of the prompt and the index of one of its merged tokens, or
-`END` for the token that closes the image, or `NUMBER` for the token of its number. `START` is the prompt's
+A place is ``(image, cell)``: the index of an image of the prompt and the index of one of its merged tokens,
+or `END` for the token that closes the image, or `NUMBER` for the token of its number. `START` is the prompt's
 first token: what counting heads look at beside the counted, since a softmax alone only knows shares.
 """
 
@@ -46,8 +46,8 @@ def mark_cells(scene: Scene, shape: str | None = None, color: str | None = None)
 
 def content_cells(scene: Scene) -> list[int]:
     """All cells that something is drawn in."""
-    drawn = (*scene.glyphs, *scene.words, *scene.marks)
-    return sorted({_cell(scene, d.x, d.y) for d in drawn})
+    where = [(d.x, d.y) for drawn in (scene.glyphs, scene.words, scene.marks) for d in drawn]
+    return sorted({_cell(scene, x, y) for x, y in where})
 
 
 def bindings(scene: Scene) -> list[tuple[int, list[int], list[int]]]:

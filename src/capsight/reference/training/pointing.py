@@ -1,8 +1,9 @@
 """The pointing lesson: some attention heads are told, while they learn, where to look.
 
-A language model of this size, trained from answers alone, stayed at chance for hours on everything that is found by
-a word of the question. So each `Slot` names one head and what it should look at; the loss is the cross entropy
-between its attention and a uniform distribution over these tokens. Nothing of it is left in the trained model.
+Trained from answers alone, a language model of this size stayed at chance for hours on everything that is
+found by a word of the question (docs/reference-vlm.md). So each entry of `SLOTS` names heads and what they
+should look at; the loss is the cross entropy between their attention and a uniform distribution over these
+tokens. The trained model has an ordinary attention; nothing of the lesson is left in it but the weights.
 """
 
 import re
@@ -73,8 +74,8 @@ class RowMap:
 class Targets:
     """What one slot should look at: ``queries`` [B, M] positions, and the entries ``[n]`` of its target.
 
-    Entry e says that query ``query[e]`` of row ``row[e]`` should give ``weight[e]`` of its attention to position
-    ``key[e]``; the weights of a query add up to one.
+    Entry e says that query ``query[e]`` of row ``row[e]`` should give ``weight[e]`` of its attention to
+    position ``key[e]``; the weights of a query add up to one.
     """
 
     queries: Tensor
@@ -114,7 +115,7 @@ def _looks(prompt: Prompt, row: RowMap) -> dict[str, list[tuple[int, list[int]]]
             looks["label"].append((first + cell, [first + c for c in rows]))
             looks["column"].append((first + cell, [first + c for c in columns]))
     for question, (asked, answer) in zip(prompt.questions, row.questions, strict=True):
-        numbers, subject = _spans(asked, _NUMBER), sum(_spans(asked, _SUBJECT), [])
+        numbers, subject = _spans(asked, _NUMBER), [p for span in _spans(asked, _SUBJECT) for p in span]
         seen = evidence(prompt, question)
         at = 0
         for position, token in answer:
@@ -145,10 +146,7 @@ def targets(prompts: list[Prompt], rows: list[RowMap]) -> dict[str, Targets]:
             for m, (query, keys) in enumerate(looks[name]):
                 queries[b, m] = query
                 entries += [(b, m, key, 1 / len(set(keys))) for key in set(keys)]
-        row, query, key, weight = zip(*entries, strict=True)
-        made[name] = Targets(
-            queries, torch.tensor(row), torch.tensor(query), torch.tensor(key), torch.tensor(weight)
-        )
+        made[name] = Targets(queries, *(torch.tensor(column) for column in zip(*entries, strict=True)))
     return made
 
 
