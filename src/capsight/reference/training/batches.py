@@ -34,12 +34,14 @@ class Batch:
         input_ids: [B, S] int64, right-padded.
         position_ids: [3, B, S] int64, M-RoPE.
         labels: [B, S] int64, the next token where it belongs to an answer, else -100.
+        weights: [B, S] float32, one over the number of tokens of the answer: every answer counts the same.
         targets: where the heads of `pointing.SLOTS` should look.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
+    weights: Tensor
     targets: dict[str, Targets]
 
     def to(self, device: torch.device) -> "Batch":
@@ -48,6 +50,7 @@ class Batch:
             self.input_ids.to(device),
             self.position_ids.to(device),
             self.labels.to(device),
+            self.weights.to(device),
             {name: one.to(device) for name, one in self.targets.items()},
         )
 
@@ -135,9 +138,15 @@ class Batcher:
         length = max(len(ids) for ids, _, _, _ in rows)
         input_ids = torch.full((len(rows), length), self._special[PAD])
         labels = torch.full((len(rows), length), _IGNORE)
+        weights = torch.zeros(len(rows), length)
         position_ids = torch.zeros(3, len(rows), length, dtype=torch.long)
-        for b, (ids, positions, row_labels, _) in enumerate(rows):
+        for b, (ids, positions, row_labels, row) in enumerate(rows):
             input_ids[b, : len(ids)] = torch.tensor(ids)
             position_ids[:, b, : len(ids)] = positions
             labels[b, : len(ids) - 1] = torch.tensor(row_labels[1:])
-        return Batch(input_ids, position_ids, labels, targets(prompts, [row for _, _, _, row in rows]))
+            for _, answer in row.questions:
+                first, tokens = answer[0][0] - 1, len(answer) + 1
+                weights[b, first : first + tokens] = 1 / tokens
+        return Batch(
+            input_ids, position_ids, labels, weights, targets(prompts, [row for _, _, _, row in rows])
+        )

@@ -33,7 +33,7 @@ FEATURE_STD = 0.1
 def answer_loss(
     model: Qwen2_5_VLForConditionalGeneration, batch: Batch, features: Tensor
 ) -> tuple[Tensor, dict[str, float]]:
-    """Cross entropy over the answer tokens of a batch, and the share of them that are right.
+    """Cross entropy over the answers of a batch, and the share of their tokens that are right.
 
     `features` are the merged vision tokens `[n, width]` of the batch's images.
     """
@@ -47,7 +47,8 @@ def answer_loss(
     answers = batch.labels >= 0
     logits = model.lm_head(hidden[answers]).float()
     target = batch.labels[answers]
-    loss = nn.functional.cross_entropy(logits, target)
+    weights = batch.weights[answers]
+    loss = (nn.functional.cross_entropy(logits, target, reduction="none") * weights).sum() / weights.sum()
     return loss, {"tokens": (logits.argmax(-1) == target).float().mean().item()}
 
 
