@@ -9,6 +9,8 @@ import capsight
 from capsight.blindsight import Category, HeadMap, MaskOptions
 from capsight.layout import build_layout
 from capsight.runtime.prefill import SparsePrefill
+from capsight.runtime.repeat import ContextRepeat
+from capsight.runtime.split import sequence_length
 
 from .conftest import fitted
 from .test_enable import assert_same, greedy, mixed_batch
@@ -78,3 +80,37 @@ def test_a_second_turn_on_the_cache_of_a_sparse_prefill(qwen):
         fast.generate(past_key_values=fast.cache, **turns[0], max_new_tokens=1)
         ours = greedy(fast.generate, past_key_values=fast.cache, **turns[1])
     assert_same(ours, expected[1])
+
+
+def in_chunks(fast, inputs, chunk):
+    """The last hidden states `[B, S, E]` of a prefill that comes in chunks, and the cache that it leaves."""
+    given = ContextRepeat(fast.model)
+    with given.recording(), torch.no_grad():
+        fast.model(**inputs, use_cache=False)
+    embeds, positions = given._given["inputs_embeds"], given._given["position_ids"]
+    cache, length, pieces = fast.new_cache(inputs), sequence_length(inputs), []
+    with fast._running(cache, fast._sparse(inputs, length)), torch.no_grad():
+        for start in range(0, length, chunk):
+            part = slice(start, start + chunk)
+            output = fast.model.get_decoder()(
+                inputs_embeds=embeds[:, part],
+                position_ids=positions[..., part],
+                attention_mask=inputs["attention_mask"][:, : start + chunk],
+                past_key_values=cache,
+            )
+            pieces.append(output.last_hidden_state)
+    return torch.cat(pieces, 1), cache
+
+
+@pytest.mark.parametrize("chunk", [20, 37])
+def test_chunks_that_latent_decoding_could_answer_follow_the_head_map(qwen, chunk):
+    """A chunk without a whole run (text, part of an image) is no step of decoding."""
+    inputs = qwen.inputs([([qwen.picture(1), qwen.picture(2)], "which one is it")])
+    capsule = fitted("qwen2_5_vl", 0.4).with_weights("stored")
+    head_map = HeadMap.uniform(Category.SINK, *size_of(qwen), OPTIONS)
+    found = {}
+    for decode in ("materialise", "latent"):
+        with capsight.enable(qwen.model, capsule=capsule, head_map=head_map, decode=decode) as fast:
+            found[decode], cache = in_chunks(fast, inputs, chunk)
+    assert (found["latent"] - found["materialise"]).abs().max() <= 1e-4
+    assert cache.get_seq_length() == sequence_length(inputs)

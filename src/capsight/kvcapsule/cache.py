@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from capsight.kvcapsule.exact_rows import ExactRows
 from capsight.kvcapsule.latent import LatentBlocks
 from capsight.kvcapsule.layer import CapsuleLayer
 from capsight.kvcapsule.ledger import Ledger
+from capsight.kvcapsule.row_order import RowOrder
 from capsight.layout import PromptLayout
 
 
@@ -57,6 +59,8 @@ class CapsuleCache(Cache):
             )
         self._config = config
         self._ledger = Ledger(layout, next(iter(codecs.values())).block_size)
+        self._leaves_from: int | None = None  # tokens held from which on capsules may be left to attention
+        self._orders: WeakSet[RowOrder] = WeakSet()
         self.honours_key_bias = False
         layers = DynamicCache(config=config).layers
         for index, codec in codecs.items():
@@ -93,6 +97,8 @@ class CapsuleCache(Cache):
                 raise CapsightError(
                     "attention did not read the capsules it was left; use decode='materialise' instead"
                 )
+            held = layer.get_seq_length()
+            self._ledger.latent = self._leaves_from is not None and held >= self._leaves_from
             payload = layer.payload
             if not self.honours_key_bias and payload is not None and layer.codec.bias(payload) is not None:
                 raise CapsightError(
@@ -112,13 +118,17 @@ class CapsuleCache(Cache):
         return layer.key_bias() if isinstance(layer, CapsuleLayer) else None
 
     @contextmanager
-    def leaving_capsules(self) -> Iterator[None]:
-        """Inside the block, `update` may leave capsules to an attention function that calls `take_latent`."""
-        self._ledger.latent = True
+    def leaving_capsules(self, after: int = 0) -> Iterator[None]:
+        """Inside the block, `update` may leave capsules to an attention function that calls `take_latent`.
+
+        Args:
+            after: tokens per row that the cache has to hold before it does.
+        """
+        self._leaves_from = after
         try:
             yield
         finally:
-            self._ledger.latent, self._ledger.left = False, None
+            self._leaves_from = self._ledger.left = None
 
     def take_latent(self) -> tuple[LatentBlocks, ExactRows] | None:
         """The capsules that the last update left to attention, and where its exact tokens lie.
@@ -139,6 +149,12 @@ class CapsuleCache(Cache):
         """
         placement = next((layer.placement for layer in self.capsule_layers.values()), None)
         self._ledger.extend(layout, () if placement is None else placement.runs, self.get_seq_length())
+
+    def follow_rows(self) -> RowOrder:
+        """An order that tells, as long as somebody holds it, where the rows of now have gone."""
+        order = RowOrder(self._ledger.plan.batch_size)
+        self._orders.add(order)
+        return order
 
     def reset(self) -> None:
         """Empty the cache, for another prefill of the same prompt."""
@@ -178,6 +194,8 @@ class CapsuleCache(Cache):
 
     def _move_rows(self, rows: Sequence[int]) -> None:
         self._ledger.move_rows(rows)
+        for order in self._orders:
+            order.move(rows)
         moved: dict[int, tuple[Any, ...]] = {}  # layers share their placement, so each is worked out once
         layers: list[Any] = self.layers
         for layer in layers:

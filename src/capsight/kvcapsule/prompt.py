@@ -10,6 +10,7 @@ from torch import Tensor
 
 from capsight.errors import LayoutError
 from capsight.kvcapsule.fingerprint import pixels_fingerprint
+from capsight.kvcapsule.row_order import RowOrder
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +39,10 @@ class Prompt:
             return None
         return Prompt(self.input_ids.repeat_interleave(repeats, 0), self.pixels if repeats == 1 else "")
 
+    def following(self, order: RowOrder) -> Prompt:
+        """The prompt of a cache whose rows have moved since it was read."""
+        return self if order.unmoved else Prompt(order.pick(self.input_ids), "")
+
     def check(self, inputs: Mapping[str, Any], seen: int) -> None:
         """Refuse inputs that do not start with this prompt.
 
@@ -49,6 +54,7 @@ class Prompt:
             LayoutError: their first tokens or their images are others.
         """
         ids: Tensor = inputs["input_ids"]
+        ids = ids.repeat_interleave(max(len(self.input_ids) // len(ids), 1), 0)  # as `generate` will
         known = self.repeated(len(ids))
         if known is None:
             return

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from capsight.errors import ModelMismatchError, OptionError
 from capsight.kvcapsule import CapsuleCache, KVCapsule
 from capsight.kvcapsule.cache_file import SavedCache, load_cache, save_cache
 from capsight.kvcapsule.prompt import Prompt
+from capsight.runtime.noted import Noted
 from capsight.runtime.positions import RopeDeltas
 
 
@@ -19,7 +19,7 @@ class Prompts:
 
     def __init__(self) -> None:
         """Know no cache."""
-        self._known: WeakKeyDictionary[Any, Prompt] = WeakKeyDictionary()
+        self._known: Noted[Prompt] = Noted()
 
     def check(self, cache: Any, inputs: Mapping[str, Any]) -> None:
         """Refuse inputs that do not continue what `cache` has read, where that is known.
@@ -27,23 +27,31 @@ class Prompts:
         Raises:
             LayoutError: they do not.
         """
-        if cache in self._known:
-            self._known[cache].check(inputs, cache.get_seq_length())
+        known = self._read_by(cache)
+        if known is not None:
+            known.check(inputs, cache.get_seq_length())
 
     def remember(self, cache: Any, inputs: Mapping[str, Any]) -> None:
         """Note that `cache` has read `inputs`, the whole conversation so far."""
         if "input_ids" in inputs:
-            self._known[cache] = Prompt.of(inputs, self._known.get(cache))
+            self._known.put(cache, Prompt.of(inputs, self._read_by(cache)))
 
     def of(self, cache: Any) -> Prompt:
-        """What `cache` has read.
+        """What the rows of `cache` have read.
 
         Raises:
             OptionError: that is not known.
         """
-        if cache is None or cache not in self._known:
+        known = self._read_by(cache)
+        if known is None:
             raise OptionError("there is no cache of a prompt yet; call encapsulate or generate first")
-        return self._known[cache]
+        return known
+
+    def _read_by(self, cache: Any) -> Prompt | None:
+        found = self._known.get(cache)
+        if found is None or found.order is None:
+            return None if found is None else found.value
+        return found.value.following(found.order)
 
     def save(self, path: str | os.PathLike[str], cache: Any, capsule: Any, deltas: RopeDeltas) -> None:
         """Write `cache` to a file.
@@ -76,7 +84,7 @@ class Prompts:
                 f"{path} holds keys and values in {dtype}, the model runs in {model.dtype}; load the model "
                 f"with dtype={dtype}"
             )
-        self._known[saved.cache] = saved.prompt
+        self._known.put(saved.cache, saved.prompt)
         value = saved.rope_deltas
         deltas.assign(saved.cache, None if value is None else value.to(model.device))
         return saved.cache
