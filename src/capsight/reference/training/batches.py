@@ -22,6 +22,7 @@ from capsight.reference.architecture import (
 )
 from capsight.reference.prompts import Prompt
 from capsight.reference.training.pointing import RowMap, Targets, targets
+from capsight.reference.training.probe import Ends
 
 _IGNORE = -100
 
@@ -36,6 +37,7 @@ class Batch:
         labels: [B, S] int64, the next token where it belongs to an answer, else -100.
         weights: [B, S] float32, one over the number of tokens of the answer: every answer counts the same.
         targets: where the heads of `pointing.SLOTS` should look.
+        ends: the closing tokens of the images.
     """
 
     input_ids: Tensor
@@ -43,6 +45,7 @@ class Batch:
     labels: Tensor
     weights: Tensor
     targets: dict[str, Targets]
+    ends: Ends
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
@@ -52,6 +55,7 @@ class Batch:
             self.labels.to(device),
             self.weights.to(device),
             {name: one.to(device) for name, one in self.targets.items()},
+            self.ends.to(device),
         )
 
 
@@ -147,6 +151,10 @@ class Batcher:
             for _, answer in row.questions:
                 first, tokens = answer[0][0] - 1, len(answer) + 1
                 weights[b, first : first + tokens] = 1 / tokens
-        return Batch(
-            input_ids, position_ids, labels, weights, targets(prompts, [row for _, _, _, row in rows])
-        )
+        maps = [row for _, _, _, row in rows]
+        ends = [
+            (b, end, scene)
+            for b, (prompt, row) in enumerate(zip(prompts, maps, strict=True))
+            for (_, _, end), scene in zip(row.images, prompt.scenes, strict=True)
+        ]
+        return Batch(input_ids, position_ids, labels, weights, targets(prompts, maps), Ends.of(ends))

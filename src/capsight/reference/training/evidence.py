@@ -16,6 +16,9 @@ Place = tuple[int, int]
 END, NUMBER = -1, -2
 START: Place = (-1, 0)
 
+#: How many times what is counted a counting head looks at the place beside it.
+REST = 4
+
 #: What two heads should look at while one character of the answer is said.
 Look = tuple[list[Place], list[Place]]
 
@@ -99,7 +102,7 @@ def _of_one(scene: Scene, image: int, task: str, text: str, answer: str) -> list
             return [([(image, c)], [(image, c)]) for c in cells]
     places = [(image, c) for c in cells]
     if task == "count_shapes":
-        places.append((image, NUMBER))
+        places += [(image, NUMBER)] * REST
     return [(places, places)]
 
 
@@ -119,7 +122,7 @@ def _of_many(prompt: Prompt, task: str, text: str, answer: str) -> list[Look]:
         return [(first, second)]
     if task == "count_images":
         kind = _KIND[text.removeprefix("How many images are ").rstrip("?")]
-        places = [(i, END) for i, s in enumerate(scenes) if s.kind == kind] + [START]
+        places = [(i, END) for i, s in enumerate(scenes) if s.kind == kind] + [START] * REST
         return [(places, places)]
     image = int(answer) - 1  # find, odd one out
     cells: list[int] = []

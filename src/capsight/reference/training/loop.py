@@ -17,6 +17,7 @@ from capsight.reference.training.dense import DenseHeads
 from capsight.reference.training.feed import Lesson, lesson, lessons
 from capsight.reference.training.muon import Muon
 from capsight.reference.training.pointing import Pointing
+from capsight.reference.training.probe import Probe
 from capsight.reference.training.stages import STAGES, Stage
 
 #: Muon's learning rate over AdamW's: learning went faster so in the one run that
@@ -71,6 +72,7 @@ class Trainer:
         self.heads = DenseHeads(model.model.visual.config.out_hidden_size).to(self.device)
         self.batcher = Batcher(tokenizer)
         self.pointing = Pointing(model.model.language_model)
+        self.probe = Probe(model.model.language_model).to(self.device)
         self.stage_index, self.step = 0, 0
         self.optimizers: list[torch.optim.Optimizer] = []
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,6 +90,7 @@ class Trainer:
             groups.append(([*self.model.model.visual.parameters()], stage.vision, TOWER_FACTOR))
         if stage.counts:
             groups.append(([*self.model.model.language_model.parameters()], 1.0, LANGUAGE_FACTOR))
+            groups.append(([*self.probe.parameters()], 1.0, 1.0))
         matrices, others = [], []
         embedding = self.model.get_input_embeddings().weight
         for parameters, share, factor in groups:
@@ -105,6 +108,7 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "heads": self.heads.state_dict(),
+            "probe": self.probe.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "stage": self.stage_index,
             "step": self.step,
@@ -120,6 +124,7 @@ class Trainer:
         state = torch.load(self.checkpoint, weights_only=True, map_location=self.device)
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
+        self.probe.load_state_dict(state["probe"])
         self.stage_index, self.step = state["stage"], state["step"]
         if state["optimizers"]:  # none at the end of a stage
             self._start(STAGES[self.stage_index])
@@ -134,7 +139,9 @@ class Trainer:
         self.pointing.begin(lesson.batch.targets)
         loss, accuracy = answer_loss(self.model, lesson.batch, features)
         pointing, attention = self.pointing.loss()
-        loss, accuracy = loss + stage.pointing * pointing, accuracy | attention | {"answers": loss.item()}
+        known, knows = self.probe(lesson.batch.ends)
+        accuracy |= attention | knows | {"answers": loss.item()}
+        loss = loss + stage.pointing * (pointing + known)
         if stage.vision > 0:
             dense, seen = self.heads(features, lesson.labels)
             loss, accuracy = loss + DENSE_WEIGHT * dense, accuracy | seen

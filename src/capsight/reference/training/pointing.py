@@ -145,7 +145,7 @@ def targets(prompts: list[Prompt], rows: list[RowMap]) -> dict[str, Targets]:
         for b, looks in enumerate(by_row):
             for m, (query, keys) in enumerate(looks[name]):
                 queries[b, m] = query
-                entries += [(b, m, key, 1 / len(set(keys))) for key in set(keys)]
+                entries += [(b, m, key, keys.count(key) / len(keys)) for key in set(keys)]
         made[name] = Targets(queries, *(torch.tensor(column) for column in zip(*entries, strict=True)))
     return made
 
