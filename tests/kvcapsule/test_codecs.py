@@ -135,7 +135,8 @@ def test_more_kept_tokens_rebuild_better_and_beat_evicting(name):
 def test_module_bytes_and_round_trip_through_tensors(name):
     fitted = codec(name, 3)
     state = dict(fitted.state_dict())
-    sizes = {"static": 3 * 8 + 4 * (8 * 3 + 8 + 8 * 3)}
+    static = 3 * 8 + 4 * (8 * 3 + 8 + 8 * 3)
+    sizes = {"static": static, "static-mlp": static + 4 * (32 * 3 + 32 + 5 * 32)}
     assert fitted.module_nbytes == sizes.get(name, 4 * (2 * 36 + 2 * 2 * 4 + 2 * 2))
     again = CODECS[name].from_tensors(state, (2, 8, 4), 3)
     keys, values = pair()
@@ -152,7 +153,7 @@ def test_malformed_tensors_are_refused(name):
         wrong = [tensor[..., :-1], tensor.to(torch.float16), tensor[None], -10 * tensor.abs() - 10]
         if tensor.is_floating_point():
             wrong.append(tensor * float("nan"))
-        if key in ("mean", "value_mean", "key_map", "value_basis"):
+        if key in ("mean", "value_mean", "key_map", "value_basis", "mlp_in", "mlp_bias", "mlp_out"):
             wrong.pop(3)  # any finite number will do there
         for bad in wrong:
             with pytest.raises(OptionError):

@@ -33,7 +33,7 @@ def make_methods(
         retained: retained fractions; methods whose bytes cannot be chosen ignore them.
         load: gives the capsule, for its codec, for `adaptive` and `evict`, and for `adaptive` in few bits.
         samples: gives calibration prompts (processor outputs), for methods that are fitted: some
-            baselines, and `static`, whose fraction is fixed at the fit.
+            baselines, and `static` and `static-mlp`, whose fraction is fixed at the fit.
         model: the model to fit them to.
 
     Raises:
@@ -59,7 +59,7 @@ def _capsule(
     name: str, retained: float, load: Callable[[], KVCapsule], samples: Callable[[], list[Any]], model: Any
 ) -> KVCapsule:
     codec, bits = CAPSULES[name]
-    if codec == "static":  # its positions and maps are those of one fraction
+    if codec in ("static", "static-mlp"):  # their positions and maps are those of one fraction
         return KVCapsule.fit(model, None, samples(), retained=retained, codec=codec)
     capsule = load()
     if codec != capsule.info.codec:

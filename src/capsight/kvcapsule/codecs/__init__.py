@@ -1,4 +1,4 @@
-"""Codecs: `adaptive` (default), `static`, and the control `evict`, behind one small interface.
+"""Codecs: `adaptive` (default), `static`, `static-mlp`, and the control `evict`, behind one small interface.
 
 `QuantisedCodec` goes around any of them.
 """
@@ -9,9 +9,10 @@ from capsight.kvcapsule.codecs.block import BlockCodec, Payload
 from capsight.kvcapsule.codecs.evict import EvictCodec
 from capsight.kvcapsule.codecs.quantised import QuantisedCodec
 from capsight.kvcapsule.codecs.static import StaticCodec
+from capsight.kvcapsule.codecs.static_mlp import StaticMlpCodec
 
 CODECS: dict[str, type[LayerCodec]] = {
-    codec.name: codec for codec in (AdaptiveCodec, StaticCodec, EvictCodec)
+    codec.name: codec for codec in (AdaptiveCodec, StaticCodec, StaticMlpCodec, EvictCodec)
 }
 """Codec classes by name."""
 
@@ -24,4 +25,5 @@ __all__ = [
     "Payload",
     "QuantisedCodec",
     "StaticCodec",
+    "StaticMlpCodec",
 ]

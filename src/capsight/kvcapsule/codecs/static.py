@@ -95,11 +95,15 @@ class StaticCodec(LayerCodec):
         if self.kept == self.block_size:
             return kept.transpose(1, 2), latent.transpose(1, 2)
         shape = (-1, self.block_size, *kept.shape[2:])
-        keys = (self.key_map.to(kept.dtype) @ kept.flatten(2)).view(shape)
+        keys = self.rebuilt_keys(kept.flatten(2)).view(shape)
         keys[:, self.kept_index] = kept
         values = (self.value_basis.to(latent.dtype) @ latent.flatten(2)).view(shape)
         values += self.value_mean.to(latent.dtype)[:, None, None]
         return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def rebuilt_keys(self, kept: Tensor) -> Tensor:
+        """All keys `[M, N, C]` from the kept ones `[M, r, C]`; in their own places these go unused."""
+        return self.key_map.to(kept.dtype) @ kept
 
     def latent(self, payload: Payload) -> LatentBlocks:
         """Kept keys and value coordinates as slots; the kept tokens come first."""
