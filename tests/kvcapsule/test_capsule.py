@@ -17,7 +17,7 @@ from capsight.errors import (
 )
 from capsight.kvcapsule import KVCapsule
 from capsight.kvcapsule.fingerprint import model_fingerprint
-from capsight.kvcapsule.fit import add_sample, collect_moments
+from capsight.kvcapsule.fit import Calibration, add_sample, calibrate
 from kvcapsule.conftest import BLOCK, fitted
 
 
@@ -73,20 +73,22 @@ def test_another_model_is_refused(qwen, capsule):
 
 def test_fit_is_one_pass_over_any_batching_and_leaves_the_model_alone(qwen):
     pairs = [([qwen.picture(seed)], "x") for seed in range(3)]
-    one = collect_moments(qwen.model, None, [qwen.inputs([pair]) for pair in pairs], BLOCK, False)
-    together = collect_moments(qwen.model, None, iter([qwen.inputs(pairs)]), BLOCK, False)
+    one = calibrate(qwen.model, None, [qwen.inputs([pair]) for pair in pairs], BLOCK, False).moments
+    together = calibrate(qwen.model, None, iter([qwen.inputs(pairs)]), BLOCK, False).moments
     for index in one:
         torch.testing.assert_close(one[index].keys.second, together[index].keys.second, rtol=1e-4, atol=1e-4)
         assert one[index].blocks == 3 * 64 // BLOCK
     qwen.model.train()
-    collect_moments(qwen.model, None, [qwen.inputs(pairs)], BLOCK, True)
+    before = qwen.config.text_config._attn_implementation
+    calibrate(qwen.model, None, [qwen.inputs(pairs)], BLOCK, True)
     assert qwen.model.training
+    assert qwen.config.text_config._attn_implementation == before
     qwen.model.eval()
 
 
 def test_moments_of_a_sample_are_those_of_its_blocks(qwen):
     inputs = qwen.inputs([([qwen.picture(0)], "x")])
-    found: dict = {}
+    found = Calibration()
     add_sample(found, qwen.model, inputs, BLOCK)
     cache = DynamicCache(config=qwen.config)
     with torch.no_grad():
@@ -96,7 +98,7 @@ def test_moments_of_a_sample_are_those_of_its_blocks(qwen):
     for run in range(start, start + 64, BLOCK):
         x = cache.layers[1].keys[0, 1, run : run + BLOCK].double()
         expected += x @ x.T
-    torch.testing.assert_close(found[1].keys.second[1], expected)
+    torch.testing.assert_close(found.moments[1].keys.second[1], expected)
 
 
 def test_calibration_without_a_block_or_with_nan_is_refused(qwen):
@@ -118,7 +120,8 @@ def test_chat_messages_are_rendered_by_the_processor(qwen, monkeypatch):
     rendered = qwen.inputs([([qwen.picture(0)], "x")])
     monkeypatch.setattr(qwen.processor, "apply_chat_template", lambda *_, **__: rendered, raising=False)
     messages = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (64, 64))}]}]
-    assert collect_moments(qwen.model, qwen.processor, [messages], BLOCK, False)[0].blocks == 64 // BLOCK
+    found = calibrate(qwen.model, qwen.processor, [messages], BLOCK, False)
+    assert found.moments[0].blocks == 64 // BLOCK
 
 
 def test_options_are_checked_before_calibration(qwen):
@@ -127,6 +130,10 @@ def test_options_are_checked_before_calibration(qwen):
             KVCapsule.fit(qwen.model, None, [], **options)
     with pytest.raises(OptionError, match="codec"):
         KVCapsule.fit(qwen.model, None, [], codec="zip")
+    with pytest.raises(OptionError, match="budget"):
+        KVCapsule.fit(qwen.model, None, [], budget="magic")
+    with pytest.raises(OptionError, match="budget"):
+        KVCapsule.fit(qwen.model, None, [], codec="static", budget="water-filled")
     with pytest.raises(OptionError, match="magic"):
         KVCapsule.fit(qwen.model, None, [], magic=1)
     with pytest.raises(OptionError, match="joint"):

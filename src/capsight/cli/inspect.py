@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
@@ -15,6 +17,7 @@ from capsight.cli.models import check_out
 from capsight.cli.output import human_bytes, write_json
 from capsight.errors import CapsuleFileError
 from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.info import CapsuleInfo
 
 LETTERS = {
     Category.DENSE: "D",
@@ -29,7 +32,7 @@ def inspect(
     path: Annotated[str, typer.Argument(help="Capsule or head-map folder, hub id, or 'reference'.")],
     json: Annotated[Path | None, typer.Option(help="Write the same to this file.")] = None,
 ) -> None:
-    """Show a capsule (codec, sizes, layers, break-even) or a head map; checks the files on the way."""
+    """Show a capsule (codec, sizes, budget of the layers, break-even) or a head map; checks the files."""
     check_out(json)
     console = Console()
     facts = _head_map(path, console) if _is_head_map(path) else _capsule(path, console)
@@ -57,6 +60,9 @@ def _capsule(path: str, console: Console) -> dict[str, Any]:
         "codec": info.codec,
         "block size": info.block_size,
         "retained": round(capsule.retained, 4),
+        "budget": info.budget,
+        "bits": info.bits or "as in the cache",
+        "weights": info.options.get("weights", "solved") if info.codec == "adaptive" else "none",
         "layers": len(info.layers),
         "modules": human_bytes(capsule.module_nbytes),
         "break-even": f"{capsule.break_even_tokens()} vision tokens at batch 1",
@@ -65,13 +71,36 @@ def _capsule(path: str, console: Console) -> dict[str, Any]:
         "fingerprint": info.fingerprint,
     }
     _print(console, path, facts)
-    layers = Table("layer", "kept of a block", "KV heads", "head dim", title="layers")
-    for layer in info.layers:
+    rows = _layers(info)
+    console.print(_budget_chart(info, rows))
+    return facts | {"per_layer": rows}
+
+
+def _layers(info: CapsuleInfo) -> list[dict[str, Any]]:
+    """What each layer keeps, and what was measured of it (null where nothing was)."""
+    needs, counts = info.needs, [layer.kept for layer in info.layers]
+    unknown = [None] * len(counts)
+    errors = unknown if needs is None else needs.errors_at(counts, info.block_size)
+    attention = unknown if needs is None else needs.attention
+    return [
+        asdict(layer) | {"retained": layer.kept / info.block_size, "attention": share, "error": error}
+        for layer, share, error in zip(info.layers, attention, errors, strict=True)
+    ]
+
+
+def _budget_chart(info: CapsuleInfo, rows: list[dict[str, Any]]) -> Table:
+    """The budget as bars, one layer to a line."""
+    layers = Table(
+        "layer", "kept", f"of a block of {info.block_size}", "heads x dim", "attention to images", "error",
+        title=f"layers, {info.budget} budget",
+    )  # fmt: skip
+    for row in rows:
+        measured = ["" if row[name] is None else f"{row[name]:.3f}" for name in ("attention", "error")]
+        bar = Bar(info.block_size, 0, row["kept"], width=24)
         layers.add_row(
-            str(layer.index), f"{layer.kept}/{info.block_size}", str(layer.heads), str(layer.head_dim)
+            str(row["index"]), str(row["kept"]), bar, f"{row['heads']} x {row['head_dim']}", *measured
         )
-    console.print(layers)
-    return facts
+    return layers
 
 
 def _head_map(path: str, console: Console) -> dict[str, Any]:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Self
 
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from capsight.errors import CapsuleFileError, ModelMismatchError, OptionError
+from capsight.kvcapsule.break_even import break_even_tokens
+from capsight.kvcapsule.budget import Budget, check_budget, share_out
 from capsight.kvcapsule.cache import CapsuleCache
-from capsight.kvcapsule.codecs import CODECS, LayerCodec, QuantisedCodec
+from capsight.kvcapsule.capsule_file import make_codec, read_capsule, write_capsule
+from capsight.kvcapsule.codecs import LayerCodec, QuantisedCodec
 from capsight.kvcapsule.codecs.adaptive import Weights
 from capsight.kvcapsule.fingerprint import model_fingerprint
-from capsight.kvcapsule.fit import check_options, collect_moments, kept_tokens, solve
-from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
+from capsight.kvcapsule.fit import kept_tokens
+from capsight.kvcapsule.fit_capsule import fit_capsule
+from capsight.kvcapsule.info import CapsuleInfo
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
 from capsight.kvcapsule.quantise import check_bits
-from capsight.kvcapsule.store import locate, read_folder, write_folder
 from capsight.layout import PromptLayout, build_layout
-
-KIND = "capsight.kvcapsule"
 
 
 class KVCapsule:
@@ -49,6 +47,7 @@ class KVCapsule:
         codec: str = "adaptive",
         block_size: int = DEFAULT_BLOCK_SIZE,
         progress: bool = True,
+        budget: Budget | None = None,
         **options: Any,
     ) -> Self:
         """Fit to a model in one pass over calibration samples.
@@ -57,32 +56,22 @@ class KVCapsule:
             model: a transformers vision-language model of a family that `build_layout` knows.
             processor: its processor; may be None where all samples are processor outputs.
             samples: processor outputs (any batch size) or lists of chat messages, with images.
-            retained: fraction of each block's tokens to keep, in (0, 1].
-            codec: "adaptive", "static", or the control "evict".
+            retained: fraction of each block's tokens to keep, in (0, 1]; an average over the layers.
+            codec: "adaptive", "static", "static-mlp" (trained after the closed-form fit, reads the
+                samples twice), or the control "evict".
             block_size: vision tokens per capsule (N).
             progress: show a progress bar.
-            **options: the codec's own, see its `fit`: `ridge`, and of the adaptive one `joint`, `weights`.
+            budget: how the average is shared out: "water-filled" (by the errors and the attention of the
+                layers, see `with_budget`) or "uniform"; None for the codec's default.
+            **options: the codec's own, see its `fit`: `ridge`, of the adaptive one `joint` and `weights`, of
+                "static-mlp" `width`.
 
         Raises:
             CalibrationError: no image is as long as a block, or keys or values are not finite.
             OptionError: an option is unknown or out of range.
         """
-        check_options(codec, retained, block_size, options)  # before the long part
-        moments = collect_moments(model, processor, samples, block_size, progress)
-        codecs = solve(moments, codec, retained, options)
-        layers = tuple(
-            LayerInfo(index, codecs[index].kept, layer.shape[0], layer.shape[2])
-            for index, layer in sorted(moments.items())
-        )
-        config = json.loads(model.config.to_json_string(use_diff=False))
-        blocks = next(iter(moments.values())).blocks
-        fingerprint = model_fingerprint(model)
-        return cls(
-            codecs,
-            CapsuleInfo(
-                codec, block_size, model.dtype.itemsize, layers, options, fingerprint, config, blocks
-            ),
-        )
+        arguments = (retained, codec, block_size, progress, budget, options)
+        return cls(*fit_capsule(model, processor, samples, *arguments))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the capsule to a folder (safetensors + JSON), atomically.
@@ -90,12 +79,7 @@ class KVCapsule:
         Raises:
             CapsuleFileError: the folder cannot be written.
         """
-        tensors = {
-            f"layers.{index}.{name}": tensor
-            for index, codec in self.codecs.items()
-            for name, tensor in codec.state_dict().items()
-        }
-        write_folder(Path(folder), KIND, self.info.to_header(), tensors)
+        write_capsule(folder, self.codecs, self.info)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str]) -> Self:
@@ -107,29 +91,7 @@ class KVCapsule:
         Raises:
             CapsuleFileError: it is missing, truncated, changed, or of a format this capsight does not read.
         """
-        folder = locate(source)
-        header, tensors = read_folder(folder, KIND)
-        info = CapsuleInfo.from_header(header)
-        if info.codec not in CODECS:
-            raise CapsuleFileError(
-                f"{folder} uses the codec {info.codec!r}, this capsight knows {sorted(CODECS)}"
-            )
-        codecs = {}
-        for layer in info.layers:
-            prefix = f"layers.{layer.index}."
-            names = [name for name in tensors if name.startswith(prefix)]
-            try:
-                own = {name.removeprefix(prefix): tensors.pop(name) for name in names}
-                codecs[layer.index] = _make_codec(own, info, layer)
-            except OptionError as error:
-                raise CapsuleFileError(
-                    f"{folder}, layer {layer.index}: {error}; fit the capsule again"
-                ) from error
-        if tensors:
-            raise CapsuleFileError(
-                f"{folder} holds tensors of layers it does not list: {sorted(tensors)[:3]}"
-            )
-        return cls(codecs, info)
+        return cls(*read_capsule(source))
 
     def cache(
         self, inputs: Mapping[str, Any] | PromptLayout, config: PreTrainedConfig | None = None
@@ -186,13 +148,31 @@ class KVCapsule:
     def with_retained(self, retained: float) -> Self:
         """This capsule at another retained fraction, without fitting again (adaptive, evict).
 
+        The fraction is an average over the layers, shared out as the capsule's budget says.
+
         Raises:
             OptionError: out of range, or the codec has to be fitted for it.
         """
-        kept = kept_tokens(retained, self.info.block_size)
-        codecs = {index: codec.resized(kept) for index, codec in self.codecs.items()}
-        layers = tuple(replace(layer, kept=kept) for layer in self.info.layers)
-        return type(self)(codecs, replace(self.info, layers=layers))
+        return self._resized(kept_tokens(retained, self.info.block_size), self.info.budget)
+
+    def with_budget(self, budget: Budget) -> Self:
+        """This capsule with its average shared out over the layers "water-filled" or "uniform".
+
+        Water-filled, a layer keeps the more, the more error further tokens remove from it and the more
+        attention it pays to vision tokens; both were measured when the capsule was fitted.
+
+        Raises:
+            OptionError: the budget is neither, or the capsule holds no such measurements.
+        """
+        return self._resized(round(self.retained * self.info.block_size), check_budget(budget))
+
+    def _resized(self, kept: int, budget: Budget) -> Self:
+        """This capsule with `kept` tokens of a block on average."""
+        info = self.info
+        counts = share_out(budget, info.needs, len(info.layers), kept, info.block_size)
+        layers = tuple(replace(layer, kept=n) for layer, n in zip(info.layers, counts, strict=True))
+        codecs = {layer.index: self.codecs[layer.index].resized(layer.kept) for layer in layers}
+        return type(self)(codecs, replace(info, layers=layers, budget=budget))
 
     def with_weights(self, weights: Weights) -> Self:
         """This capsule with the weights that rebuild tokens "solved" or "stored" (adaptive).
@@ -222,7 +202,7 @@ class KVCapsule:
         options = {key: value for key, value in self.info.options.items() if key != "weights"}
         info = replace(self.info, codec=name, options=options)
         codecs = {
-            layer.index: _make_codec(self.codecs[layer.index].state_dict(), info, layer)
+            layer.index: make_codec(self.codecs[layer.index].state_dict(), info, layer)
             for layer in info.layers
         }
         return type(self)(codecs, info)
@@ -266,17 +246,4 @@ class KVCapsule:
         Returns:
             The smallest such number of tokens, a multiple of the block size; None if capsules save nothing.
         """
-        size, item, saved, stored = self.info.block_size, self.info.itemsize, -_INDEX_NBYTES, self.stored
-        for layer in self.info.layers:
-            full = 2 * size * layer.heads * layer.head_dim * item
-            saved += full - stored[layer.index].payload_nbytes(layer.heads, layer.head_dim, item)
-        return size * (self.module_nbytes // (saved * batch) + 1) if saved > 0 else None
-
-
-_INDEX_NBYTES = 16  # of a run in `Placement`: row and start, shared by all layers
-
-
-def _make_codec(tensors: dict[str, Tensor], info: CapsuleInfo, layer: LayerInfo) -> LayerCodec:
-    shape = (layer.heads, info.block_size, layer.head_dim)
-    codec = CODECS[info.codec].from_tensors(tensors, shape, layer.kept)
-    return codec.with_weights(info.options["weights"]) if "weights" in info.options else codec
+        return break_even_tokens(self.info, self.stored, self.module_nbytes, batch)

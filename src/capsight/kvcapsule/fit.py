@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,19 +13,40 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from capsight.errors import CalibrationError, OptionError
-from capsight.kvcapsule.codecs import CODECS, LayerCodec
+from capsight.kvcapsule.block_sample import BlockSample, relative_error
+from capsight.kvcapsule.budget import DEFAULT_BUDGET, Budget, LayerNeeds, check_budget, measured_counts
+from capsight.kvcapsule.codecs import CODECS, AdaptiveCodec, LayerCodec
 from capsight.kvcapsule.moments import LayerMoments
 from capsight.kvcapsule.plan import CapsulePlan
+from capsight.kvcapsule.vision_attention import VisionAttention
 from capsight.layout import build_layout
 
 Moments = dict[int, LayerMoments]
 """Second moments by layer index."""
 
+_MEASURED = ("adaptive", "evict")
+"""Codecs whose retained count can differ by layer; the others are fitted for one."""
 
-def collect_moments(
+
+@dataclass(slots=True)
+class Calibration:
+    """What one pass over calibration prompts leaves behind.
+
+    Attributes:
+        moments: second moments of the image blocks, for every full-attention layer.
+        sample: a few of the blocks.
+        attention: what each layer pays to vision tokens.
+    """
+
+    moments: Moments = field(default_factory=dict)
+    sample: BlockSample = field(default_factory=BlockSample)
+    attention: VisionAttention = field(default_factory=VisionAttention)
+
+
+def calibrate(
     model: Any, processor: Any, samples: Iterable[Any], block_size: int, progress: bool
-) -> Moments:
-    """Prefill every sample once and add up the second moments of its image blocks, layer by layer.
+) -> Calibration:
+    """Prefill every sample once and take what a fit needs of its image blocks, layer by layer.
 
     Args:
         model: a transformers vision-language model; put into eval mode while it runs.
@@ -33,21 +55,18 @@ def collect_moments(
         block_size: tokens in a block (N).
         progress: show a progress bar.
 
-    Returns:
-        Moments of every full-attention layer.
-
     Raises:
         CalibrationError: no image is as long as a block, or keys or values are not finite.
     """
-    moments: Moments = {}
+    found = Calibration()
     for inputs in calibration_inputs(model, processor, samples, progress):
-        add_sample(moments, model, inputs, block_size)
-    if not moments:
+        add_sample(found, model, inputs, block_size)
+    if not found.moments:
         raise CalibrationError(
             f"no calibration sample has an image of at least {block_size} tokens; use larger images or a "
             "smaller block_size"
         )
-    return moments
+    return found
 
 
 def calibration_inputs(
@@ -63,19 +82,22 @@ def calibration_inputs(
         model.train(training)
 
 
-def add_sample(moments: Moments, model: Any, inputs: Mapping[str, Any], block_size: int) -> None:
-    """Prefill `inputs` and add its image blocks to `moments`, which starts as an empty dict.
+def add_sample(found: Calibration, model: Any, inputs: Mapping[str, Any], block_size: int) -> None:
+    """Prefill `inputs` and add its image blocks to `found`.
 
     Raises:
         CalibrationError: keys or values are not finite.
     """
-    for index, (keys, values) in prefilled_blocks(model, inputs, block_size).items():
-        if index not in moments:
-            moments[index] = LayerMoments(*keys.shape[1:])
+    with found.attention.watching(model, build_layout(inputs, model.config)):
+        blocks = prefilled_blocks(model, inputs, block_size)
+    for index, (keys, values) in blocks.items():
+        if index not in found.moments:
+            found.moments[index] = LayerMoments(*keys.shape[1:])
         try:
-            moments[index].update(keys, values)
+            found.moments[index].update(keys, values)
         except CalibrationError as error:
             raise CalibrationError(f"layer {index}: {error}") from error
+    found.sample.add(blocks)
 
 
 @torch.no_grad()
@@ -97,8 +119,16 @@ def prefilled_blocks(
     }
 
 
-def solve(moments: Moments, codec: str, retained: float, options: Mapping[str, Any]) -> dict[int, LayerCodec]:
+def solve(
+    moments: Moments, codec: str, kept: Sequence[int], options: Mapping[str, Any]
+) -> dict[int, LayerCodec]:
     """Fit a codec to every layer's moments.
+
+    Args:
+        moments: of L layers.
+        codec: its name.
+        kept: tokens that each layer keeps of a block, `[L]`, ascending by layer.
+        options: the codec's own.
 
     Raises:
         OptionError: an option is unknown or out of range.
@@ -111,13 +141,40 @@ def solve(moments: Moments, codec: str, retained: float, options: Mapping[str, A
     if unknown := sorted(set(options) - set(known)):
         raise OptionError(f"the {codec} codec has no option {unknown}; it has {known}")
     return {
-        index: CODECS[codec].fit(layer, kept_tokens(retained, layer.block_size), **options)
-        for index, layer in sorted(moments.items())
+        index: CODECS[codec].fit(layer, count, **options)
+        for (index, layer), count in zip(sorted(moments.items()), kept, strict=True)
     }
 
 
-def check_options(codec: str, retained: float, block_size: int, options: Mapping[str, Any]) -> None:
-    """Refuse what `solve` would refuse, by fitting a codec to one block of zeros.
+def measure_needs(found: Calibration, codec: str, options: Mapping[str, Any]) -> LayerNeeds | None:
+    """Errors of every layer at several retained fractions, and what it attends to.
+
+    `evict` is measured as `adaptive`, whose control it is; codecs fitted for one fraction are not (None).
+
+    Args:
+        found: of the calibration pass.
+        codec: name of the codec.
+        options: the codec's own.
+    """
+    if codec not in _MEASURED:
+        return None
+    own = {name: value for name, value in options.items() if name != "weights"}  # rebuilt the same
+    errors = []
+    for index, layer in sorted(found.moments.items()):
+        counts, blocks = measured_counts(layer.block_size), found.sample.blocks(index)
+        fitted = AdaptiveCodec.fit(layer, layer.block_size, **own)
+        errors.append(tuple(round(relative_error(fitted.resized(count), *blocks), 6) for count in counts))
+    shares = tuple(round(found.attention.share(index), 6) for index in sorted(found.moments))
+    return LayerNeeds(counts, tuple(errors), shares)
+
+
+def check_options(
+    codec: str, retained: float, block_size: int, budget: str | None, options: Mapping[str, Any]
+) -> Budget:
+    """Refuse what a fit would refuse, by fitting a codec to one block of zeros.
+
+    Returns:
+        `budget`, or the codec's default where it is None.
 
     Raises:
         OptionError: an option is unknown or out of range.
@@ -125,7 +182,12 @@ def check_options(codec: str, retained: float, block_size: int, options: Mapping
     plan = CapsulePlan(block_size, (), ())
     dry = LayerMoments(1, plan.block_size, 1)
     dry.update(torch.zeros(1, 1, block_size, 1), torch.zeros(1, 1, block_size, 1))
-    solve({0: dry}, codec, retained, options)
+    solve({0: dry}, codec, [kept_tokens(retained, block_size)], options)
+    if budget is None:
+        return DEFAULT_BUDGET if codec in _MEASURED else "uniform"
+    if check_budget(budget) != "uniform" and codec not in _MEASURED:
+        raise OptionError(f"the {codec} codec keeps the same of every layer; use budget='uniform'")
+    return check_budget(budget)
 
 
 def kept_tokens(retained: float, block_size: int) -> int:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from capsight.errors import CapsuleFileError
+from capsight.errors import CapsuleFileError, OptionError
+from capsight.kvcapsule.budget import Budget, LayerNeeds, check_budget
 from capsight.kvcapsule.quantise import BITS
 
 
@@ -47,6 +48,8 @@ class CapsuleInfo:
         model_config: that model's config.
         blocks: calibration blocks seen.
         bits: bits of a stored number, 8 or 4; None for the numbers as they are.
+        budget: how the average retained count is shared out over the layers.
+        needs: what the layers need, where that was measured; in the order of `layers`.
     """
 
     codec: str
@@ -58,6 +61,8 @@ class CapsuleInfo:
     model_config: dict[str, Any]
     blocks: int
     bits: int | None = None
+    budget: Budget = "uniform"
+    needs: LayerNeeds | None = None
 
     def to_header(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -65,7 +70,7 @@ class CapsuleInfo:
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any]) -> CapsuleInfo:
-        """What `to_header` gave, also after a trip through JSON.
+        """What `to_header` gave, also after a trip through JSON; without a budget it is uniform.
 
         Raises:
             CapsuleFileError: a field is missing or is not what it should be.
@@ -94,4 +99,13 @@ class CapsuleInfo:
             raise CapsuleFileError(
                 f"field bits of the capsule file is {fields['bits']!r}, expected 8, 4 or null"
             )
-        return cls(**{**fields, "layers": layers})
+        try:
+            budget = check_budget(header.get("budget", "uniform"))
+        except OptionError as error:
+            raise CapsuleFileError(f"field budget of the capsule file: {error}") from error
+        needs = header.get("needs")
+        if needs is not None:
+            needs = LayerNeeds.from_header(needs, len(layers), fields["block_size"])
+        elif budget != "uniform":
+            raise CapsuleFileError(f"the capsule file has a {budget} budget and no needs; fit it again")
+        return cls(**{**fields, "layers": layers, "budget": budget, "needs": needs})

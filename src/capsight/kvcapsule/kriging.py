@@ -48,6 +48,10 @@ class Selection(NamedTuple):
         """That of one layer (L = 1)."""
         return Selection(self.order[index, None], self.factor[index, None])
 
+    def first(self, count: int) -> Selection:
+        """What it would be with only the first `count` choices: none depends on a later one."""
+        return Selection(self.order[..., :count], self.factor[..., :count])
+
     def weights(self, wanted: Tensor) -> Tensor:
         """Weights that predict positions `wanted` (int64 `[L, M, T]`) from those in `order`.
 

@@ -22,7 +22,10 @@ from torch import Tensor
 from capsight.errors import CapsuleFileError
 
 HEADER_FILE = "capsule.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""Format versions that are read; in version 1 no capsule has a budget, all layers keep the same."""
+
 _TENSORS_FILE = re.compile(r"capsule-[0-9a-f]{16}\.safetensors")
 
 
@@ -117,10 +120,11 @@ def _read_header(path: Path, kind: str) -> dict[str, Any]:
         raise CapsuleFileError(f"{path} is not JSON ({error}); save the capsule again") from error
     if not isinstance(header, dict) or header.get("format") != kind:
         raise CapsuleFileError(f"{path} does not describe a {kind}")
-    if header.get("format_version") != FORMAT_VERSION:
+    version = header.get("format_version")
+    if version not in READABLE or isinstance(version, (bool, float)):
         raise CapsuleFileError(
-            f"{path} has format version {header.get('format_version')!r}, this capsight reads "
-            f"{FORMAT_VERSION}; use the capsight that wrote it, or fit again"
+            f"{path} has format version {version!r}, this capsight reads {READABLE[0]} to {READABLE[-1]}; "
+            "use the capsight that wrote it, or fit again"
         )
     return header
 

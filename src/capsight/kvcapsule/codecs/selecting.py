@@ -107,26 +107,31 @@ class SelectingCodec(LayerCodec):
         values: Sequence[Tensor],
         runs: Sequence[Run],
     ) -> list[Payload]:
-        """Make capsules in several layers; tokens of layers that keep equally many are chosen in one go."""
+        """Make capsules in several layers, whose tokens are chosen in one go.
+
+        A greedy choice of few tokens is the beginning of one of more, so layers may keep different counts.
+        """
         alike: dict[tuple[Any, ...], list[int]] = {}
         for index, codec in enumerate(codecs):
             assert isinstance(codec, SelectingCodec)
-            alike.setdefault((codec.kept, len(codec.packed), keys[index].device), []).append(index)
+            kind = (codec.kept == codec.block_size, len(codec.packed), keys[index].device)
+            alike.setdefault(kind, []).append(index)
         payloads: dict[int, Payload] = {}
         for group in alike.values():
             own: list[Any] = [codecs[index] for index in group]
             selection = cls._selection(own, [keys[i] for i in group], [values[i] for i in group])
             for place, index in enumerate(group):
-                payloads[index] = own[place]._pack(keys[index], values[index], selection.layer(place))
+                chosen = selection.layer(place).first(own[place].kept)
+                payloads[index] = own[place]._pack(keys[index], values[index], chosen)
         return [payloads[index] for index in range(len(codecs))]
 
     @staticmethod
     def _selection(
         codecs: Sequence[SelectingCodec], keys: Sequence[Tensor], values: Sequence[Tensor]
     ) -> Selection:
-        """The tokens to keep of blocks `[M, H, N, D]` of L layers."""
+        """The tokens to keep of blocks `[M, H, N, D]` of L layers, as many as the largest count asks for."""
         blocks, _, size, _ = keys[0].shape
-        groups, kept = len(codecs[0].packed), codecs[0].kept
+        groups, kept = len(codecs[0].packed), max(codec.kept for codec in codecs)
         if kept == size:
             order = torch.arange(size, device=keys[0].device).expand(len(codecs), blocks, -1)
             return Selection(order, keys[0].new_empty(len(codecs), blocks, groups, size, 0))

@@ -1,0 +1,75 @@
+"""Capsule folders: the codecs of a capsule and what is known of them, written, read, and checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from capsight.errors import CapsuleFileError, OptionError
+from capsight.kvcapsule.codecs import CODECS, LayerCodec
+from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
+from capsight.kvcapsule.store import locate, read_folder, write_folder
+
+KIND = "capsight.kvcapsule"
+
+
+def write_capsule(
+    folder: str | os.PathLike[str], codecs: Mapping[int, LayerCodec], info: CapsuleInfo
+) -> None:
+    """Write a capsule to a folder (safetensors + JSON), atomically.
+
+    Raises:
+        CapsuleFileError: the folder cannot be written.
+    """
+    tensors = {
+        f"layers.{index}.{name}": tensor
+        for index, codec in codecs.items()
+        for name, tensor in codec.state_dict().items()
+    }
+    write_folder(Path(folder), KIND, info.to_header(), tensors)
+
+
+def read_capsule(source: str | os.PathLike[str]) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
+    """Codecs by layer index, and what is known of them.
+
+    Args:
+        source: "reference" for the one shipped with capsight, a folder, or a hub repository id.
+
+    Raises:
+        CapsuleFileError: it is missing, truncated, changed, or of a format this capsight does not read.
+    """
+    folder = locate(source)
+    header, tensors = read_folder(folder, KIND)
+    info = CapsuleInfo.from_header(header)
+    if info.codec not in CODECS:
+        raise CapsuleFileError(
+            f"{folder} uses the codec {info.codec!r}, this capsight knows {sorted(CODECS)}"
+        )
+    codecs = {}
+    for layer in info.layers:
+        prefix = f"layers.{layer.index}."
+        names = [name for name in tensors if name.startswith(prefix)]
+        try:
+            own = {name.removeprefix(prefix): tensors.pop(name) for name in names}
+            codecs[layer.index] = make_codec(own, info, layer)
+        except OptionError as error:
+            raise CapsuleFileError(
+                f"{folder}, layer {layer.index}: {error}; fit the capsule again"
+            ) from error
+    if tensors:
+        raise CapsuleFileError(f"{folder} holds tensors of layers it does not list: {sorted(tensors)[:3]}")
+    return codecs, info
+
+
+def make_codec(tensors: Mapping[str, Tensor], info: CapsuleInfo, layer: LayerInfo) -> LayerCodec:
+    """The codec of one layer, whose `state_dict()` gave `tensors`.
+
+    Raises:
+        OptionError: they are not those of such a codec.
+    """
+    shape = (layer.heads, info.block_size, layer.head_dim)
+    codec = CODECS[info.codec].from_tensors(tensors, shape, layer.kept)
+    return codec.with_weights(info.options["weights"]) if "weights" in info.options else codec

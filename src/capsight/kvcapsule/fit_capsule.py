@@ -1,0 +1,53 @@
+"""From calibration prompts to the codecs of a capsule and what is known of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from capsight.kvcapsule.budget import Budget, share_out
+from capsight.kvcapsule.codecs import LayerCodec, StaticMlpCodec
+from capsight.kvcapsule.fingerprint import model_fingerprint
+from capsight.kvcapsule.fit import calibrate, check_options, kept_tokens, measure_needs, solve
+from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
+from capsight.kvcapsule.key_mlp import train_key_mlps
+
+
+def fit_capsule(
+    model: Any,
+    processor: Any,
+    samples: Iterable[Any],
+    retained: float,
+    codec: str,
+    block_size: int,
+    progress: bool,
+    budget: Budget | None,
+    options: Mapping[str, Any],
+) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
+    """Fit a codec to every full-attention layer of a model; arguments and errors are `KVCapsule.fit`'s."""
+    budget = check_options(codec, retained, block_size, budget, options)  # before the long part
+    if codec == StaticMlpCodec.name:
+        samples = list(samples)  # they are read twice
+    found = calibrate(model, processor, samples, block_size, progress)
+    needs = measure_needs(found, codec, options)
+    kept = share_out(budget, needs, len(found.moments), kept_tokens(retained, block_size), block_size)
+    codecs = solve(found.moments, codec, kept, options)
+    if codec == StaticMlpCodec.name:
+        codecs = train_key_mlps(codecs, model, processor, samples, progress)
+    info = CapsuleInfo(
+        codec=codec,
+        block_size=block_size,
+        itemsize=model.dtype.itemsize,
+        layers=tuple(
+            LayerInfo(index, codecs[index].kept, layer.shape[0], layer.shape[2])
+            for index, layer in sorted(found.moments.items())
+        ),
+        options=dict(options),
+        fingerprint=model_fingerprint(model),
+        model_config=json.loads(model.config.to_json_string(use_diff=False)),
+        blocks=next(iter(found.moments.values())).blocks,
+        budget=budget,
+        needs=needs,
+    )
+    return codecs, info
