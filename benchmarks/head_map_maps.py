@@ -25,7 +25,6 @@ SHARES = (0.25, 0.5, 0.75, 0.9)
 
 TOLERANCES = (0.0, 0.01, 0.02, 0.05)
 RANDOM_SEEDS = (0, 1, 2)
-SINK_TOKENS, OWN_WINDOWS = (0, 1, 4, 16), (8, 32, 64)
 
 
 @dataclass
@@ -125,12 +124,4 @@ def rows_of(calibration: Calibration, held: Sequence[Scored]) -> list[Row]:
         found, drop = recover(voted, errors, lambda m: drop_of(held, m), tolerance)
         facts = {"tolerance": tolerance, "held_out_changed": drop, "alpha": ALPHAS[name]}
         rows.append(Row("tolerance", name, found, facts))
-    for k in SINK_TOKENS:
-        chosen = MaskOptions(sink_tokens=k)
-        both = HeadMap.uniform(Category.INTRA_IMAGE_SINK, *size, chosen)
-        rows.append(Row("options", f"all intra_image_sink, sink_tokens {k}", both, {"sink_tokens": k}))
-    for window in OWN_WINDOWS:
-        chosen = MaskOptions(own_window=window)
-        sink = HeadMap.uniform(Category.SINK, *size, chosen)
-        rows.append(Row("options", f"all sink, own_window {window}", sink, {"own_window": window}))
     return rows

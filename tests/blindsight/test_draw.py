@@ -34,6 +34,7 @@ def test_attention_beside_masks(tmp_path, family):
     path = draw_attention(vlm.model, inputs, [(0, 1), (2, 3)], head_map, tmp_path / "attention.png")
     picture = Image.open(path)
     assert picture.size[1] >= picture.size[0]
+    assert picture.info["Description"] == "layer 0, head 1 (intra_image); layer 2, head 3 (intra_image)"
     assert rgb(Category.INTRA_IMAGE) in colours(path)
 
 

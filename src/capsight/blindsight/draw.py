@@ -32,6 +32,9 @@ COLOURS: dict[Category, str] = {
 SIDE = 400
 """Pixels of an attention picture; longer prompts are pooled to this."""
 
+ATTENTION_TITLE = "capsight attention"
+"""Title in the text of an attention picture's file; its Description names the heads."""
+
 CHUNK = 64
 """Queries whose scores are held at a time."""
 
@@ -104,6 +107,7 @@ def draw_attention(
         model(**inputs, use_cache=False, logits_to_keep=1)
     figure = Figure(figsize=(8, 4 * len(heads)), layout="constrained")
     axes = figure.subplots(len(heads), 2, squeeze=False)
+    told = []
     for (left, right), (layer, head) in zip(axes, heads, strict=True):
         category = head_map.categories[layer][head]
         picture, rule = pictures[layer, head]
@@ -112,9 +116,10 @@ def draw_attention(
         mask = _mask(row, category, head_map.options, rule)
         right.imshow(mask, cmap=_mask_colours(category), vmin=0, vmax=1)
         right.set_title(f"mask: {category.value}")
+        told.append(f"layer {layer}, head {head} ({category.value})")
         for panel in (left, right):
             _boundaries(panel, row)
-    return _save(figure, path)
+    return _save(figure, path, {"Title": ATTENTION_TITLE, "Description": "; ".join(told)})
 
 
 def _pool(row: RowLayout) -> tuple[Tensor, int]:
@@ -166,10 +171,10 @@ def _boundaries(panel: Axes, row: RowLayout) -> None:
     panel.set_yticks([])
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+def _save(figure: Figure, path: str | os.PathLike[str], text: dict[str, str] | None = None) -> Path:
     target = Path(path)
     try:
-        FigureCanvasAgg(figure).print_png(target)
+        FigureCanvasAgg(figure).print_png(target, metadata=text)
     except OSError as error:
         raise CapsuleFileError(f"cannot write {target}: {error.strerror or error}") from error
     return target

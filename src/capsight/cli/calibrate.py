@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from capsight.blindsight import BlindSight, HeadMap, MaskOptions
-from capsight.blindsight.calibrate.run import check_options
+from capsight.blindsight.calibrate.run import HOLD_EVERY, TOLERANCE, check_options
 from capsight.blindsight.draw import draw_head_map
 from capsight.cli.fit import calibration_items
 from capsight.cli.models import REFERENCE, load_model
@@ -21,9 +21,6 @@ from capsight.kvcapsule.fingerprint import model_fingerprint
 
 REFERENCE_IMAGES = (2, 4, 6, 8)
 """Image counts of the reference task's calibration prompts."""
-
-HOLD_EVERY = 4
-"""Every so many prompts, one does not vote but measures the drop."""
 
 
 def calibrate(
@@ -43,7 +40,7 @@ def calibrate(
             help="What a category may lose, in the criterion's unit; FIRST,LAST is linear in depth."
         ),
     ] = None,
-    tolerance: Annotated[float, typer.Option(help="Share of held-out answers that may change.")] = 0.02,
+    tolerance: Annotated[float, typer.Option(help="Share of held-out answers that may change.")] = TOLERANCE,
     sink_tokens: Annotated[int, typer.Option(help="Vision tokens of an image that are sinks.")] = 1,
     own_window: Annotated[int, typer.Option(help="How far Sink heads see into their own image.")] = 32,
     samples: Annotated[int, typer.Option(help="Calibration prompts; every fourth is held out.")] = 48,

@@ -29,6 +29,9 @@ Unit = Literal["head", "kv_group", "layer"]
 ALPHAS: dict[str, float] = {"mass": 0.1, "output": 0.1, "distribution": 0.001}
 """Default alpha: share of attention, relative change of the layer's output, nats."""
 
+TOLERANCE = 0.02
+"""Default share of held-out answers that may change: with the 72 that `capsight calibrate` holds out, one."""
+
 HOLD_EVERY = 4
 """Every so many prompts, one does not vote but measures the drop."""
 
@@ -44,7 +47,7 @@ def calibrate(
     gamma_s: float = 0.9,
     gamma_i: float = 0.9,
     options: MaskOptions | None = None,
-    tolerance: float | None = 0.01,
+    tolerance: float | None = TOLERANCE,
     evaluate: Evaluate | None = None,
     held_out: Iterable[Sample] | None = None,
     unit: Unit = "head",
