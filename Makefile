@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 DOCS_STAMP := $(VENV)/.docs-ready
+TRITON := .venv-triton
+TRITON_STAMP := $(TRITON)/.ready
 
 # Idle OpenMP threads must not spin: on two cores they would take the other process's time.
 export KMP_BLOCKTIME ?= 0
@@ -15,7 +17,7 @@ METHODS := adaptive evict cur uniform streaming-llm snapkv vl-cache merge kvzip 
 	quanto-int4 quanto-int2
 TIMED := adaptive evict snapkv kvzip quanto-int4
 
-.PHONY: help setup demo test lint docs train-reference fit-reference accuracy bench test-matrix clean
+.PHONY: help setup demo test lint docs train-reference fit-reference accuracy bench test-triton test-matrix clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -69,8 +71,17 @@ bench: accuracy  ## every figure of the README: accuracy, speed, prefill attenti
 	$(BIN)/capsight demo --png out/demo.png --json benchmarks/results/demo.json
 	$(BIN)/python benchmarks/write_pages.py
 
+test-triton: $(TRITON_STAMP)  ## test the GPU kernels on the CPU: interpreted, and compiled but not run
+	PYTHONPATH=$(TRITON) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kvcapsule/test_latent_triton.py \
+		tests/kvcapsule/test_latent_compiles.py
+
+# Triton is a download of 290 MB that CPUs have no other use for, so it stays out of .venv.
+$(TRITON_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TRITON) triton==3.9.0
+	@touch $@
+
 test-matrix:  ## run the tests with the oldest and the newest supported torch and transformers
 	PYTHON=$(PYTHON) tools/test_matrix.sh
 
 clean:  ## remove .venv and what tools left behind
-	rm -rf $(VENV) out site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) out site .pytest_cache .mypy_cache .ruff_cache .hypothesis

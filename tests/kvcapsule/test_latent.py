@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from capsight.errors import CapsightError, OptionError
-from capsight.kvcapsule import CapsuleCache, latent
+from capsight.kvcapsule import CapsuleCache
 from capsight.kvcapsule.codecs import AdaptiveCodec
-from capsight.kvcapsule.latent import BlockRows, LatentBlocks, TokenMap, latent_attention
+from capsight.kvcapsule.latent import TokenMap, latent_attention, plain
 from capsight.layout import PromptLayout
 from kvcapsule.conftest import codec, layouts, row
+from kvcapsule.latent_problem import problems
 from kvcapsule.test_cache import CONFIG, D, H, N, feed, real
 
 GROUP = 3  # query heads to a KV head
@@ -40,49 +41,26 @@ def tokens(slots: Tensor, tokens_of: TokenMap) -> Tensor:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.integers(0, 3), min_size=1, max_size=3).filter(any),
-    st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 3)),
-    st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(0, 4)),
-    st.tuples(st.booleans(), st.booleans(), st.booleans()),
-    st.integers(0, 99),
-)
-def test_the_pure_function(counts, sizes, slots_of, flags, seed):
-    (heads, group, new), (slots, rebuilt, exact), (copied, shared, means) = sizes, slots_of, flags
-    g = torch.Generator().manual_seed(seed)
-    batch, blocks = len(counts), sum(counts)
-    owner = torch.tensor([b for b, count in enumerate(counts) for _ in range(count)])
-    rank = torch.tensor([i for count in counts for i in range(count)])
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g)
-
-    def token_map() -> TokenMap:
-        of = 1 if shared else blocks
-        rest, mean = (random(of, rebuilt), random(heads, 5)) if means else (None, None)
-        return TokenMap(copied, random(of, rebuilt, slots), rest, mean)
-
-    held = LatentBlocks(
-        random(blocks, slots, heads, 5), random(blocks, slots, heads, 5), token_map(), token_map()
-    )
-    query = random(batch, heads * group, new, 5)
-    keys, values = random(batch, heads, exact + new, 5), random(batch, heads, exact + new, 5)
-    mask = torch.ones(new, exact + new, dtype=torch.bool).tril(exact).expand(batch, 1, -1, -1)
-    for given_mask in (mask, torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)):
-        where = BlockRows(owner, rank, max(counts))
-        found = latent_attention(query, keys, values, held, where, given_mask, 0.5)
-        for b in range(batch):
-            own = (owner == b).nonzero()[:, 0]
-            parts = [
-                torch.cat([x[b], tokens(slots_, map_)[own].flatten(0, 1).transpose(0, 1)], 1)[None]
-                for x, slots_, map_ in (
-                    (keys, held.keys, held.key_map),
-                    (values, held.values, held.value_map),
-                )
-            ]
-            seen = torch.nn.functional.pad(mask[b, None], (0, parts[0].shape[2] - exact - new), value=True)
-            expected = attend(query[b, None], parts[0], parts[1], seen)[0]
-            torch.testing.assert_close(found[b], expected, atol=1e-5, rtol=1e-5)
+@given(problems())
+def test_the_pure_function(problem):
+    query, keys, values, held, where, mask, _ = problem
+    batch, new, length = len(query), query.shape[2], keys.shape[2]
+    found = latent_attention(*problem)
+    for b in range(batch):
+        own = (where.rows == b).nonzero()[:, 0]
+        parts = [
+            torch.cat([x[b], tokens(slots, map_)[own].flatten(0, 1).transpose(0, 1)], 1)[None]
+            for x, slots, map_ in (
+                (keys, held.keys, held.key_map),
+                (values, held.values, held.value_map),
+            )
+        ]
+        seen = torch.ones(1, 1, new, length, dtype=torch.bool)
+        if mask is not None:
+            seen = mask[b, None] if mask.dtype == torch.bool else mask[b, None] == 0
+        seen = torch.nn.functional.pad(seen, (0, parts[0].shape[2] - length), value=True)
+        expected = attend(query[b, None], parts[0], parts[1], seen)[0]
+        torch.testing.assert_close(found[b], expected, atol=1e-5, rtol=1e-5)
 
 
 def pair(layout: PromptLayout, name: str, kept: int, **options: Any) -> tuple[CapsuleCache, CapsuleCache]:
@@ -162,7 +140,7 @@ def test_crop_moved_rows_and_new_images():
 
 
 def test_long_turns_are_attended_in_parts(monkeypatch):
-    monkeypatch.setattr(latent, "_QUERIES", 2)
+    monkeypatch.setattr(plain, "_QUERIES", 2)
     assert compare(pair(LAYOUT, "adaptive", 3), 5)
 
 

@@ -1,0 +1,58 @@
+"""Attention over capsules without rebuilding the tokens that they stand for (our design).
+
+Plain tensors in, plain tensors out, so that another runtime can share it. On a GPU it is a kernel
+(`triton_attention`), elsewhere a handful of torch operations (`plain`); both give the same up to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from capsight.kvcapsule.latent import plain
+from capsight.kvcapsule.latent.blocks import BlockRows, LatentBlocks, TokenMap
+from capsight.kvcapsule.latent.choice import Kind, LatentKernelError, give_up, reason_against, warn
+
+__all__ = ["BlockRows", "LatentBlocks", "LatentKernelError", "TokenMap", "latent_attention"]
+
+
+def latent_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    blocks: LatentBlocks,
+    rows: BlockRows,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """Softmax attention over exact tokens and over all tokens that capsules stand for.
+
+    Every query sees all blocks of its row, and at least one token. Scores and sums are float32 whatever
+    the inputs are. CUDA tensors go to the Triton kernel; where it cannot be used a warning says why, once,
+    and torch takes over.
+
+    Args:
+        query: `[B, Hq, Q, D]`; Hq is a multiple of H.
+        keys: `[B, H, X, D]`, exact tokens (finite where masked).
+        values: `[B, H, X, D]`.
+        blocks: capsules of M blocks.
+        rows: where they belong.
+        mask: over exact tokens, bool or additive `[B or 1, 1 or Hq, Q, X]`; None if all are seen.
+        scaling: factor of the scores.
+
+    Returns:
+        `[B, Q, Hq, D]` in the dtype of `query`.
+    """
+    given = query, keys, values, blocks, rows, mask, scaling
+    if query.is_cuda and not (torch.is_grad_enabled() and query.requires_grad):
+        kind = Kind.of(query, blocks.keys)
+        reason = reason_against(kind)
+        if not reason:
+            from capsight.kvcapsule.latent import triton_attention  # needs triton
+
+            try:
+                return triton_attention.attend(*given)
+            except LatentKernelError as error:
+                reason = give_up(kind, error)
+        warn(reason)
+    return plain.attend(*given)
