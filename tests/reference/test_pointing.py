@@ -96,7 +96,7 @@ def test_answers_say_which_token_they_predict(tokenizer):
     rng = random.Random(5)
     prompt = ask_about(rng, [draw_scene(rng, "plate", 0.0)], 1, 0.0)
     batch = Batcher(tokenizer)([prompt])
-    target = batch.targets["look"]
+    target = batch.targets["text"]
     answers = (batch.labels[0] >= 0).nonzero()[:-1, 0]  # without the closing token
     assert target.queries[0].tolist() == answers.tolist()
 

@@ -26,6 +26,18 @@ from capsight.reference.training.probe import Ends
 
 _IGNORE = -100
 
+#: How much an answer counts in training, however long it is: more where learning lagged behind.
+_TASK_WEIGHT = {
+    "order": 3.0,
+    "priciest": 3.0,
+    "odd_one_out": 3.0,
+    "compare": 3.0,
+    "count_shapes": 2.0,
+    "count_images": 2.0,
+    "same_kind": 2.0,
+    "find": 1.5,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -35,7 +47,7 @@ class Batch:
         input_ids: [B, S] int64, right-padded.
         position_ids: [3, B, S] int64, M-RoPE.
         labels: [B, S] int64, the next token where it belongs to an answer, else -100.
-        weights: [B, S] float32, one over the number of tokens of the answer: every answer counts the same.
+        weights: [B, S] float32, `_TASK_WEIGHT` over the number of tokens of the answer.
         targets: where the heads of `pointing.SLOTS` should look.
         ends: the closing tokens of the images.
     """
@@ -148,9 +160,9 @@ class Batcher:
             input_ids[b, : len(ids)] = torch.tensor(ids)
             position_ids[:, b, : len(ids)] = positions
             labels[b, : len(ids) - 1] = torch.tensor(row_labels[1:])
-            for _, answer in row.questions:
+            for question, (_, answer) in zip(prompts[b].questions, row.questions, strict=True):
                 first, tokens = answer[0][0] - 1, len(answer) + 1
-                weights[b, first : first + tokens] = 1 / tokens
+                weights[b, first : first + tokens] = _TASK_WEIGHT.get(question.task, 1.0) / tokens
         maps = [row for _, _, _, row in rows]
         ends = [
             (b, end, scene)

@@ -32,8 +32,12 @@ SLOTS: dict[str, tuple[tuple[int, int], ...]] = {
     "first": ((1, 6),),  # an answer -> the image number in its question
     "second": ((2, 2),),  # the same; the second number when there are two
     "page": ((2, 0),),  # the end of an image -> what lies on it
-    "look": ((3, 0), (5, 0)),  # an answer -> where it is to be seen
-    "other": ((3, 2), (5, 2)),  # the same; the second place when two are compared
+    "text": ((3, 0), (5, 0), (3, 2), (5, 2)),  # an answer -> the text that is the answer
+    "marks": ((3, 4), (5, 4)),  # an answer -> the shapes that are asked for
+    "extreme": ((3, 3), (5, 3)),  # an answer -> the largest or smallest value
+    "find": ((3, 1), (5, 1)),  # an answer -> what was to be found on some image
+    "ends": ((3, 6), (5, 6)),  # an answer -> the ends of the images that are asked about
+    "others": ((3, 7), (5, 7)),  # the same; the second image when two are compared
 }
 
 _SUBJECT = re.compile(
@@ -46,6 +50,15 @@ _SUBJECT = re.compile(
     ) + r")\b|(?<=row )\w|(?<=column )\d"
 )  # fmt: skip
 _NUMBER = re.compile(r"(?<=[Ii]mage )\d|(?<=images )\d|(?<=and )\d")
+
+#: The slots of the answers to a task; those of all other tasks are texts on one image.
+_ANSWERS: dict[str, tuple[str, str]] = {
+    "shape_color": ("marks", "marks"),
+    "count_shapes": ("marks", "marks"),
+    "priciest": ("extreme", "extreme"),
+    "bar_extreme": ("extreme", "extreme"),
+    "find": ("find", "find"),
+} | dict.fromkeys(("count_images", "same_kind", "order", "odd_one_out", "compare"), ("ends", "others"))
 
 _IMPLEMENTATION = "capsight_pointing"
 
@@ -126,8 +139,10 @@ def _looks(prompt: Prompt, row: RowMap) -> dict[str, list[tuple[int, list[int]]]
             if subject:
                 looks["subject"].append((query, subject))
             one, two = seen[min(at, len(seen) - 1)]
-            looks["look"].append((query, [row.position(p) for p in one]))
-            looks["other"].append((query, [row.position(p) for p in two]))
+            first, second = _ANSWERS.get(question.task, ("text", "text"))
+            looks[first].append((query, [row.position(p) for p in one]))
+            if second != first:
+                looks[second].append((query, [row.position(p) for p in two]))
             at += len(token)
     return looks
 
