@@ -111,7 +111,7 @@ def prefilled_blocks(
     cache = DynamicCache(config=model.config)
     on_device = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     # generate, not forward: it derives the positions of padded rows as later calls will.
-    model.generate(**on_device, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    model.generate(**on_device, past_key_values=cache, max_new_tokens=1, do_sample=False, num_beams=1)
     return {
         index: (_blocks(layer.keys, plan), _blocks(layer.values, plan))
         for index, layer in enumerate(cache.layers)
