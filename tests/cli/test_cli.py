@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from capsight.cli.app import main
+from capsight.cli.output import parse_bytes
+from capsight.reference import reference_path
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -32,6 +34,9 @@ def test_demo_writes_table_json_and_picture(monkeypatch, capsys, tmp_path):
     full, ours = figures["sides"].values()
     assert full["kv_bytes"] > ours["kv_bytes"] > 0
     assert len(figures["questions"]) == len(full["answers"]) == 3
+    assert "decode, latent" in out
+    assert ours["latent"]["tokens_per_s"] > 0
+    assert full["kv_bytes"] > ours["latent"]["kv_bytes"] >= ours["kv_bytes"]
     assert Image.open(tmp_path / "demo.png").width > 800
 
 
@@ -48,6 +53,17 @@ def test_generate(monkeypatch, capsys, tmp_path):
         assert code == 0
         assert out.strip()
         assert "KV cache" in err
+    said = {}
+    latent = ("--decode", "latent")
+    for options in (("--bits", 16), latent, ("--bits", 8), ("--bits", 4, *latent)):
+        code, _, err = run(
+            monkeypatch, capsys, "generate", "--image", tmp_path / "a.png",
+            "--prompt", prompt.questions[0].text, "--max-new-tokens", 1, *options,
+        )  # fmt: skip
+        assert code == 0
+        said[options] = parse_bytes(err.split("KV cache ")[1].split(",")[0])
+    assert said["--bits", 8] < said["--bits", 16] < said[latent]
+    assert said["--bits", 4, *latent] < said[latent]
 
 
 def test_fit_then_inspect_then_eval(monkeypatch, capsys, tmp_path):
@@ -93,20 +109,33 @@ def test_bench(monkeypatch, capsys, tmp_path):
     code, out, _ = run(
         monkeypatch, capsys, "bench", "--batch", "1,2", "--images", "1", "--new-tokens", 3, "--runs", 1,
         "--retained", 0.25, "--threads", 1, "--kv-budget", "64MB", "--calibrate", 2,
+        "--method", "adaptive", "--method", "adaptive-int4", "--method", "uniform",
+        "--decode", "materialise", "--decode", "latent",
         "--json", tmp_path / "b.json",
     )  # fmt: skip
     assert code == 0
     assert "adaptive 0.25" in out
+    assert "64MB" in out
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
-    assert [(r["method"], r["batch"]) for r in rows] == [
-        ("full", 1), ("adaptive", 1), ("full", 2), ("adaptive", 2),
-    ]  # fmt: skip
+    names = ["full", "adaptive 0.25", "adaptive 0.25 latent", "adaptive-int4 0.25",
+             "adaptive-int4 0.25 latent", "uniform 0.25"]  # fmt: skip
+    assert [(r["name"], r["batch"]) for r in rows] == [(name, batch) for batch in (1, 2) for name in names]
     assert all(r["ttft_s"] > 0 and r["tokens_per_s"] > 0 and r["encode_s"] > 0 for r in rows)
     assert rows[1]["largest_batch"] >= rows[0]["largest_batch"] > 0
     assert rows[0]["ratios"]["bytes"] == 1.0
     fits = json.loads((tmp_path / "b.json").read_text())["calibration"]
-    assert [(f["method"], f["prompts"]) for f in fits] == [("adaptive", 2)]
-    assert rows[1]["kv_bytes"] < rows[0]["kv_bytes"]
+    assert [(f["method"], f["prompts"]) for f in fits] == [("adaptive", 2), ("adaptive-int4", 2)]
+    assert rows[3]["kv_bytes"] < rows[1]["kv_bytes"] < rows[2]["kv_bytes"] < rows[0]["kv_bytes"]
+
+
+def test_bench_fits_what_another_model_has_no_file_of(monkeypatch, capsys, tmp_path):
+    """A folder is not the reference VLM to the command line, even if it holds the same weights."""
+    code, out, _ = run(
+        monkeypatch, capsys, "bench", "--model", reference_path(), "--method", "adaptive",
+        "--method", "feature-pca", "--batch", 1, "--images", 1, "--new-tokens", 2, "--runs", 1,
+    )  # fmt: skip
+    assert code == 0
+    assert "feature-pca 0.4" in out
 
 
 def test_calibrate_then_attention(monkeypatch, capsys, tmp_path):
@@ -142,6 +171,12 @@ def test_fit_on_a_folder_of_pictures(monkeypatch, capsys, tmp_path):
         (["generate", "--prompt", "x", "--dtype", "int3"], "int3"),
         (["generate", "--prompt", "x", "--protocol", "before"], "before"),
         (["generate", "--prompt", "x", "--max-new-tokens", "0"], "max-new-tokens"),
+        (["generate", "--prompt", "x", "--decode", "fused"], "decode"),
+        (["generate", "--prompt", "x", "--bits", "5"], "5"),
+        (["generate", "--prompt", "x", "--capsule", "none", "--bits", "8"], "full cache"),
+        (["generate", "--prompt", "x", "--capsule", "none", "--decode", "latent"], "capsule="),
+        (["demo", "--decode", "fused"], "decode"),
+        (["bench", "--decode", "fused"], "decode"),
         (["fit", "--out", "x", "--data", "/no/such.jsonl"], "/no/such.jsonl"),
         (["fit", "--out", "x", "--retained", "0"], "retained"),
         (["fit", "--out", "x", "--samples", "0"], "samples"),

@@ -8,7 +8,7 @@ import pytest
 
 from capsight.blindsight import Category, HeadMap
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
-from capsight.report import Material, read_bench, read_demo, read_errors, read_eval
+from capsight.report import Material, read_bench, read_demo, read_errors, read_eval, read_picture
 from report import samples
 
 
@@ -25,4 +25,5 @@ def everything(tmp_path: Path) -> Material:
         HeadMap.random(8, 8, counts, 0),
         CapsuleInfo("adaptive", 64, 4, layers, {}, "", {}, 1),
         read_errors(samples.write(tmp_path, "errors", samples.errors_json())),
+        (read_picture(samples.picture(tmp_path)),),
     )

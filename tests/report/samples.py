@@ -6,6 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from capsight.blindsight.draw import ATTENTION_TITLE
+
 MACHINE = {"cpu": "x86_64", "cores": 2, "gpu": None, "torch": "2.13.0", "capsight": "0.1.0"}
 BASELINES = {"evict": -1.5, "snapkv": -9.0, "cur": -5.0, "uniform": -24.0, "streaming": -38.0, "merge": -30.0}
 TASKS = ("read a plate", "chart value", "table cell", "count shapes", "compare images")
@@ -74,7 +79,17 @@ def demo_json() -> dict[str, Any]:
         "full cache": side("image 3", 9_000_000, 0, 80.0),
         "capsules, 40% retained": side("image 1", 4_200_000, 142_000, 74.0),
     }
+    sides["capsules, 40% retained"]["latent"] = {"kv_bytes": 5_300_000, "ttft_s": 0.32, "tokens_per_s": 91.0}
     return {"images": 6, "questions": asked, "sides": sides, "machine": MACHINE}
+
+
+def picture(folder: Path, title: str = ATTENTION_TITLE) -> Path:
+    """A PNG as `capsight attention` writes it."""
+    path, text = folder / "attention.png", PngInfo()
+    text.add_text("Title", title)
+    text.add_text("Description", "layer 1, head 2 (sink); layer 3, head 0 (<dense>)")
+    Image.linear_gradient("L").save(path, pnginfo=text)
+    return path
 
 
 def errors_json() -> dict[str, Any]:

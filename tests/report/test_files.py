@@ -10,7 +10,7 @@ import pytest
 from capsight.cli.app import main
 from capsight.errors import CapsuleFileError
 from capsight.evaluation import FULL, MethodResult, Outcome, summary
-from capsight.report import read_bench, read_demo, read_errors, read_eval
+from capsight.report import read_bench, read_demo, read_errors, read_eval, read_picture
 from report import samples
 
 READERS = {
@@ -50,6 +50,8 @@ def changed(values, *path, to):
         ("bench", ["rows", 0, "kv_bytes"], 1.5, "whole number"),
         ("demo", ["sides", "full cache"], ..., "1 sides"),
         ("demo", ["sides", "full cache", "answers"], ["one"], "for each of the 2"),
+        ("demo", ["sides", "capsules, 40% retained", "latent", "tokens_per_s"], 0, "above 0"),
+        ("bench", ["rows", 0, "decode"], 3, "expected a string"),
         ("demo", ["questions", 0, "answer"], 4, "expected a string"),
         ("errors", ["layers"], [], "no layers"),
         ("errors", ["layers", 0, "keys"], None, "keys is missing"),
@@ -72,6 +74,18 @@ def test_not_a_file_of_ours(tmp_path, name, content):
         READERS[name][0](path)
     with pytest.raises(CapsuleFileError, match="cannot read"):
         READERS[name][0](tmp_path / "none.json")
+
+
+def test_pictures_of_others_are_refused(tmp_path):
+    assert read_picture(samples.picture(tmp_path)).heads[0] == "layer 1, head 2 (sink)"
+    for content in (b"", b"GIF89a", samples.picture(tmp_path).read_bytes()[:80]):
+        (tmp_path / "x.png").write_bytes(content)
+        with pytest.raises(CapsuleFileError, match=r"x\.png"):
+            read_picture(tmp_path / "x.png")
+    with pytest.raises(CapsuleFileError, match="no picture of `capsight attention`"):
+        read_picture(samples.picture(tmp_path, "holiday"))
+    with pytest.raises(CapsuleFileError, match="cannot read"):
+        read_picture(tmp_path / "none.png")
 
 
 def test_reads_what_eval_writes(tmp_path):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from base64 import b64encode
 from dataclasses import replace
 
 import pytest
 
 from capsight.errors import OptionError
+from capsight.kvcapsule.budget import LayerNeeds
 from capsight.report import Material, build_report, read_bench, read_eval
 from report import samples
 
-SECTIONS = ["accuracy", "by-images", "by-task", "speed", "ttft", "bench", "demo", "head-map", "budgets",
-            "errors", "machine"]  # fmt: skip
+SECTIONS = ["accuracy", "by-images", "by-task", "speed", "ttft", "bench", "demo", "head-map",
+            "attention", "budgets", "errors", "machine"]  # fmt: skip
 
 
 def sections(page: str) -> list[str]:
@@ -31,6 +33,7 @@ def test_all_sections_in_order(everything):
         ({"demo": None}, {"demo"}),
         ({"evaluations": ()}, {"accuracy", "by-images", "by-task"}),
         ({"head_map": None, "capsule": None, "errors": None}, {"head-map", "budgets", "errors"}),
+        ({"attention": ()}, {"attention"}),
     ],
 )
 def test_what_is_missing_leaves_no_trace(everything, without, gone):
@@ -62,6 +65,25 @@ def test_text_of_the_files_is_escaped(everything):
     page = build_report(everything)
     assert "<b>most</b>" not in page
     assert "&lt;b&gt;most&lt;/b&gt;" in page
+
+
+def test_attention_pictures_are_in_the_page_itself(everything):
+    page = build_report(everything)
+    png = everything.attention[0].png
+    assert f'src="data:image/png;base64,{b64encode(png).decode()}" width="256" height="256"' in page
+    assert "layer 1, head 2 (sink); layer 3, head 0 (&lt;dense&gt;)</figcaption>" in page
+
+
+def test_what_layers_need_is_drawn_where_the_capsule_knows_it(everything):
+    needs = LayerNeeds((16, 32), ((0.4, 0.2),) * 8, (0.5,) * 8)
+    page = build_report(replace(everything, capsule=replace(everything.capsule, needs=needs)))
+    assert "Reconstruction error of each layer" in page
+    assert "Reconstruction error of each layer" not in build_report(everything)
+
+
+def test_the_demo_has_both_ways_to_decode(everything):
+    page = build_report(everything)
+    assert re.search(r"capsules, 40% retained, latent decode</td><td>5.3 MB</td>.*?<td>91</td>", page)
 
 
 def test_the_same_files_give_the_same_page(everything):

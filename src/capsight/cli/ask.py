@@ -11,8 +11,8 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from capsight.cli.encapsulate import BitsOption, RetainedOption, chosen_capsule
 from capsight.cli.models import REFERENCE, load_model
+from capsight.cli.options import BitsOption, RetainedOption, chosen_capsule
 from capsight.cli.output import human_bytes
 from capsight.errors import OptionError
 from capsight.evaluation import Ask, Item

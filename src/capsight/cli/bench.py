@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,24 +16,34 @@ from rich.table import Table
 
 from capsight.baselines import METHODS
 from capsight.cli.evaluate import calibration_prompts
-from capsight.cli.methods import METHOD_NAMES, make_methods
+from capsight.cli.methods import CAPSULES, METHOD_NAMES, make_methods
 from capsight.cli.models import REFERENCE, check_out, load_capsule, load_model
 from capsight.cli.output import human_bytes, parse_bytes, write_json
 from capsight.errors import OptionError
 from capsight.evaluation import FULL
-from capsight.evaluation.bench import bench
+from capsight.evaluation.bench import bench, variants
 from capsight.evaluation.bench_row import BenchRow
 from capsight.kvcapsule import KVCapsule
-from capsight.kvcapsule.codecs import CODECS
+from capsight.runtime import check_decode
+
+_FIT_PROMPTS = 8
+"""Prompts that methods without a file are fitted to; time and bytes do not depend on the fit."""
 
 
 def bench_command(
     model: Annotated[str, typer.Option(help="'reference', a folder or a hub id.")] = REFERENCE,
-    capsule: Annotated[str | None, typer.Option(help="'reference', a folder or a hub id.")] = None,
+    capsule: Annotated[
+        str | None,
+        typer.Option(help="'reference', a folder or a hub id; without one for another model, one is fitted."),
+    ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(METHOD_NAMES)}; 'full' is always there.")
     ] = None,
     retained: Annotated[list[float] | None, typer.Option(help="Retained fractions.")] = None,
+    decode: Annotated[
+        list[str] | None,
+        typer.Option(help="materialise or latent, of methods with capsules; give the option for each."),
+    ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,4",
     images: Annotated[str, typer.Option(help="Image counts, comma-separated.")] = "1,8",
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate per row.")] = 32,
@@ -52,23 +63,29 @@ def bench_command(
     check_out(json)
     if new_tokens < 2 or runs < 1 or threads < 1 or calibrate < 0:
         raise OptionError("new-tokens must be at least 2, runs and threads at least 1, calibrate at least 0")
+    ways = [check_decode(name) for name in decode or ["materialise"]]
     batches, counts = _numbers("batch", batch), _numbers("images", images)
     budget = None if kv_budget is None else parse_bytes(kv_budget)
     torch.set_num_threads(threads)
     vlm, processor = load_model(model, dtype, device)
     names = method or ["adaptive"]
-    methods = make_methods(
-        names,
-        retained or [0.4],
-        lambda: load_capsule(capsule, model),
-        lambda: calibration_prompts(processor, model, None),
-        vlm,
-    )
+
+    @cache
+    def prompts() -> list[Any]:
+        return calibration_prompts(processor, REFERENCE, None, _FIT_PROMPTS)
+
+    @cache
+    def loaded() -> KVCapsule:
+        if capsule is None and model != REFERENCE:
+            return KVCapsule.fit(vlm, None, prompts())
+        return load_capsule(capsule, model)
+
+    timed = variants(make_methods(names, retained or [0.4], loaded, prompts, vlm), ways)
     fits = calibration_seconds(names, vlm, processor, calibrate) if calibrate else []
     rows: list[BenchRow] = []
     with Progress(transient=True) as progress:
-        bar = progress.add_task("timing", total=len(batches) * len(counts) * (1 + len(methods)))
-        for row in bench(vlm, processor, methods, batches, counts, new_tokens, runs):
+        bar = progress.add_task("timing", total=len(batches) * len(counts) * len(timed))
+        for row in bench(vlm, processor, timed, batches, counts, new_tokens, runs):
             rows.append(row)
             progress.advance(bar)
     found = _with_ratios(rows, budget)
@@ -85,8 +102,9 @@ def calibration_seconds(
     found = []
     for name in names:
         began = time.perf_counter()
-        if name in CODECS:
-            KVCapsule.fit(model, None, samples, codec=name, progress=False)
+        if name in CAPSULES:
+            codec, bits = CAPSULES[name]
+            KVCapsule.fit(model, None, samples, codec=codec, progress=False).with_bits(bits)
         elif name in METHODS and METHODS[name].calibrated:
             kind: Any = METHODS[name]
             kind.fit(model, None, samples, progress=False)

@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
 from capsight.blindsight import PrefillFlops
+from capsight.cli.demo_sides import Side
 from capsight.cli.output import human_bytes
-from capsight.evaluation import Answers, Ask, Item, exact_match
-from capsight.evaluation.timing import Timing
-
-
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One side of the comparison.
-
-    Attributes:
-        name: heading of its column.
-        answers: in the order of the questions.
-        timing: time to first token and decode speed.
-        module_nbytes: of the capsule, if it has one.
-        flops: of the language model's prefill.
-    """
-
-    name: str
-    answers: Answers
-    timing: Timing
-    module_nbytes: int
-    flops: PrefillFlops
+from capsight.evaluation import Ask, Item, exact_match
 
 
 def print_demo(console: Console, item: Item, sides: Sequence[Side]) -> None:
@@ -78,6 +58,27 @@ def _costs(sides: Sequence[Side]) -> dict[str, list[str]]:
         rows["of it attention"].append(f"{attention:.2f} GFLOP ({less:.0%})")
         rows["first token"].append(f"{side.timing.ttft_s * 1e3:.0f} ms ({slower:.2f}x)")
         rows["decode"].append(f"{speed:.0f} tok/s ({speed / full.timing.tokens_per_s:.2f}x)")
+    return rows | _other_costs(sides)
+
+
+def _other_costs(sides: Sequence[Side]) -> dict[str, list[str]]:
+    """Rows on the way to decode that was timed besides, empty where a side was not."""
+    full, found = sides[0], [side.other for side in sides]
+    names = [other.decode for other in found if other is not None]
+    if not names:
+        return {}
+    kv, speed = full.answers.nbytes, full.timing.tokens_per_s
+    rows: dict[str, list[str]] = {f"decode, {names[0]}": [], "its KV cache": []}
+    for other in found:
+        cells = ("", "")
+        if other is not None:
+            each = other.timing.tokens_per_s
+            cells = (
+                f"{each:.0f} tok/s ({each / speed:.2f}x)",
+                f"{human_bytes(other.kv_bytes)} ({kv / other.kv_bytes:.2f}x smaller)",
+            )
+        for row, cell in zip(rows.values(), cells, strict=True):
+            row.append(cell)
     return rows
 
 

@@ -9,17 +9,12 @@ import torch
 import typer
 from rich.console import Console
 
-from capsight.cli.models import REFERENCE, check_out, load_capsule, load_model
+from capsight.cli.models import REFERENCE, check_out, load_model
+from capsight.cli.options import BitsOption, RetainedOption, chosen_capsule
 from capsight.cli.output import human_bytes
 from capsight.evaluation import Ask, Item, open_image
 from capsight.evaluation.asking import process
-from capsight.kvcapsule import KVCapsule
 from capsight.runtime import enable
-
-RetainedOption = Annotated[float | None, typer.Option(help="Another retained fraction than the capsule's.")]
-BitsOption = Annotated[
-    int | None, typer.Option(help="Bits of a stored number: 8 or 4; by default those of the capsule.")
-]
 
 
 def encapsulate(
@@ -44,15 +39,3 @@ def encapsulate(
         f"{cache.get_seq_length()} tokens of {len(images)} images -> {out} "
         f"(KV cache {human_bytes(cache.nbytes)}, full {human_bytes(cache.nbytes_full)})"
     )
-
-
-def chosen_capsule(source: str | None, model: str, retained: float | None, bits: int | None) -> KVCapsule:
-    """The capsule that a command line names, at the retained fraction and in the bits that it names.
-
-    Raises:
-        CapsightError: there is none, or it cannot be had so.
-    """
-    capsule = load_capsule(source, model)
-    if retained is not None:
-        capsule = capsule.with_retained(retained)
-    return capsule if bits is None else capsule.with_bits(bits)

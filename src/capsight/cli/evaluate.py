@@ -155,9 +155,11 @@ def _with_tasks(wanted: set[str], items: Iterable[Item]) -> Iterator[Item]:
             yield replace(item, asks=asks)
 
 
-def calibration_prompts(processor: Any, model: str, data: Path | None) -> list[Any]:
+def calibration_prompts(
+    processor: Any, model: str, data: Path | None, count: int = _CALIBRATION_PROMPTS
+) -> list[Any]:
     """Processor outputs to fit methods to: the user's, or the calibration split of the reference task."""
     if data is None and model != REFERENCE:
         raise OptionError("name data to fit the method to with --calibration: pictures or a JSONL file")
-    items = calibration_items(model, data, _CALIBRATION_PROMPTS)
+    items = calibration_items(model, data, count)
     return [process(processor, item, [item.asks[0].question]) for item in items]

@@ -9,11 +9,12 @@ import torch
 import typer
 from rich.console import Console
 
-from capsight.cli.models import REFERENCE, load_capsule, load_model
+from capsight.cli.models import REFERENCE, load_model
+from capsight.cli.options import BitsOption, RetainedOption, chosen_capsule
 from capsight.cli.output import human_bytes
 from capsight.errors import OptionError
 from capsight.evaluation import Ask, Item, ask_item, open_image
-from capsight.runtime import enable
+from capsight.runtime import check_decode, enable
 
 
 def generate(
@@ -23,9 +24,11 @@ def generate(
     capsule: Annotated[
         str | None, typer.Option(help="'reference', a folder, a hub id, or 'none' for the full cache.")
     ] = None,
-    retained: Annotated[
-        float | None, typer.Option(help="Another retained fraction than the capsule's.")
-    ] = None,
+    retained: RetainedOption = None,
+    bits: BitsOption = None,
+    decode: Annotated[
+        str, typer.Option(help="materialise: capsules are rebuilt; latent: attention reads them as they are.")
+    ] = "materialise",
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 64,
     protocol: Annotated[
         str, typer.Option(help="within: images and question in one prefill; after: question over capsules.")
@@ -36,13 +39,14 @@ def generate(
     """Answer a prompt about images, keeping vision KV as capsules."""
     if max_new_tokens < 1:
         raise OptionError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
+    way = check_decode(decode)
+    if capsule == "none" and (retained is not None or bits is not None):
+        raise OptionError("--capsule none is the full cache; leave out --retained and --bits")
     images = tuple(open_image(path) for path in image or ())
     vlm, processor = load_model(model, dtype, device)
-    loaded = None if capsule == "none" else load_capsule(capsule, model)
-    if loaded is not None and retained is not None:
-        loaded = loaded.with_retained(retained)
+    loaded = None if capsule == "none" else chosen_capsule(capsule, model, retained, bits)
     item = Item("command line", images, (Ask(prompt, ""),))
-    with enable(vlm, capsule=loaded) as fast, torch.no_grad():
+    with enable(vlm, capsule=loaded, decode=way) as fast, torch.no_grad():
         answers = ask_item(fast, processor, item, protocol, max_new_tokens)
     print(answers.texts[0])
     Console(stderr=True).print(

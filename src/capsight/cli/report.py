@@ -13,7 +13,15 @@ from capsight.blindsight import HeadMap
 from capsight.cli.models import check_out
 from capsight.errors import CapsuleFileError
 from capsight.kvcapsule import KVCapsule
-from capsight.report import Material, build_report, read_bench, read_demo, read_errors, read_eval
+from capsight.report import (
+    Material,
+    build_report,
+    read_bench,
+    read_demo,
+    read_errors,
+    read_eval,
+    read_picture,
+)
 
 
 def report(
@@ -25,6 +33,9 @@ def report(
     head_map: Annotated[str | None, typer.Option(help="Head map to draw: file, folder or hub id.")] = None,
     capsule: Annotated[
         str | None, typer.Option(help="Capsule whose layer budgets to draw: folder, hub id or 'reference'.")
+    ] = None,
+    attention: Annotated[
+        list[Path] | None, typer.Option(help="PNG of `capsight attention`; repeat for several.")
     ] = None,
     errors: Annotated[
         Path | None,
@@ -42,6 +53,7 @@ def report(
         head_map=None if head_map is None else HeadMap.from_pretrained(head_map),
         capsule=None if capsule is None else KVCapsule.from_pretrained(capsule).info,
         errors=None if errors is None else read_errors(errors),
+        attention=tuple(read_picture(path) for path in attention or []),
     )
     page = build_report(material, method)
     temporary = out.with_name(out.name + ".tmp")

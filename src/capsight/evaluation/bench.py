@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -18,12 +20,40 @@ from capsight.evaluation.prefill import Prefill, observes
 from capsight.evaluation.sharing import FULL
 from capsight.evaluation.summary import split_label
 from capsight.evaluation.timing import Timing, medians, time_once
-from capsight.kvcapsule import CacheMethod
+from capsight.kvcapsule import CacheMethod, LatentMethod
 from capsight.layout import build_layout
-from capsight.runtime import enable
+from capsight.runtime import Decode, FastModel, enable
 
-Methods = Mapping[str, CacheMethod | None]
-"""By label, such as "adaptive 0.4"; None is the full cache."""
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What is timed as one.
+
+    Attributes:
+        label: of the method, such as "adaptive 0.4".
+        method: None is the full cache.
+        decode: how attention gets at capsules; None where there are none.
+    """
+
+    label: str
+    method: CacheMethod | None = None
+    decode: Decode | None = None
+
+    def enabled(self, model: Any) -> AbstractContextManager[FastModel]:
+        """The model with this method."""
+        return enable(model, capsule=self.method, decode=self.decode or "materialise")
+
+
+def variants(methods: Mapping[str, CacheMethod], decodes: Sequence[Decode]) -> list[Variant]:
+    """The full cache, then every method, once for each way to decode if it has capsules."""
+    found = [Variant(FULL)]
+    for label, method in methods.items():
+        if not isinstance(method, LatentMethod):
+            found.append(Variant(label, method))
+            continue
+        for way in decodes:
+            found.append(Variant(label, method.for_latent() if way == "latent" else method, way))
+    return found
 
 
 def batch_inputs(processor: Any, items: Sequence[Item]) -> dict[str, Any]:
@@ -36,73 +66,75 @@ def batch_inputs(processor: Any, items: Sequence[Item]) -> dict[str, Any]:
 def bench(
     model: Any,
     processor: Any,
-    methods: Mapping[str, CacheMethod],
+    timed: Sequence[Variant],
     batches: Sequence[int],
     images: Sequence[int],
     new_tokens: int = 32,
     runs: int = 3,
 ) -> Iterator[BenchRow]:
-    """Time the full cache and every method on prompts of the reference task.
+    """Time variants on prompts of the reference task.
 
     Args:
         model: the model.
         processor: its processor.
-        methods: by label, such as "adaptive 0.4".
+        timed: of `variants`, the full cache first.
         batches: batch sizes.
         images: image counts.
         new_tokens: tokens generated per row.
-        runs: counted runs, after one that warms up; methods take turns, run by run.
+        runs: counted runs, after one that warms up; variants take turns, run by run.
 
     Yields:
         Rows, the full cache first at every batch size and image count.
     """
-    everything: dict[str, CacheMethod | None] = {FULL: None} | dict(methods)
     for count in images:
         for batch in batches:
             inputs = batch_inputs(processor, list(reference_items("calibration", count, batch)))
             inputs = to_device(inputs, model.device)
-            timings = _timings(model, inputs, everything, new_tokens, runs)
-            filling = _encode_seconds(model, inputs, everything, runs)
-            for label, method in everything.items():
-                kv_bytes, peak = _memory(model, inputs, method, new_tokens)
-                name, retained = split_label(label)
+            timings = _timings(model, inputs, timed, new_tokens, runs)
+            filling = _encode_seconds(model, inputs, timed, runs)
+            for variant, timing, encode in zip(timed, timings, filling, strict=True):
+                kv_bytes, peak = _memory(model, inputs, variant, new_tokens)
+                name, retained = split_label(variant.label)
                 yield BenchRow(
                     method=name,
                     retained=retained,
                     batch=batch,
                     images=count,
                     prompt_tokens=inputs["input_ids"].shape[1],
-                    ttft_s=timings[label].ttft_s,
-                    tokens_per_s=timings[label].tokens_per_s,
+                    ttft_s=timing.ttft_s,
+                    tokens_per_s=timing.tokens_per_s,
                     kv_bytes=kv_bytes,
-                    module_bytes=0 if method is None else method.module_nbytes,
-                    encode_s=filling[label],
+                    module_bytes=0 if variant.method is None else variant.method.module_nbytes,
+                    encode_s=encode,
                     peak_bytes=peak,
+                    decode=variant.decode,
                 )
 
 
 def _timings(
-    model: Any, inputs: Mapping[str, Any], methods: Methods, new_tokens: int, runs: int
-) -> dict[str, Timing]:
-    found: dict[str, list[Timing]] = {label: [] for label in methods}
+    model: Any, inputs: Mapping[str, Any], timed: Sequence[Variant], new_tokens: int, runs: int
+) -> list[Timing]:
+    found: list[list[Timing]] = [[] for _ in timed]
     for _ in range(1 + runs):
-        for label, method in methods.items():
-            with enable(model, capsule=method) as fast:
-                found[label].append(time_once(fast, inputs, new_tokens))
-    return {label: medians(timings[1:]) for label, timings in found.items()}
+        for variant, timings in zip(timed, found, strict=True):
+            with variant.enabled(model) as fast:
+                timings.append(time_once(fast, inputs, new_tokens))
+    return [medians(timings[1:]) for timings in found]
 
 
-def _encode_seconds(model: Any, inputs: Mapping[str, Any], methods: Methods, runs: int) -> dict[str, float]:
-    chosen = [method for method in methods.values() if method is not None]
+def _encode_seconds(
+    model: Any, inputs: Mapping[str, Any], timed: Sequence[Variant], runs: int
+) -> list[float]:
+    chosen = [variant.method for variant in timed if variant.method is not None]
     layout = build_layout(inputs, model.config)
     observe = any(observes(method, layout, model.config) for method in chosen)
-    found: dict[str, list[float]] = {label: [] for label in methods}
+    found: list[list[float]] = [[] for _ in timed]
     with enable(model, capsule=next((m for m in chosen if m.needs_attention), None)), torch.no_grad():
         prefill = Prefill.record(model, inputs, None, observe)
         for _ in range(1 + runs):
-            for label, method in methods.items():
-                found[label].append(_seconds(partial(_fill, prefill, method), model.device))
-    return {label: median(seconds[1:]) for label, seconds in found.items()}
+            for variant, seconds in zip(timed, found, strict=True):
+                seconds.append(_seconds(partial(_fill, prefill, variant.method), model.device))
+    return [median(seconds[1:]) for seconds in found]
 
 
 def _fill(prefill: Prefill, method: CacheMethod | None) -> None:
@@ -110,10 +142,10 @@ def _fill(prefill: Prefill, method: CacheMethod | None) -> None:
 
 
 def _memory(
-    model: Any, inputs: Mapping[str, Any], method: CacheMethod | None, new_tokens: int
+    model: Any, inputs: Mapping[str, Any], variant: Variant, new_tokens: int
 ) -> tuple[int, int | None]:
     """Bytes of the cache after the first token, and the peak of a whole generation."""
-    with enable(model, capsule=method) as fast:
+    with variant.enabled(model) as fast:
 
         def generate(tokens: int) -> Any:
             return fast.generate(

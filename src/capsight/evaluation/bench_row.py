@@ -25,6 +25,7 @@ class BenchRow:
             so what the method adds to the prefill ("full": a copy); None where it was not measured.
         peak_bytes: most memory that generation held beyond what was held before it; None where it was not
             measured.
+        decode: how attention gets at capsules, "materialise" or "latent"; None where there are none.
     """
 
     method: str
@@ -38,11 +39,13 @@ class BenchRow:
     module_bytes: int = 0
     encode_s: float | None = None
     peak_bytes: int | None = None
+    decode: str | None = None
 
     @property
     def name(self) -> str:
-        """As `capsight eval` writes it, such as "adaptive 0.4"."""
-        return self.method if self.retained is None else f"{self.method} {self.retained:g}"
+        """As `capsight eval` writes it, such as "adaptive 0.4"; with " latent" where that was timed."""
+        label = self.method if self.retained is None else f"{self.method} {self.retained:g}"
+        return f"{label} latent" if self.decode == "latent" else label
 
     def ratios(self, full: BenchRow) -> dict[str, float]:
         """This row over the full cache's, at the same batch and images; modules count as bytes."""

@@ -60,4 +60,5 @@ def _row(row: Fields) -> BenchRow:
         optional("module_bytes") or 0,
         row.number("encode_s") if row.has("encode_s") else None,
         optional("peak_bytes"),
+        row.text("decode") if row.has("decode") else None,
     )

@@ -7,6 +7,7 @@ from matplotlib.ticker import MaxNLocator
 
 from capsight.blindsight.categories import Category
 from capsight.blindsight.head_map import HeadMap
+from capsight.kvcapsule.budget import LayerNeeds
 from capsight.kvcapsule.info import CapsuleInfo
 from capsight.report.layer_files import LayerErrors
 from capsight.report.svg import INK, MUTED, SERIES, inline, new_figure
@@ -49,6 +50,23 @@ def budgets(info: CapsuleInfo, name: str) -> str:
     axes.set_ylabel("retained, %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return inline(figure, name, "Retained fraction of each layer")
+
+
+def needs(info: CapsuleInfo, found: LayerNeeds, name: str) -> str:
+    """What rebuilt tokens are off by in each layer, beside the attention that it pays to vision tokens."""
+    figure, (left, right) = new_figure(8.6, 2.8, panels=2)
+    index = [layer.index for layer in info.layers]
+    lost = found.errors_at([layer.kept for layer in info.layers], info.block_size)
+    for axes, label, values, colour in (
+        (left, "relative squared error", lost, SERIES[1]),
+        (right, "attention to vision tokens, %", [100 * share for share in found.attention], SERIES[2]),
+    ):
+        axes.bar(index, values, color=colour, width=0.7)
+        axes.grid(False, axis="x")
+        axes.set_xlabel("layer")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return inline(figure, name, "Reconstruction error of each layer, and its attention to vision tokens")
 
 
 def errors(found: LayerErrors, name: str) -> str:

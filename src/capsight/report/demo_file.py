@@ -23,6 +23,8 @@ class DemoSide:
         module_bytes: of the modules.
         ttft_s: seconds to the first token.
         tokens_per_s: decode speed.
+        latent: bytes of the KV cache, seconds to the first token and tokens per second of latent decoding,
+            where it was timed besides.
     """
 
     name: str
@@ -32,6 +34,7 @@ class DemoSide:
     module_bytes: int
     ttft_s: float
     tokens_per_s: float
+    latent: tuple[int, float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,4 +83,13 @@ def _side(name: str, side: Fields, questions: int) -> DemoSide:
         side.count("module_bytes"),
         side.positive("ttft_s"),
         side.positive("tokens_per_s"),
+        _latent(side.object("latent")) if side.has("latent") else None,
+    )
+
+
+def _latent(fields: Fields) -> tuple[int, float, float]:
+    return (
+        int(fields.positive("kv_bytes")),
+        fields.positive("ttft_s"),
+        fields.positive("tokens_per_s"),
     )

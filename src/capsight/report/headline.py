@@ -113,7 +113,7 @@ def _bench_ratios(bench: BenchFile, method: str, name: str | None) -> tuple[floa
     pairs = [
         (row, full[key])
         for row in bench.rows
-        if (row.name == name if name else row.method == method)
+        if (row.name == name if name else row.method == method and row.decode != "latent")
         and (key := (row.batch, row.images, row.prompt_tokens)) in full
     ]
     if not pairs:

@@ -10,12 +10,13 @@ from typing import Any
 from capsight.blindsight.head_map import HeadMap
 from capsight.errors import OptionError
 from capsight.kvcapsule.info import CapsuleInfo
-from capsight.report import sections
+from capsight.report import sections, sections_layers
 from capsight.report.bench_file import BenchFile
 from capsight.report.demo_file import DemoFile
 from capsight.report.eval_file import EvalFile
 from capsight.report.headline import headline
 from capsight.report.layer_files import LayerErrors
+from capsight.report.picture_file import Picture
 from capsight.report.sections import Section
 from capsight.report.style import CSS
 from capsight.report.tables import table, tiles
@@ -32,6 +33,7 @@ class Material:
         head_map: to draw.
         capsule: whose layer budgets to draw.
         errors: reconstruction errors to draw.
+        attention: pictures of what chosen heads attend to.
     """
 
     evaluations: tuple[EvalFile, ...] = ()
@@ -40,6 +42,7 @@ class Material:
     head_map: HeadMap | None = None
     capsule: CapsuleInfo | None = None
     errors: LayerErrors | None = None
+    attention: tuple[Picture, ...] = ()
 
 
 def build_report(material: Material, method: str = "adaptive") -> str:
@@ -90,11 +93,13 @@ def _sections(material: Material, method: str) -> Iterator[Section]:
     if material.demo is not None:
         yield sections.demo(material.demo)
     if material.head_map is not None:
-        yield sections.head_map(material.head_map)
+        yield sections_layers.head_map(material.head_map)
+    if material.attention:
+        yield sections_layers.attention(material.attention)
     if material.capsule is not None:
-        yield sections.layer_budgets(material.capsule)
+        yield sections_layers.layer_budgets(material.capsule)
     if material.errors is not None:
-        yield sections.reconstruction(material.errors)
+        yield sections_layers.reconstruction(material.errors)
     yield _machines(material)
 
 

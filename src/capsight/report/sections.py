@@ -1,4 +1,4 @@
-"""The sections of the page, each made of what is there; a section without material is no section."""
+"""Sections of evaluations, benchmarks and the demo; a section without material is no section."""
 
 from __future__ import annotations
 
@@ -6,29 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 
-from capsight.blindsight.categories import Category
-from capsight.blindsight.head_map import HeadMap
-from capsight.kvcapsule.info import CapsuleInfo
-from capsight.report import charts_accuracy, charts_layers, charts_speed
+from capsight.report import charts_accuracy, charts_speed
 from capsight.report.bench_file import BenchFile
 from capsight.report.demo_file import DemoFile
 from capsight.report.eval_file import EvalFile
 from capsight.report.headline import chosen_row
-from capsight.report.layer_files import LayerErrors
-from capsight.report.svg import VARIABLES
 from capsight.report.tables import folded, group_table, human_bytes, methods_table, table
 
 _PROTOCOLS = {
     "after": "images are read and compressed first, then the question is asked: everything the model says "
     "has come through the compressed cache",
     "within": "image and question are read together; compression is seen from the second word of an answer",
-}
-
-_CATEGORIES = {
-    Category.DENSE: "Dense",
-    Category.SINK: "Sink",
-    Category.INTRA_IMAGE: "Intra-Image",
-    Category.INTRA_IMAGE_SINK: "Intra-Image+Sink",
 }
 
 
@@ -142,15 +130,17 @@ def demo(file: DemoFile) -> Section:
         [escape(question), escape(answer), *(verdict(s.answers[i], s.right[i]) for s in sides)]
         for i, (question, answer) in enumerate(file.questions)
     ]
+    found = [(s.name, s.module_bytes, (s.kv_bytes, s.ttft_s, s.tokens_per_s)) for s in sides]
+    found += [(f"{s.name}, latent decode", s.module_bytes, s.latent) for s in sides if s.latent]
     costs = [
         [
-            escape(side.name),
-            human_bytes(side.kv_bytes),
-            human_bytes(side.module_bytes) if side.module_bytes else "",
-            f"{side.ttft_s * 1e3:,.0f} ms",
-            f"{side.tokens_per_s:,.0f}",
+            escape(name),
+            human_bytes(kv_bytes),
+            human_bytes(modules) if modules else "",
+            f"{ttft_s * 1e3:,.0f} ms",
+            f"{tokens_per_s:,.0f}",
         ]
-        for side in sides
+        for name, modules, (kv_bytes, ttft_s, tokens_per_s) in found
     ]
     heads = ("question", "right answer", *(side.name for side in sides))
     body = table(heads, rows, left=4) + table(("", "KV cache", "modules", "first token", "tokens/s"), costs)
@@ -159,43 +149,4 @@ def demo(file: DemoFile) -> Section:
         "One prompt, question by question",
         f"{file.images} images that nobody trained on, asked with both caches.",
         body,
-    )
-
-
-def head_map(found: HeadMap) -> Section:
-    """The picture of a head map with its legend."""
-    counts = found.counts()
-    keys = "".join(
-        f'<span class="key"><i style="background:var(--{VARIABLES[colour]})"></i>'
-        f"{_CATEGORIES[category]}: {counts[category]}</span>"
-        for category, colour in charts_layers.COLOURS.items()
-    )
-    return Section(
-        "head-map",
-        "What each attention head looks at",
-        "Dense heads see everything; the others skip most of what lies in other images during prefill.",
-        f"<figure>{charts_layers.head_map_picture(found, 'heads')}</figure><p>{keys}</p>",
-    )
-
-
-def layer_budgets(info: CapsuleInfo) -> Section:
-    """What each layer keeps."""
-    kept = {layer.kept for layer in info.layers}
-    lead = f"Of every {info.block_size} vision tokens, "
-    if len(kept) == 1:
-        lead += f"each of the {len(info.layers)} layers keeps {kept.pop()}."
-        body = ""
-    else:
-        lead += f"layers keep between {min(kept)} and {max(kept)}."
-        body = f"<figure>{charts_layers.budgets(info, 'budgets')}</figure>"
-    return Section("budgets", "Layer budgets", lead, body)
-
-
-def reconstruction(found: LayerErrors) -> Section:
-    """How far rebuilt keys and values are from the originals."""
-    return Section(
-        "errors",
-        "Reconstruction error by layer",
-        "Norm of the difference over norm of the original, on images not used for fitting; lower is better.",
-        f"<figure>{charts_layers.errors(found, 'errors')}</figure>",
     )

@@ -33,6 +33,8 @@ p {{ margin: 4px 0 14px; max-width: 76ch; }}
 .tile span {{ display: block; font-weight: 600; }}
 .tile small {{ color: var(--muted); font-size: 13px; }}
 figure {{ margin: 12px 0; }}
+figure img {{ max-width: 100%; height: auto; display: block; background: #fff; border-radius: 6px; }}
+figcaption {{ color: var(--muted); font-size: 14px; margin-top: 4px; }}
 svg {{ width: 100%; height: auto; display: block; }}
 svg text {{ font-family: inherit !important; }}
 .wide {{ overflow-x: auto; }}

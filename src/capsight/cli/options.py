@@ -1,0 +1,33 @@
+"""Options that several commands share, and the capsule that they name."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from capsight.cli.models import load_capsule
+from capsight.kvcapsule import KVCapsule
+
+OWN_BITS = 16
+"""What `--bits` calls numbers in the cache's own dtype."""
+
+RetainedOption = Annotated[float | None, typer.Option(help="Another retained fraction than the capsule's.")]
+BitsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Bits of a stored number: 8, 4, or 16 for the cache's dtype; by default those of the capsule."
+    ),
+]
+
+
+def chosen_capsule(source: str | None, model: str, retained: float | None, bits: int | None) -> KVCapsule:
+    """The capsule that a command line names, at the retained fraction and in the bits that it names.
+
+    Raises:
+        CapsightError: there is none, or it cannot be had so.
+    """
+    capsule = load_capsule(source, model)
+    if retained is not None:
+        capsule = capsule.with_retained(retained)
+    return capsule if bits is None else capsule.with_bits(None if bits == OWN_BITS else bits)
