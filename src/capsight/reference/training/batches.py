@@ -31,11 +31,11 @@ _TASK_WEIGHT = {
     "order": 3.0,
     "priciest": 3.0,
     "odd_one_out": 3.0,
-    "compare": 3.0,
-    "count_shapes": 2.0,
-    "count_images": 2.0,
-    "same_kind": 2.0,
-    "find": 1.5,
+    "compare": 4.0,
+    "count_shapes": 4.0,
+    "count_images": 3.0,
+    "same_kind": 3.0,
+    "find": 2.0,
 }
 
 
