@@ -30,12 +30,12 @@ def draw_shape(canvas: Canvas, shape: str, x: float, y: float, r: float, fill: R
 
 
 def paint(rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str, Any]]:
-    """Draw 2 to 6 shapes, each in a cell of its own; facts: ``shapes`` [(shape, colour), ...]."""
+    """Draw 2 to 4 shapes, each in a cell of its own; facts: ``shapes`` [(shape, colour), ...]."""
     canvas = Canvas(rng, width, height, light(rng, 228))
     few = rng.sample(SHAPES, rng.randint(2, 4))
     tints = rng.sample(list(COLORS), rng.randint(2, 4))
     cells = rng.sample(
-        range(canvas.columns * canvas.rows), rng.randint(2, min(6, canvas.columns * canvas.rows))
+        range(canvas.columns * canvas.rows), rng.randint(2, min(4, canvas.columns * canvas.rows))
     )
     facts: list[tuple[str, str]] = []
     for cell in cells:
