@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from capsight.errors import CapsightError, OptionError
 from capsight.kvcapsule import CapsuleCache
 from capsight.kvcapsule.codecs import AdaptiveCodec
-from capsight.kvcapsule.latent import TokenMap, latent_attention, plain
+from capsight.kvcapsule.latent import BlockRows, TokenMap, latent_attention, plain
 from capsight.layout import PromptLayout
 from kvcapsule.conftest import codec, layouts, row
 from kvcapsule.latent_problem import problems
@@ -142,6 +143,21 @@ def test_crop_moved_rows_and_new_images():
 def test_long_turns_are_attended_in_parts(monkeypatch):
     monkeypatch.setattr(plain, "_QUERIES", 2)
     assert compare(pair(LAYOUT, "adaptive", 3), 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_reach_the_query(dtype):
+    fitted, slots = codec("adaptive", 3), torch.randn(2, 5, H, N, D)
+    held = fitted.latent(fitted.encode(slots[0], slots[1]))
+    where = BlockRows(torch.zeros(5, dtype=torch.int64), torch.arange(5), 5)
+    exact = torch.randn(2, 1, H, 4, D)
+    found = []
+    for kind in (torch.float64, dtype):
+        query = torch.ones(1, GROUP * H, 2, D, dtype=kind, requires_grad=True)
+        short = replace(held, keys=held.keys.to(dtype), values=held.values.to(dtype))
+        latent_attention(query, *exact.to(dtype), short, where, None, 0.5)[..., 0].sum().backward()
+        found.append(query.grad)
+    torch.testing.assert_close(found[1].double(), found[0], atol=1e-2, rtol=1e-2)
 
 
 def test_what_is_left_must_be_taken():

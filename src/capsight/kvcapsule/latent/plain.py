@@ -82,8 +82,10 @@ def _softmax(parts: list[Tensor]) -> list[Tensor]:
     """Softmax of scores `[C, M, n]` over all but the first axis of all parts."""
     widths = [part[0].numel() for part in parts]
     scores = parts[0].new_empty(len(parts[0]), sum(widths))
-    for columns, part in zip(scores.split(widths, 1), parts, strict=True):
-        columns.view(part.shape).copy_(part)
+    start = 0
+    for width, part in zip(widths, parts, strict=True):
+        scores[:, start : start + width].view(part.shape).copy_(part)
+        start += width
     found = scores.softmax(-1).split(widths, 1)
     return [columns.view(part.shape) for columns, part in zip(found, parts, strict=True)]
 
@@ -91,7 +93,7 @@ def _softmax(parts: list[Tensor]) -> list[Tensor]:
 def _scores(q: Tensor, blocks: LatentBlocks) -> list[Tensor]:
     """Scores over tokens: `[C, M, r]`, `[C, M, T]`, or both."""
     count, size = blocks.keys.shape[:2]
-    over = [q @ slots.permute(1, 2, 0) for slots in _chunks(blocks.keys, q.dtype)]  # [H, C / H, n * r]
+    over = [q @ slots.permute(1, 2, 0) for slots in _chunks(blocks.keys, q)]  # [H, C / H, n * r]
     slots = (over[0] if len(over) == 1 else torch.cat(over, 2)).view(-1, count, size)  # [C, M, r]
     tokens = blocks.key_map
     if tokens.weights is None:
@@ -107,22 +109,20 @@ def _scores(q: Tensor, blocks: LatentBlocks) -> list[Tensor]:
 def _add_values(out: Tensor, parts: list[Tensor], blocks: LatentBlocks) -> None:
     """Add to `out` `[H, C / H, D]` what tokens with probabilities `parts`, as of `_scores`, give."""
     slots = _gather(parts, blocks.value_map)  # [C, M, r]
-    slots = slots.flatten(1).view(*out.shape[:2], -1)  # [H, C / H, M * r]
+    slots = slots.reshape(*out.shape[:2], -1)  # [H, C / H, M * r]
     start = 0
-    for chunk in _chunks(blocks.values, out.dtype):  # [n * r, H, D]
+    for chunk in _chunks(blocks.values, out):  # [n * r, H, D]
         out.baddbmm_(slots[:, :, start : start + len(chunk)], chunk.transpose(0, 1))
         start += len(chunk)
     rest, mean = blocks.value_map.rest, blocks.value_map.mean
     if rest is not None and mean is not None:
-        total = sum(
-            part.flatten(1) @ weights.expand(part.shape[1], -1).flatten()
-            for part, weights in _rebuilt(parts, rest.to(out.dtype), blocks.value_map)
-        )  # [C]
-        out.addcmul_(total.view(*out.shape[:2], 1), mean.to(out.dtype)[:, None])
+        for part, weights in _rebuilt(parts, rest.to(out.dtype), blocks.value_map):
+            total = part.flatten(1) @ weights.expand(part.shape[1], -1).flatten()  # [C]
+            out.addcmul_(total.view(*out.shape[:2], 1), mean.to(out.dtype)[:, None])
 
 
 def _gather(parts: list[Tensor], tokens: TokenMap) -> Tensor:
-    """From probabilities of tokens those of slots: `[C, M, r]`, which may be the first part, changed."""
+    """From probabilities of tokens those of slots: `[C, M, r]`."""
     if tokens.weights is None:
         return parts[0]
     made = [
@@ -130,7 +130,7 @@ def _gather(parts: list[Tensor], tokens: TokenMap) -> Tensor:
         for part, weights in _rebuilt(parts, tokens.weights.to(parts[0]), tokens)
     ]  # [M, C, r]
     if tokens.copied:
-        return parts[0].add_(made[0].transpose(0, 1))
+        return parts[0] + made[0].transpose(0, 1)
     return sum(made[1:], made[0]).transpose(0, 1)
 
 
@@ -140,16 +140,16 @@ def _rebuilt(parts: list[Tensor], weights: Tensor, tokens: TokenMap) -> Iterator
     yield from zip(rebuilt, weights.split([part.shape[2] for part in rebuilt], 1), strict=True)
 
 
-def _chunks(slots: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Slots `[M, r, H, D]` as `[n * r, H, D]` in another dtype; on a CPU a few blocks at a time.
+def _chunks(slots: Tensor, like: Tensor) -> Iterator[Tensor]:
+    """Slots `[M, r, H, D]` as `[n * r, H, D]` in the dtype of `like`; on a CPU a few blocks at a time.
 
     Numbers of 16 bits are read from memory once and what they become stays in cache. A chunk is valid
-    until the next one.
+    until the next one, unless `like` needs gradients.
     """
-    if slots.dtype == dtype or slots.device.type != "cpu":
-        yield slots.to(dtype).flatten(0, 1)
+    if slots.dtype == like.dtype or slots.device.type != "cpu" or like.requires_grad:
+        yield slots.to(like.dtype).flatten(0, 1)
         return
     step = max(1, _CACHED // slots[0].numel())
-    wide = torch.empty(min(step, len(slots)), *slots.shape[1:], dtype=dtype)
+    wide = like.new_empty(min(step, len(slots)), *slots.shape[1:])
     for part in slots.split(step):
         yield wide[: len(part)].copy_(part).flatten(0, 1)
