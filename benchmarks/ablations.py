@@ -92,7 +92,7 @@ def against(ours: MethodResult, first: MethodResult) -> dict[str, Any]:
 
 
 def main(
-    samples: Annotated[int, typer.Option(help="Test prompts per image count, six questions each.")] = 20,
+    samples: Annotated[int, typer.Option(help="Test prompts per image count, six questions each.")] = 16,
     images: Annotated[str, typer.Option(help="Image counts of the test prompts.")] = "4,8",
     retained: Annotated[str, typer.Option(help="Retained fractions.")] = "0.4,0.2",
     calibration: Annotated[int, typer.Option(help="Calibration prompts.")] = 96,
