@@ -60,6 +60,9 @@ def train_key_mlps(
 def train_mlp(kept_index: Tensor, linear: Tensor, samples: KeySamples, width: int) -> TokenMlp:
     """Train an MLP on what a linear map leaves; the best on held-out samples, zero included, is returned.
 
+    Where the linear map was fitted to all samples, it has seen the held-out ones and the MLP has not, so
+    the choice leans towards zero.
+
     Args:
         kept_index: int64 `[r]`, positions of kept keys, ascending.
         linear: float32 `[N, r]`, the map from kept keys to all keys.
