@@ -7,9 +7,10 @@ import sys
 import pytest
 from PIL import Image
 
+from capsight.cli import bench
 from capsight.cli.app import main
 from capsight.cli.output import parse_bytes
-from capsight.reference import reference_path
+from capsight.reference import load_reference_vlm
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -129,12 +130,13 @@ def test_bench(monkeypatch, capsys, tmp_path):
 
 
 def test_bench_fits_what_another_model_has_no_file_of(monkeypatch, capsys, tmp_path):
-    """A folder is not the reference VLM to the command line, even if it holds the same weights."""
+    monkeypatch.setattr(bench, "load_model", lambda *_: load_reference_vlm())
     code, out, _ = run(
-        monkeypatch, capsys, "bench", "--model", reference_path(), "--method", "adaptive",
+        monkeypatch, capsys, "bench", "--model", "another", "--method", "adaptive",
         "--method", "feature-pca", "--batch", 1, "--images", 1, "--new-tokens", 2, "--runs", 1,
     )  # fmt: skip
     assert code == 0
+    assert "adaptive 0.4" in out
     assert "feature-pca 0.4" in out
 
 
