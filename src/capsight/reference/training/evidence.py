@@ -102,7 +102,7 @@ def _of_one(scene: Scene, image: int, task: str, text: str, answer: str) -> list
             return [([(image, c)], [(image, c)]) for c in cells]
     places = [(image, c) for c in cells]
     if task == "count_shapes":
-        places += [(image, NUMBER)] * REST
+        return [([*places, *[(image, NUMBER)] * REST], [(image, END)])]
     return [(places, places)]
 
 

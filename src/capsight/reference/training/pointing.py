@@ -54,7 +54,7 @@ _NUMBER = re.compile(r"(?<=[Ii]mage )\d|(?<=images )\d|(?<=and )\d")
 #: The slots of the answers to a task; those of all other tasks are texts on one image.
 _ANSWERS: dict[str, tuple[str, str]] = {
     "shape_color": ("marks", "marks"),
-    "count_shapes": ("marks", "marks"),
+    "count_shapes": ("marks", "ends"),
     "priciest": ("extreme", "extreme"),
     "bar_extreme": ("extreme", "extreme"),
     "find": ("find", "find"),
