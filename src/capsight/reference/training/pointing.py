@@ -139,10 +139,10 @@ def _looks(prompt: Prompt, row: RowMap) -> dict[str, list[tuple[int, list[int]]]
             if subject:
                 looks["subject"].append((query, subject))
             one, two = seen[min(at, len(seen) - 1)]
-            first, second = _ANSWERS.get(question.task, ("text", "text"))
-            looks[first].append((query, [row.position(p) for p in one]))
-            if second != first:
-                looks[second].append((query, [row.position(p) for p in two]))
+            slot, other = _ANSWERS.get(question.task, ("text", "text"))
+            looks[slot].append((query, [row.position(p) for p in one]))
+            if other != slot:
+                looks[other].append((query, [row.position(p) for p in two]))
             at += len(token)
     return looks
 
