@@ -66,16 +66,10 @@ def _shapes(s: Scene, rng: random.Random) -> tuple[str, str, str]:
     shapes: list[tuple[str, str]] = s.facts["shapes"]
     by_shape = Counter(shape for shape, _ in shapes)
     single = [(shape, color) for shape, color in shapes if by_shape[shape] == 1]
-    roll = rng.random()
-    if single and roll < 0.35:
+    if single and rng.random() < 0.6:
         shape, color = rng.choice(single)
         return "shape_color", f"what color is the {shape}?", color
-    if roll < 0.55:
-        return "count_shapes", "how many shapes are there?", str(len(shapes))
-    shape, color = rng.choice(shapes)
-    if roll < 0.8:
-        return "count_shapes", f"how many {shape} shapes are there?", str(by_shape[shape])
-    return "count_shapes", f"how many {color} shapes are there?", str(sum(c == color for _, c in shapes))
+    return "count_shapes", "how many shapes are there?", str(len(shapes))
 
 
 def _plate(s: Scene, rng: random.Random) -> tuple[str, str, str]:
