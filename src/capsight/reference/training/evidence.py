@@ -88,12 +88,8 @@ def _of_one(scene: Scene, image: int, task: str, text: str, answer: str) -> list
     if task == "shape_color":
         cells = mark_cells(scene, shape=text.split()[-1].rstrip("?"))
     elif task == "count_shapes":
-        what = text.split()[2]
-        cells = (
-            mark_cells(scene)
-            if what == "shapes"
-            else mark_cells(scene, shape=what) or mark_cells(scene, color=what)
-        )
+        places = [(image, c) for c in mark_cells(scene)]
+        return [([*places, *[(image, NUMBER)] * REST], [(image, END)])]
     else:
         cells = text_cells(scene, _about(task, text, answer))
         if task in ("bar_extreme", "priciest"):
@@ -101,8 +97,6 @@ def _of_one(scene: Scene, image: int, task: str, text: str, answer: str) -> list
         else:
             return [([(image, c)], [(image, c)]) for c in cells]
     places = [(image, c) for c in cells]
-    if task == "count_shapes":
-        return [([*places, *[(image, NUMBER)] * REST], [(image, END)])]
     return [(places, places)]
 
 
