@@ -32,7 +32,7 @@ def test_ships_within_32_mb():
 
 
 #: What the weights that ship reach at four images (see docs/reference-vlm.md); the goal is 0.95.
-BAR = 0.12
+BAR = 0.9
 
 
 def test_answers_at_least_what_the_card_says(reference):
