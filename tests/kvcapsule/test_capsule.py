@@ -178,3 +178,7 @@ def test_break_even_by_counting_up(qwen, codec, batch):
     assert capsule.break_even_tokens(batch) == tokens
     assert capsule.break_even_tokens() >= capsule.break_even_tokens(100)
     assert fitted(qwen, 1.0).break_even_tokens() is None
+
+
+def test_where_the_model_was_loaded_from_is_not_stored(qwen):
+    assert "_name_or_path" not in str(fitted(qwen, 0.4).info.model_config)

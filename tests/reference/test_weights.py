@@ -52,3 +52,8 @@ def test_image_content_matters(reference):
     with enable(model) as fast:
         seen, unseen = (ask_item(fast, processor, i, "within").first_logits for i in (item, blank))
     assert (seen - unseen).abs().max() > 1
+
+
+def test_no_file_says_where_it_was_made():
+    for file in reference_path().rglob("*.json"):
+        assert "_name_or_path" not in file.read_text()

@@ -45,9 +45,18 @@ def fit_capsule(
         ),
         options=dict(options),
         fingerprint=model_fingerprint(model),
-        model_config=json.loads(model.config.to_json_string(use_diff=False)),
+        model_config=_without_paths(json.loads(model.config.to_json_string(use_diff=False))),
         blocks=next(iter(found.moments.values())).blocks,
         budget=budget,
         needs=needs,
     )
     return codecs, info
+
+
+def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """A config without the folders it was loaded from: they say nothing elsewhere."""
+    return {
+        name: _without_paths(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name != "_name_or_path"
+    }

@@ -81,7 +81,7 @@ def _about(task: str, text: str, answer: str) -> str:
     if task in ("bar_extreme", "priciest"):
         return answer
     fixed = {"small_print": "small print", "total": "total", "plate": "plate"}
-    return fixed.get(task) or re.findall(r"the (\w+) (?:code|bar|cost)", text.replace("cost?", "cost"))[0]
+    return fixed.get(task) or re.findall(r"the (\w+) (?:code|bar|cost)", text)[0]
 
 
 def _of_one(scene: Scene, image: int, task: str, text: str, answer: str) -> list[Look]:

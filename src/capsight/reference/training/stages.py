@@ -1,4 +1,4 @@
-"""The lessons: see (dense labels), read (one or two pages), compare (one to eight), finish (full pages)."""
+"""The lessons: see (dense labels), read (one or two pages), compare (one to eight), finish."""
 
 import random
 from dataclasses import dataclass
