@@ -84,9 +84,11 @@ class Calibration:
         keys, values: samples of every layer for MLPs, as they are.
         attention: float32 `[N]` of every layer.
         prompts, blocks: how many were seen.
+        outputs: float32 `[H, D, D]` of every layer, what `ablation_metrics.output_moments` gives.
     """
 
     arrangements: dict[str, Arrangement | None]
+    outputs: list[Tensor]
     moments: dict[str, list[LayerMoments]] = field(default_factory=dict)
     keys: list[KeySamples] = field(default_factory=list)
     values: list[KeySamples] = field(default_factory=list)
@@ -95,9 +97,11 @@ class Calibration:
     blocks: int = 0
 
 
-def calibrate(prompts: Iterable[Blocks], arrangements: dict[str, Arrangement | None]) -> Calibration:
+def calibrate(
+    prompts: Iterable[Blocks], arrangements: dict[str, Arrangement | None], outputs: list[Tensor]
+) -> Calibration:
     """Add up what the blocks of calibration prompts say."""
-    found, sampled = Calibration(arrangements), list[dict[str, list[Tensor]]]()
+    found, sampled = Calibration(arrangements, outputs), list[dict[str, list[Tensor]]]()
     number: list[int] = []
     for index, blocks in enumerate(prompts):
         chosen = spread(len(blocks.plan.runs))

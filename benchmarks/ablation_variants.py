@@ -9,6 +9,7 @@ from typing import Any
 
 from ablation_calibration import Calibration
 from ablation_codecs import FixedEvict, KindCodec, PairCodec, Retain, TokenPca
+from ablation_metrics import MEASURES, measured
 from ablation_places import ArrangedCodec, Arrangement, places
 from ablation_selection import RULES
 from transformers import PreTrainedConfig
@@ -59,6 +60,15 @@ TABLES: dict[str, dict[str, str]] = {
         "fixed positions, rebuilt (`static`)": "static",
         "fixed positions, evicted": "static evicted",
     },
+    "Which token is predicted worst": {
+        "Mahalanobis distance, keys weigh 1/2 (`adaptive`)": "adaptive",
+        "keys weigh 1": "adaptive, keys 1",
+        "keys weigh 1/4": "adaptive, keys 0.25",
+        "values alone": "adaptive, values alone",
+        "squared error in units of each head's variance": "adaptive, scaled",
+        "the same; values by what W_O makes of them": "adaptive, values by output",
+        "keys by queries' second moment, values by W_O": "adaptive, by attention",
+    },
     "MLP for keys": {
         "linear map (`static`)": "static",
         "linear map + MLP (`static-mlp`)": "static-mlp",
@@ -81,8 +91,8 @@ TABLES: dict[str, dict[str, str]] = {
         "`static`, tiles for both": "static tiles",
     },
     "Shared, or one for each": {
-        "`adaptive`, C for keys and C for values": "adaptive",
-        "`adaptive`, one C for both": "adaptive joint",
+        "`adaptive`, one C for both": "adaptive",
+        "`adaptive`, C for keys and C for values": "adaptive apart",
         "`static`, heads share": "static",
         "`static`, value basis per head": "static values per head",
         "`static`, key map per head": "static keys per head",
@@ -133,7 +143,17 @@ def variants(seen: Calibration, kept: int) -> Iterator[Variant]:
 
     yield Variant("adaptive", of(AdaptiveCodec, RUNS))
     yield Variant("evict", of(EvictCodec, RUNS), needs_attention=True)
-    yield Variant("adaptive joint", of(AdaptiveCodec, RUNS, joint=True))
+    plain = of(AdaptiveCodec, RUNS)
+    for name, measure in MEASURES.items():
+        yield Variant(
+            name,
+            made(
+                lambda i, measure=measure: measured(
+                    plain[i], measure(seen.moments[RUNS][i], seen.keys[i].queries, seen.outputs[i])
+                )
+            ),
+        )
+    yield Variant("adaptive apart", of(AdaptiveCodec, RUNS, joint=False))
     yield Variant("adaptive before RoPE", of(AdaptiveCodec, BEFORE), seen.arrangements[BEFORE])
     yield Variant("adaptive tiles", of(AdaptiveCodec, TILES), seen.arrangements[TILES])
     yield Variant("static", of(StaticCodec, RUNS))

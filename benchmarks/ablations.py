@@ -18,6 +18,7 @@ import ablations_page
 import torch
 import typer
 from ablation_calibration import Blocks, calibrate
+from ablation_metrics import output_moments
 from ablation_places import BeforeRope, Tiles
 from ablation_variants import BEFORE, RUNS, TABLES, TILES, VALUE_TILES, Variant, variants
 from rich.console import Console
@@ -112,7 +113,7 @@ def main(
     }
     began = time.perf_counter()
     drawn = calibration_items(REFERENCE, None, calibration)
-    seen = calibrate(prefilled(model, processor, drawn, "calibrating"), arrangements)
+    seen = calibrate(prefilled(model, processor, drawn, "calibrating"), arrangements, output_moments(model))
     methods = {
         f"{variant.name} {rho:g}": variant
         for rho in budgets

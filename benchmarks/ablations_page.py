@@ -18,6 +18,8 @@ HEADS = (
 NOTES = {
     "What is kept, and what becomes of the rest": "Evicted rows keep the tokens of the row above them and "
     "hide the rest from attention: the difference is what rebuilding is worth.",
+    "Which token is predicted worst": "All rows rebuild alike; the measure decides what is kept. Mahalanobis "
+    "distance: channels are whitened by their covariance over the calibration blocks.",
     "MLP for keys": "The MLP corrects the linear map along the token axis; it starts at zero, and held-out "
     "calibration prompts decide when its training stops.",
     "Which fixed positions": "Values go through PCA in all rows. Farthest point: distance of average keys. "

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from ablation_codecs import FixedEvict, PairCodec, Retain, TokenPca
+from ablation_metrics import MEASURES, by_attention, output_moments, scaled, values_by_output, white
 from ablation_places import ArrangedCodec, BeforeRope, Place, Tiles, mrope_positions, places
 from ablation_selection import RULES, attention_top, farthest_point, strided
 
 from capsight.kvcapsule.codecs import EvictCodec, StaticCodec
+from capsight.kvcapsule.codecs.selecting import KEY_WEIGHT
 from capsight.kvcapsule.codecs.token_mlp import TokenMlp
 from capsight.kvcapsule.fit import prefilled_blocks
 from capsight.kvcapsule.plan import CapsulePlan, Run
@@ -154,3 +156,50 @@ def test_an_arranged_codec_gives_blocks_back_in_their_places_also_of_repeated_ro
     for found, x in zip(arranged.decode(payload.select(twice)), (keys, values), strict=True):
         assert torch.equal(found, x[twice])
     assert payload.nbytes == 3 * (2 * 16 * 2 * 4 * 4 + 16)
+
+
+def squares(measure, queries, outputs):
+    """W^T W of keys and values: [2, H, D, D]."""
+    packed = measure(moments(2, 8, 4), queries, outputs).double()
+    low = torch.zeros(2, 2, 4, 4, dtype=torch.float64)
+    rows, cols = torch.tril_indices(4, 4)
+    low[:, :, rows, cols] = packed
+    return low.mT @ low
+
+
+def test_measures_are_what_their_names_say():
+    x = torch.randn(2, 2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    queries, outputs = x.mT @ x
+    sums = moments(2, 8, 4)
+    covariance = torch.stack([kind.channel_covariance() for kind in (sums.keys, sums.values)])
+    variance = covariance.diagonal(dim1=2, dim2=3).mean(2)[..., None, None]
+    spread = (outputs * covariance[1]).sum((1, 2))[:, None, None] / 4
+    own = torch.linalg.inv(covariance)
+    eye = torch.eye(4, dtype=torch.float64).expand(2, 2, 4, 4)
+    expected = {
+        white(1.0): own,
+        white(0.0): own * torch.tensor([1e-12, 1.0])[:, None, None, None],
+        scaled: eye / variance,
+        values_by_output: torch.stack([eye[0] / variance[0], outputs / spread]),
+        by_attention: torch.stack([queries * spread, outputs]),
+    }
+    for measure, square in expected.items():
+        found = squares(measure, queries, outputs)
+        error = (found - square).flatten(2).norm(dim=2) / square.flatten(2).norm(dim=2)
+        assert (error < 0.05).all(), (measure, error)
+    ours = codec("adaptive", 3).whitening.double()
+    torch.testing.assert_close(ours, white(KEY_WEIGHT)(sums, queries, outputs), atol=0.02, rtol=0.01)
+    assert all(measure in expected or measure.__name__ == "measure" for measure in MEASURES.values())
+
+
+def test_outputs_are_what_the_projection_makes_of_a_value():
+    tiny = FAMILIES["qwen2_5_vl"]()
+    found = output_moments(tiny.model)
+    weight = tiny.model.get_decoder().layers[1].self_attn.o_proj.weight
+    heads, size = found[1].shape[:2]
+    group = weight.shape[1] // size // heads
+    value = torch.randn(size)
+    for head in range(heads):
+        each = [weight[:, (head * group + g) * size :][:, :size] @ value for g in range(group)]
+        expected = sum(one.square().sum() for one in each)
+        torch.testing.assert_close(value @ found[1][head] @ value, expected)

@@ -9,6 +9,7 @@ import ablations_page
 import pytest
 import torch
 from ablation_calibration import Blocks, calibrate
+from ablation_metrics import MEASURES, output_moments
 from ablation_places import BeforeRope, Tiles
 from ablation_variants import BEFORE, RUNS, TABLES, TILES, VALUE_TILES, variants
 
@@ -38,7 +39,8 @@ def fitted(qwen):
         TILES: Tiles(4, 4, keys=True),
         VALUE_TILES: Tiles(4, 4, keys=False),
     }
-    seen = calibrate((Blocks.prefilled(qwen.model, prompt(qwen, n), SIZE) for n in range(4)), arrangements)
+    prompts = (Blocks.prefilled(qwen.model, prompt(qwen, n), SIZE) for n in range(4))
+    seen = calibrate(prompts, arrangements, output_moments(qwen.model))
     assert (seen.prompts, seen.blocks) == (4, 4 * (4 + 6))
     return {variant.name: variant for variant in variants(seen, KEPT)}
 
@@ -57,7 +59,7 @@ def test_every_variant_answers_and_has_the_same_bytes(qwen, fitted):
     plain = sizes["static"]
     assert {name: size - plain for name, size in sizes.items() if size != plain} == {
         # positions of the kept tokens in 3 layers of 10 blocks, and 16 bytes where a block's place is stored
-        **dict.fromkeys(("adaptive", "evict", "adaptive joint"), 3 * 10 * KEPT),
+        **dict.fromkeys(("adaptive", "evict", "adaptive apart", *MEASURES), 3 * 10 * KEPT),
         **dict.fromkeys(("adaptive before RoPE", "adaptive tiles"), 3 * 10 * (KEPT + 16)),
         **dict.fromkeys(("static before RoPE", "static tiles", "static value tiles"), 3 * 10 * 16),
     }

@@ -48,6 +48,35 @@ def test_adaptive_against_plain_kriging(heads, size, head_dim, joint, data):
                 assert torch.equal(found[block, head, s], x[block, head, s])
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(2, 12), st.integers(1, 5), st.booleans(), st.integers(0, 99))
+def test_kept_tokens_are_worst_predicted_by_mahalanobis_distance(heads, size, head_dim, joint, seed):
+    kept = size // 2 + 1
+    fitted = codec("adaptive", kept, heads, size, head_dim, joint=joint)
+    keys, values = (x.double() for x in pair(2, heads, size, head_dim, seed))
+    found = fitted.encode(keys.float(), values.float()).tensors["kept"]
+    precision = torch.zeros(2, heads, head_dim, head_dim, dtype=torch.float64)
+    for kind in range(2):
+        for head in range(heads):
+            low = torch.zeros(head_dim, head_dim, dtype=torch.float64)
+            low[tuple(torch.tril_indices(head_dim, head_dim))] = fitted.whitening[kind, head].double()
+            precision[kind, head] = low.T @ low
+    c = fitted.covariance().double()[[0, -1]]
+    for block in range(2):
+        chosen: list[int] = []
+        for _ in range(kept):
+            energy = torch.zeros(size, dtype=torch.float64)
+            for kind, x in enumerate((keys, values)):
+                for head in range(heads):
+                    centred = x[block, head] - fitted.mean[kind, head]
+                    maps = c[kind][:, chosen] @ torch.linalg.inv(c[kind][chosen][:, chosen])
+                    wrong = centred - maps @ centred[chosen]
+                    energy += ((wrong @ precision[kind, head]) * wrong).sum(1)
+            energy[chosen] = -1
+            chosen.append(int(energy.argmax()))
+        assert found[block].tolist() == sorted(chosen)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 3), st.integers(2, 12), st.integers(1, 5), st.data())
 def test_static_against_plain_ridge_and_pca(heads, size, head_dim, data):
@@ -137,7 +166,7 @@ def test_module_bytes_and_round_trip_through_tensors(name):
     state = dict(fitted.state_dict())
     static = 3 * 8 + 4 * (8 * 3 + 8 + 8 * 3)
     sizes = {"static": static, "static-mlp": static + 4 * (32 * 3 + 32 + 5 * 32)}
-    assert fitted.module_nbytes == sizes.get(name, 4 * (2 * 36 + 2 * 2 * 4 + 2 * 2))
+    assert fitted.module_nbytes == sizes.get(name, 4 * (36 + 2 * 2 * 4) + 2 * (2 * 2 * 10))
     again = CODECS[name].from_tensors(state, (2, 8, 4), 3)
     keys, values = pair()
     for a, b in zip(

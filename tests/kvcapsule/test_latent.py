@@ -111,7 +111,7 @@ def compare(caches: tuple[CapsuleCache, CapsuleCache], count: int, masked: bool 
     st.lists(st.integers(1, 4), min_size=1, max_size=4),
 )
 def test_capsules_left_as_they_are_equal_capsules_rebuilt(layout, name, kept, stored, steps):
-    options = {"weights": "stored", "joint": kept == 3} if stored and name == "adaptive" else {}
+    options = {"weights": "stored", "joint": kept != 3} if stored and name == "adaptive" else {}
     caches = pair(layout, name, kept, **options)
     for count in steps:
         assert compare(caches, count) == any(layer.payload for layer in caches[1].capsule_layers.values())
@@ -168,14 +168,16 @@ def test_what_is_left_must_be_taken():
     assert cache.take_latent() is None
 
 
+@pytest.mark.parametrize("joint", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_stored_weights_are_counted_and_rebuild_the_same(dtype):
-    solved = codec("adaptive", 3)
+def test_stored_weights_are_counted_and_rebuild_the_same(dtype, joint):
+    solved = codec("adaptive", 3, joint=joint)
     stored = solved.with_weights("stored")
     blocks = torch.randn(2, 5, H, N, D).to(dtype)
     a, b = (c.encode(blocks[0], blocks[1]) for c in (solved, stored))
-    assert b.tensors["weights"].shape == (5, 2, N - 3, 3)
-    assert b.nbytes == a.nbytes + 5 * 2 * (N - 3) * 3 * 2
+    maps = 1 if joint else 2
+    assert b.tensors["weights"].shape == (5, maps, N - 3, 3)
+    assert b.nbytes == a.nbytes + 5 * maps * (N - 3) * 3 * 2
     assert b.nbytes == 5 * stored.payload_nbytes(H, D, dtype.itemsize)
     for x, y in zip(solved.decode(a), stored.decode(b), strict=True):
         torch.testing.assert_close(x, y, atol=1e-2 if dtype == torch.float32 else 1e-1, rtol=1e-2)

@@ -19,6 +19,10 @@ def test_moments_are_those_of_all_samples_together():
         expected = sum(torch.outer(v, v) for v in channels) / len(channels)
         torch.testing.assert_close(sums.keys.about(mean[:, None])[head], expected)
     torch.testing.assert_close(sums.keys.channel_mean(), mean)
+    for head in range(2):
+        expected = torch.cov(x[:, head].flatten(0, 1).T, correction=0)
+        torch.testing.assert_close(sums.keys.channel_covariance()[head], expected)
+        torch.testing.assert_close(sums.values.channel_covariance()[head], 4 * expected)
     torch.testing.assert_close(sums.values.token_mean(), 2 * x.mean((0, 1, 3)))
     assert sums.blocks == 5
 
@@ -41,6 +45,7 @@ def test_merge_equals_one_pass():
     one.merge(two)
     torch.testing.assert_close(one.keys.second, both.keys.second)
     torch.testing.assert_close(one.values.total, both.values.total)
+    torch.testing.assert_close(one.keys.channels, both.keys.channels)
     assert one.blocks == 7
     with pytest.raises(CalibrationError, match="merge"):
         one.merge(LayerMoments(2, 5, 3))

@@ -42,6 +42,7 @@ READ = {"read_code", "small_print", "price", "total", "cell", "bar_height", "pla
 
 def test_evidence_holds_the_answer():
     for prompt in _asked():
+        ends = [(image, END) for image in range(len(prompt.scenes))]
         for question in prompt.questions:
             looks = evidence(prompt, question)
             assert looks
@@ -59,10 +60,15 @@ def test_evidence_holds_the_answer():
                 assert [
                     k for k, ((image, cell),) in enumerate([one for one, _ in looks]) if cell != END
                 ] == []
-            elif question.task in ("find", "odd_one_out"):
+            elif question.task == "find":
                 assert {image for one, _ in looks for image, _ in one} == {int(question.answer) - 1}
-            elif question.task == "count_images" or question.task == "count_shapes":
+            elif question.task == "odd_one_out":
+                assert looks == [(ends, [(int(question.answer) - 1, END)])]
+            elif question.task == "count_shapes":
                 assert len(set(looks[0][0])) == int(question.answer) + 1
+            elif question.task == "count_images":  # the counted and the place beside them; and all there is
+                assert len(set(looks[0][1])) == int(question.answer) + 1
+                assert looks[0][0] == [START, *ends]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,7 +85,9 @@ def test_what_a_value_is_about_comes_before_it(kind):
 def test_targets_lie_in_the_past_and_add_up_to_one(tokenizer):
     rng = random.Random(3)
     scenes = [draw_scene(rng, kind, 0.3) for kind in KINDS]
-    batch = Batcher(tokenizer)([ask_about(rng, scenes, 20, 0.4), ask_about(rng, scenes[:3], 6, 0.4)])
+    odd = [draw_scene(rng, kind, 0.0) for kind in ("card", "card", "chart")]
+    asked = (scenes, 20, 0.4), (scenes[:3], 6, 0.4), (odd, 20, 1.0)
+    batch = Batcher(tokenizer)([ask_about(rng, *one) for one in asked])
     assert set(batch.targets) == set(SLOTS)
     for target in batch.targets.values():
         at = target.queries[target.row, target.query]

@@ -16,36 +16,47 @@ class TokenMoments:
 
     Attributes:
         second: float64 `[H, N, N]`, sum of x x^T over blocks and channels, per KV head.
+        channels: float64 `[H, D, D]`, sum of x^T x over blocks and tokens, per KV head.
         total: float64 `[H, N, D]`, sum of the blocks.
         blocks: number of blocks (M).
     """
 
     second: Tensor
+    channels: Tensor
     total: Tensor
     blocks: int = 0
 
     @classmethod
     def zeros(cls, heads: int, block_size: int, head_dim: int) -> TokenMoments:
         """Empty sums."""
-        second = torch.zeros(heads, block_size, block_size, dtype=torch.float64)
-        return cls(second, torch.zeros(heads, block_size, head_dim, dtype=torch.float64))
+        sizes = (block_size, block_size), (head_dim, head_dim), (block_size, head_dim)
+        return cls(*(torch.zeros(heads, *size, dtype=torch.float64) for size in sizes))
 
     def add(self, x: Tensor) -> None:
         """Add blocks `x` `[M, H, N, D]`."""
         samples = x.double().permute(1, 2, 0, 3).flatten(2)  # [H, N, M * D]
         self.second += (samples @ samples.mT).cpu()
+        tokens = x.double().transpose(0, 1).flatten(1, 2)  # [H, M * N, D]
+        self.channels += (tokens.mT @ tokens).cpu()
         self.total += x.double().sum(0).cpu()
         self.blocks += x.shape[0]
 
     def merge(self, other: TokenMoments) -> None:
         """Add the sums of another accumulator."""
         self.second += other.second
+        self.channels += other.channels
         self.total += other.total
         self.blocks += other.blocks
 
     def channel_mean(self) -> Tensor:
         """Mean of every channel over blocks and tokens: float64 `[H, D]`."""
         return self.total.mean(1) / self.blocks
+
+    def channel_covariance(self) -> Tensor:
+        """Covariance of the channels over blocks and tokens: float64 `[H, D, D]`."""
+        mean = self.channel_mean()
+        tokens = self.blocks * self.total.shape[1]
+        return self.channels / tokens - mean[:, :, None] * mean[:, None, :]
 
     def token_mean(self) -> Tensor:
         """Mean of every token position over blocks, heads and channels: float64 `[N]`."""
@@ -68,7 +79,7 @@ def rms(second: Tensor) -> Tensor:
 class LayerMoments:
     """Second moments of one layer's keys and values, in float64, from one pass over calibration blocks.
 
-    Nothing but the sums is kept: `2 * H * N * (N + D) * 8` bytes however many blocks are added.
+    Nothing but the sums is kept: `2 * H * (N^2 + N D + D^2) * 8` bytes however many blocks are added.
     """
 
     def __init__(self, heads: int, block_size: int, head_dim: int) -> None:

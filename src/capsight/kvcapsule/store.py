@@ -22,9 +22,7 @@ from torch import Tensor
 from capsight.errors import CapsuleFileError
 
 HEADER_FILE = "capsule.json"
-FORMAT_VERSION = 2
-READABLE = (1, 2)
-"""Format versions that are read; in version 1 no capsule has a budget, all layers keep the same."""
+FORMAT_VERSION = 3
 
 _TENSORS_FILE = re.compile(r"capsule-[0-9a-f]{16}\.safetensors")
 
@@ -121,9 +119,9 @@ def _read_header(path: Path, kind: str) -> dict[str, Any]:
     if not isinstance(header, dict) or header.get("format") != kind:
         raise CapsuleFileError(f"{path} does not describe a {kind}")
     version = header.get("format_version")
-    if version not in READABLE or isinstance(version, (bool, float)):
+    if version != FORMAT_VERSION or isinstance(version, (bool, float)):
         raise CapsuleFileError(
-            f"{path} has format version {version!r}, this capsight reads {READABLE[0]} to {READABLE[-1]}; "
+            f"{path} has format version {version!r}, this capsight reads {FORMAT_VERSION}; "
             "use the capsight that wrote it, or fit again"
         )
     return header

@@ -51,13 +51,11 @@ def planned_capsule(
     codecs, infos = {}, []
     for index, layer in enumerate(shape.layers):
         if layer.window is None:
-            sizes = {
-                "packed": (2, block_size * (block_size + 1) // 2),
-                "mean": (2, layer.kv_heads, layer.head_dim),
-                "scale": (2, layer.kv_heads),
-            }
-            packed, mean, scale = (torch.empty(size, device="meta") for size in sizes.values())
-            codecs[index] = AdaptiveCodec(packed, mean, scale, block_size, kept)
+            heads, size = layer.kv_heads, layer.head_dim
+            packed = torch.empty(1, block_size * (block_size + 1) // 2, device="meta")
+            mean = torch.empty(2, heads, size, device="meta")
+            white = torch.empty(2, heads, size * (size + 1) // 2, device="meta", dtype=torch.bfloat16)
+            codecs[index] = AdaptiveCodec(packed, mean, white, block_size, kept)
             infos.append(LayerInfo(index, kept, layer.kv_heads, layer.head_dim))
     return KVCapsule(codecs, CapsuleInfo("adaptive", block_size, itemsize, tuple(infos), {}, "", {}, 0))
 

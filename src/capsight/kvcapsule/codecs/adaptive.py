@@ -36,7 +36,7 @@ class AdaptiveCodec(SelectingCodec):
         self,
         packed: Tensor,
         mean: Tensor,
-        scale: Tensor,
+        whitening: Tensor,
         block_size: int,
         kept: int,
         weights: Weights = "solved",
@@ -46,7 +46,7 @@ class AdaptiveCodec(SelectingCodec):
         Raises:
             OptionError: `weights` is neither "solved" nor "stored".
         """
-        super().__init__(packed, mean, scale, block_size, kept)
+        super().__init__(packed, mean, whitening, block_size, kept)
         if weights not in WEIGHTS:
             raise OptionError(f"weights must be one of {list(WEIGHTS)}, not {weights!r}")
         self.weights: Weights = weights
@@ -58,7 +58,7 @@ class AdaptiveCodec(SelectingCodec):
         kept: int,
         *,
         ridge: float = 1e-2,
-        joint: bool = False,
+        joint: bool = True,
         weights: Weights = "solved",
         **_: Any,
     ) -> Self:
@@ -68,18 +68,18 @@ class AdaptiveCodec(SelectingCodec):
             moments: sums over calibration blocks.
             kept: tokens kept of each block (r).
             ridge: noise variance added to C, as a fraction of its mean variance.
-            joint: one C for keys and values together (half the module bytes) in place of one each.
+            joint: one C for keys and values together, or one each (twice the bytes of C).
             weights: "solved" or "stored".
         """
         return super().fit(moments, kept, ridge=ridge, joint=joint).with_weights(weights)
 
     def resized(self, kept: int) -> Self:
         """This codec with another number of kept tokens; shares the buffers."""
-        return type(self)(self.packed, self.mean, self.scale, self.block_size, kept, self.weights)
+        return type(self)(self.packed, self.mean, self.whitening, self.block_size, kept, self.weights)
 
     def with_weights(self, weights: Weights) -> Self:
         """This codec with its weights "solved" or "stored"; shares the buffers."""
-        return type(self)(self.packed, self.mean, self.scale, self.block_size, self.kept, weights)
+        return type(self)(self.packed, self.mean, self.whitening, self.block_size, self.kept, weights)
 
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Predict the tokens that were not kept from those that were."""

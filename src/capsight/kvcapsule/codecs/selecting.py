@@ -15,19 +15,25 @@ from capsight.kvcapsule.codecs.block import BlockCodec, Payload
 from capsight.kvcapsule.kriging import Selection, greedy_selection, with_nugget
 from capsight.kvcapsule.moments import LayerMoments, rms
 from capsight.kvcapsule.plan import Run
+from capsight.kvcapsule.whitening import is_whitening, whitened, whitening
+
+KEY_WEIGHT = 0.5
+"""Of a key's error beside a value's, when tokens are chosen (benchmarks/ablations.py compares others)."""
 
 
 class SelectingCodec(LayerCodec):
     """Keeps, per block, the r tokens that the other kept ones predict worst.
 
-    One set of kept tokens serves the keys and values of all KV heads of a block. What is learnt
-    is second moments of tokens only, so the same module serves every r.
+    One set of kept tokens serves the keys and values of all KV heads of a block. How badly a token is
+    predicted is measured over whitened channels. What is learnt is second moments only, so the same module
+    serves every r.
 
     Buffers:
         packed: float32 `[G, N (N + 1) / 2]`, lower triangle of the regularised second moment; G = 1
             for keys and values together, G = 2 for one each.
         mean: float32 `[2, H, D]`, mean of every channel of keys and of values.
-        scale: float32 `[2, H]`, root mean square about the mean of each KV head's keys and values.
+        whitening: bfloat16 `[2, H, D (D + 1) / 2]`, what whitens the channels of each KV head's keys and
+            values (`capsight.kvcapsule.whitening`); that of keys times `KEY_WEIGHT`.
 
     Capsules:
         keys, values: `[M, r, H, D]`, kept tokens in order of position.
@@ -36,18 +42,18 @@ class SelectingCodec(LayerCodec):
 
     packed: Tensor
     mean: Tensor
-    scale: Tensor
+    whitening: Tensor
 
-    def __init__(self, packed: Tensor, mean: Tensor, scale: Tensor, block_size: int, kept: int) -> None:
+    def __init__(self, packed: Tensor, mean: Tensor, whitening: Tensor, block_size: int, kept: int) -> None:
         """Take what `fit` learnt or a file held; see the buffers above."""
         super().__init__(block_size, kept)
         self.register_buffer("packed", packed)
         self.register_buffer("mean", mean)
-        self.register_buffer("scale", scale)
+        self.register_buffer("whitening", whitening)
 
     @classmethod
     def fit(
-        cls, moments: LayerMoments, kept: int, *, ridge: float = 1e-2, joint: bool = False, **_: Any
+        cls, moments: LayerMoments, kept: int, *, ridge: float = 1e-2, joint: bool = True, **_: Any
     ) -> Self:
         """Solve for the codec from one layer's calibration moments.
 
@@ -55,19 +61,18 @@ class SelectingCodec(LayerCodec):
             moments: sums over calibration blocks.
             kept: tokens kept of each block (r).
             ridge: noise variance added to C, as a fraction of its mean variance.
-            joint: one C for keys and values together (half the module bytes) in place of one each.
+            joint: one C for keys and values together, or one each (twice the bytes of C).
         """
         check_ridge(ridge)
         kinds = (moments.keys, moments.values)
         mean = torch.stack([kind.channel_mean() for kind in kinds])  # [2, H, D]
         second = [kind.about(centre[:, None]) for kind, centre in zip(kinds, mean, strict=True)]
-        scale = torch.stack([rms(heads) for heads in second])  # [2, H]
-        c = torch.stack(
-            [(heads / s[:, None, None] ** 2).mean(0) for heads, s in zip(second, scale, strict=True)]
-        )
+        c = torch.stack([(heads / rms(heads)[:, None, None] ** 2).mean(0) for heads in second])
         c = with_nugget(c.mean(0, keepdim=True) if joint else c, ridge)  # [G, N, N]
         rows, cols = torch.tril_indices(moments.block_size, moments.block_size)
-        return cls(c[:, rows, cols].float(), mean.float(), scale.float(), moments.block_size, kept)
+        keys, values = (whitening(kind.channel_covariance()) for kind in kinds)
+        white = torch.stack([KEY_WEIGHT * keys, values]).bfloat16()  # [2, H, D (D + 1) / 2]
+        return cls(c[:, rows, cols].float(), mean.float(), white, moments.block_size, kept)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int, int], kept: int) -> Self:
@@ -76,19 +81,21 @@ class SelectingCodec(LayerCodec):
         shapes = {
             "packed": (None, block_size * (block_size + 1) // 2),
             "mean": (2, heads, head_dim),
-            "scale": (2, heads),
+            "whitening": (2, heads, head_dim * (head_dim + 1) // 2),
         }
-        packed, mean, scale = take_tensors(tensors, shapes, {})
+        packed, mean, white = take_tensors(tensors, shapes, {"whitening": torch.bfloat16})
         if len(packed) not in (1, 2):
             raise OptionError(f"tensor packed holds {len(packed)} second moments, expected 1 or 2")
-        codec = cls(packed, mean, scale, block_size, kept)
-        if (scale <= 0).any() or torch.linalg.cholesky_ex(codec.covariance()).info.any():
-            raise OptionError("tensors packed and scale are not those of a positive definite second moment")
+        codec = cls(packed, mean, white, block_size, kept)
+        if not is_whitening(white, head_dim) or torch.linalg.cholesky_ex(codec.covariance()).info.any():
+            raise OptionError(
+                "tensors packed and whitening are not those of positive definite second moments"
+            )
         return codec
 
     def resized(self, kept: int) -> Self:
         """This codec with another number of kept tokens; shares the buffers."""
-        return type(self)(self.packed, self.mean, self.scale, self.block_size, kept)
+        return type(self)(self.packed, self.mean, self.whitening, self.block_size, kept)
 
     def covariance(self) -> Tensor:
         """The regularised second moment: float32 `[G, N, N]`."""
@@ -143,9 +150,8 @@ class SelectingCodec(LayerCodec):
         return greedy_selection(torch.stack([codec.covariance() for codec in codecs]), gram, kept)
 
     def _features(self, kind: int, x: Tensor) -> Tensor:
-        """Normalised tokens `[M, N, H * D]` of blocks `[M, H, N, D]`, in float32."""
-        x = (x.transpose(1, 2) - self.mean[kind]) / self.scale[kind][:, None]  # [M, N, H, D]
-        return x.flatten(2)
+        """Whitened tokens `[M, N, H * D]` of blocks `[M, H, N, D]`, in float32."""
+        return whitened(x - self.mean[kind][:, None], self.whitening[kind]).transpose(1, 2).flatten(2)
 
     def _pack(self, keys: Tensor, values: Tensor, selection: Selection) -> Payload:
         """Capsules of the blocks `[M, H, N, D]` of one layer."""

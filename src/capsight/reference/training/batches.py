@@ -33,7 +33,7 @@ _TASK_WEIGHT = {
     "odd_one_out": 3.0,
     "compare": 4.0,
     "count_shapes": 4.0,
-    "count_images": 3.0,
+    "count_images": 5.0,
     "same_kind": 3.0,
     "find": 2.0,
 }

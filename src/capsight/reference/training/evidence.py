@@ -102,6 +102,7 @@ def _of_one(scene: Scene, image: int, task: str, text: str, answer: str) -> list
 
 def _of_many(prompt: Prompt, task: str, text: str, answer: str) -> list[Look]:
     scenes = prompt.scenes
+    ends: list[Place] = [(i, END) for i in range(len(scenes))]
     numbers = [int(n) - 1 for n in re.findall(r"\d", text)]
     if task == "order":
         looks = []
@@ -116,10 +117,12 @@ def _of_many(prompt: Prompt, task: str, text: str, answer: str) -> list[Look]:
         return [(first, second)]
     if task == "count_images":
         kind = _KIND[text.removeprefix("How many images are ").rstrip("?")]
-        places = [(i, END) for i, s in enumerate(scenes) if s.kind == kind] + [START] * REST
-        return [(places, places)]
-    image = int(answer) - 1  # find, odd one out
-    cells: list[int] = []
+        counted = [(i, END) for i, s in enumerate(scenes) if s.kind == kind]
+        return [([START, *ends], [*counted, *[START] * REST])]
+    image = int(answer) - 1
+    if task == "odd_one_out":
+        return [(ends, [(image, END)])]
+    cells: list[int] = []  # find
     if found := re.search(r"(?:has a|lists|shows a) (\w+)", text):
         cells = word_cells(scenes[image], found[1]) or mark_cells(scenes[image], shape=found[1])
     places = [(image, c) for c in cells or [END]]

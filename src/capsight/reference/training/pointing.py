@@ -37,7 +37,8 @@ SLOTS: dict[str, tuple[tuple[int, int], ...]] = {
     "extreme": ((3, 3), (5, 3)),  # an answer -> the largest or smallest value
     "find": ((3, 1), (5, 1)),  # an answer -> what was to be found on some image
     "ends": ((3, 6), (5, 6)),  # an answer -> the ends of the images that are asked about
-    "others": ((3, 7), (5, 7)),  # the same; the second image when two are compared
+    "others": ((3, 7), (5, 7)),  # the same; the second image when two are compared, those that are counted
+    "odd": ((5, 7),),  # the same; the one that is unlike the rest, which layer 3 cannot know yet
 }
 
 _SUBJECT = re.compile(
@@ -58,7 +59,8 @@ _ANSWERS: dict[str, tuple[str, str]] = {
     "priciest": ("extreme", "extreme"),
     "bar_extreme": ("extreme", "extreme"),
     "find": ("find", "find"),
-} | dict.fromkeys(("count_images", "same_kind", "order", "odd_one_out", "compare"), ("ends", "others"))
+    "odd_one_out": ("ends", "odd"),
+} | dict.fromkeys(("count_images", "same_kind", "order", "compare"), ("ends", "others"))
 
 _IMPLEMENTATION = "capsight_pointing"
 

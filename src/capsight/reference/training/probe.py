@@ -1,4 +1,4 @@
-"""What the token that closes an image should know: the image's kind, and how many marks of which sort it has.
+"""What the token that closes an image should know: the image's kind, and how many marks it has.
 
 Throw-away heads like those of the vision tower (`dense`). Questions over several images compare these tokens,
 and answers alone taught them slowly what to hold ready.
@@ -10,41 +10,26 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from capsight.reference.drawing.palette import COLORS
 from capsight.reference.drawing.scene import KINDS, Scene
-from capsight.reference.drawing.shapes import SHAPES
 
 #: The layer whose output is read.
 LAYER = 2
-_MOST_MARKS, _MOST_SHAPES = 24, 4
-SORTS = (*COLORS, *SHAPES)
-
-
-def _count(scene: Scene, sort: str) -> int:
-    marks = scene.marks if scene.kind == "shapes" else ()
-    return min(sum(sort in (mark.shape, mark.color) for mark in marks), _MOST_SHAPES)
+_MOST_MARKS = 24
 
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """The closing tokens of a batch's images: row, position, kind and number of marks, each [n].
-
-    ``sorts`` [n, len(SORTS)] is the number of shapes of each colour and form, at most `_MOST_SHAPES`.
-    """
+    """The closing tokens of a batch's images: row, position, kind and number of marks, each [n]."""
 
     row: Tensor
     position: Tensor
     kind: Tensor
     marks: Tensor
-    sorts: Tensor
 
     @classmethod
     def of(cls, found: list[tuple[int, int, Scene]]) -> "Ends":
         """Describe images, each with the row and the position of its closing token."""
-        rows = [
-            (b, at, KINDS.index(s.kind), min(len(s.marks), _MOST_MARKS), [_count(s, sort) for sort in SORTS])
-            for b, at, s in found
-        ]
+        rows = [(b, at, KINDS.index(s.kind), min(len(s.marks), _MOST_MARKS)) for b, at, s in found]
         return cls(*(torch.tensor(column) for column in zip(*rows, strict=True)))
 
     def to(self, device: torch.device) -> "Ends":
@@ -62,7 +47,6 @@ class Probe(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.kind = nn.Linear(width, len(KINDS))
         self.marks = nn.Linear(width, _MOST_MARKS + 1)
-        self.sorts = nn.Linear(width, len(SORTS) * (_MOST_SHAPES + 1))
         self.heard: Tensor | None = None
         layers = language_model.layers
         assert isinstance(layers, nn.ModuleList)
@@ -78,14 +62,7 @@ class Probe(nn.Module):
         self.heard = None
         kind, marks = self.kind(hidden), self.marks(hidden)
         loss = nn.functional.cross_entropy(kind, ends.kind) + nn.functional.cross_entropy(marks, ends.marks)
-        sorts = self.sorts(hidden).view(-1, _MOST_SHAPES + 1)
-        counted = ends.sorts.flatten()
-        there = counted > 0
-        if there.any():
-            loss = loss + nn.functional.cross_entropy(sorts, counted)
-            loss = loss + nn.functional.cross_entropy(sorts[there], counted[there])
         return loss, {
             "kinds": (kind.argmax(-1) == ends.kind).float().mean().item(),
             "counts": (marks.argmax(-1) == ends.marks).float().mean().item(),
-            "sorts": (sorts.argmax(-1) == counted)[there].float().mean().item(),
         }

@@ -1,4 +1,4 @@
-"""The lessons: see (dense labels), read (one or two pages), compare (one to eight), finish."""
+"""The lessons: see (dense labels), read (one or two pages), compare (one to eight), finish, count."""
 
 import random
 from dataclasses import dataclass
@@ -45,6 +45,7 @@ STAGES = (
     Stage("read", 600, 16, (1, 1, 2), 1.2e-3, 1.1e-3, large=0.1, little=0.3, pointing=0.3),
     Stage("compare", 1700, 16, (1, 2, 3, 4, 6, 8), 1.1e-3, 5e-4, 0.3, 0.4, little=0.05, pointing=0.2),
     Stage("finish", 1900, 16, (1, 2, 4, 6, 8), 6e-4, 1e-5, large=0.3, cross=0.4, pointing=0.2),
+    Stage("count", 1400, 16, (1, 2, 4, 6, 8, 8), 5e-4, 1e-5, large=0.3, cross=0.5, pointing=0.2),
 )
 
 

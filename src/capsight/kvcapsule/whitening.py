@@ -1,0 +1,55 @@
+"""Whitening: channels of a head turned and scaled until none is larger than another (our choice).
+
+The squared length of a whitened token is its Mahalanobis distance from the mean. Directions in which
+tokens seldom differ count as much as those in which they always do: what tells one character from another is
+small beside what tells ink from paper.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from capsight.kvcapsule.kriging import with_nugget
+
+RIDGE = 1e-3
+"""Variance added to every channel, as a fraction of the mean variance."""
+
+
+def whitening(covariance: Tensor) -> Tensor:
+    """The inverse Cholesky factor W of covariances, so that W (x - mean) is white.
+
+    Args:
+        covariance: float64 `[H, D, D]`, positive semidefinite.
+
+    Returns:
+        float64 `[H, D (D + 1) / 2]`, lower triangles, packed row by row.
+    """
+    factor = torch.linalg.cholesky(with_nugget(covariance, RIDGE))
+    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype).expand_as(factor)
+    inverse = torch.linalg.solve_triangular(factor, identity, upper=False)
+    rows, cols = torch.tril_indices(*covariance.shape[-2:])
+    return inverse[..., rows, cols]
+
+
+def whitened(x: Tensor, packed: Tensor) -> Tensor:
+    """Tokens `[M, H, N, D]`, centred, times W^T: float32 `[M, H, N, D]`; `packed` is `[H, D (D + 1) / 2]`."""
+    heads, size = packed.shape[0], x.shape[-1]
+    square = torch.zeros(heads, size * size, device=x.device)
+    square[:, _lower(size, x.device)] = packed.float()
+    return x.float() @ square.view(heads, size, size).mT
+
+
+def is_whitening(packed: Tensor, size: int) -> bool:
+    """Whether `packed` `[..., D (D + 1) / 2]` with D = `size` has positive diagonals."""
+    last = torch.arange(1, size + 1, device=packed.device).cumsum(0) - 1  # of each row
+    return bool((packed[..., last] > 0).all())
+
+
+@lru_cache(maxsize=8)
+def _lower(size: int, device: torch.device) -> Tensor:
+    """Where in a flattened `[D, D]` the packed lower triangle goes: int64 `[D (D + 1) / 2]`."""
+    rows, cols = torch.tril_indices(size, size)
+    return (rows * size + cols).to(device)

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capsight.kvcapsule.whitening import RIDGE, is_whitening, whitened, whitening
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(0, 99))
+def test_whitened_channels_are_white(heads, size, seed):
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(heads, size, size, dtype=torch.float64, generator=g) + 2 * torch.eye(size)
+    x = torch.randn(6, heads, 40, size, dtype=torch.float64, generator=g) @ mix
+    x = x - x.mean((0, 2), keepdim=True)
+    flat = x.transpose(0, 1).flatten(1, 2)  # [H, M * N, D]
+    covariance = flat.mT @ flat / flat.shape[1]
+    packed = whitening(covariance)
+    assert is_whitening(packed, size)
+    out = whitened(x, packed).double().transpose(0, 1).flatten(1, 2)
+    found = out.mT @ out / out.shape[1]
+    nugget = RIDGE * covariance.diagonal(dim1=1, dim2=2).mean(1)
+    low = torch.linalg.cholesky(covariance + nugget[:, None, None] * torch.eye(size))
+    expected = torch.linalg.solve(low, torch.linalg.solve(low, covariance).mT)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (found.diagonal(dim1=1, dim2=2) <= 1 + 1e-4).all()
+
+
+def test_a_dead_head_stays_finite():
+    packed = whitening(torch.zeros(2, 4, 4, dtype=torch.float64))
+    assert torch.isfinite(packed).all()
+    assert whitened(torch.zeros(1, 2, 3, 4), packed).abs().sum() == 0
+
+
+def test_a_turned_triangle_is_no_whitening():
+    packed = whitening(torch.eye(3, dtype=torch.float64)[None])
+    assert not is_whitening(-packed, 3)
