@@ -2,8 +2,9 @@
 
     python benchmarks/head_map_curve.py
 
-Rows: criteria (mass, output, distribution) at equal FLOPs; the recovery pass at several tolerances; controls
-(all heads of one category, random maps of the same cost). Columns: attention FLOPs saved at every image
+Rows: criteria (mass, output, distribution) at equal FLOPs; several tolerances, with the largest alpha that
+they allow, and with a given alpha and the recovery pass; controls (all heads of one category, random maps of the
+same cost). Columns: attention FLOPs saved at every image
 count, exact match, its drop against the dense model, agreement with it. sink_choice.py tests the options of
 the masks.
 """

@@ -15,6 +15,7 @@ from rich.progress import track
 from capsight.blindsight import SPARSE, Category, HeadMap, MaskOptions, Prompt, Thresholds, visible_pairs
 from capsight.blindsight.calibrate import CRITERIA, Losses, at_cost
 from capsight.blindsight.calibrate.capture import shape_of
+from capsight.blindsight.calibrate.loosest import loosest
 from capsight.blindsight.calibrate.recovery import recover
 from capsight.blindsight.calibrate.run import ALPHAS
 from capsight.blindsight.calibrate.votes import Votes
@@ -83,12 +84,12 @@ class Calibration:
             losses.add(lost)
         return losses
 
-    def voted(self, name: str, alpha: float) -> HeadMap:
-        """As `calibrate` votes with its default gammas."""
-        votes = Votes(*self.size, Thresholds((alpha, alpha), 0.1, 0.9, 0.9))
+    def votes(self, name: str) -> Votes:
+        """As `calibrate` counts them."""
+        votes = Votes(*self.size)
         for lost in self.lost[name]:
             votes.add(lost)
-        return HeadMap(votes.decide(), self.options)
+        return votes
 
     def at_share(self, name: str, share: float) -> HeadMap:
         """The map of this criterion that saves so large a share of what can be saved."""
@@ -119,9 +120,17 @@ def rows_of(calibration: Calibration, held: Sequence[Scored]) -> list[Row]:
             rows.append(Row("equal FLOPs", f"random {seed}", drawn, {"share": share}))
     errors = calibration.losses("output")
     tasks = [(name, tolerance) for name in calibration.lost for tolerance in TOLERANCES]
-    for name, tolerance in track(tasks, "recovery", transient=True):
-        voted = calibration.voted(name, ALPHAS[name])
-        found, drop = recover(voted, errors, lambda m: drop_of(held, m), tolerance)
+    for name, tolerance in track(tasks, "tolerances", transient=True):
+        votes, given = calibration.votes(name), Thresholds((ALPHAS[name],) * 2, 0.1, 0.9, 0.9)
+
+        def changed(head_map: HeadMap) -> float:
+            return drop_of(held, head_map)
+
+        free, drop, thresholds = loosest(votes, given, options, changed, tolerance)
+        facts = {"tolerance": tolerance, "held_out_changed": drop, "alpha": thresholds.alpha[0]}
+        rows.append(Row("tolerance", name, free, facts))
+        voted = HeadMap(votes.decide(given), options)
+        bound, drop = recover(voted, errors, changed, tolerance)
         facts = {"tolerance": tolerance, "held_out_changed": drop, "alpha": ALPHAS[name]}
-        rows.append(Row("tolerance", name, found, facts))
+        rows.append(Row("recovery", f"{name}, alpha {ALPHAS[name]:g}", bound, facts))
     return rows

@@ -37,7 +37,8 @@ def calibrate(
     alpha: Annotated[
         str | None,
         typer.Option(
-            help="What a category may lose, in the criterion's unit; FIRST,LAST is linear in depth."
+            help="What a category may lose, in the criterion's unit; FIRST,LAST is linear in depth. "
+            "Without it, as much as the tolerance allows."
         ),
     ] = None,
     tolerance: Annotated[float, typer.Option(help="Share of held-out answers that may change.")] = TOLERANCE,

@@ -30,7 +30,8 @@ class TokenMoments:
     def zeros(cls, heads: int, block_size: int, head_dim: int) -> TokenMoments:
         """Empty sums."""
         sizes = (block_size, block_size), (head_dim, head_dim), (block_size, head_dim)
-        return cls(*(torch.zeros(heads, *size, dtype=torch.float64) for size in sizes))
+        second, channels, total = (torch.zeros(heads, *size, dtype=torch.float64) for size in sizes)
+        return cls(second, channels, total)
 
     def add(self, x: Tensor) -> None:
         """Add blocks `x` `[M, H, N, D]`."""

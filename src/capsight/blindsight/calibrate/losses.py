@@ -30,11 +30,7 @@ class Losses:
             raise CalibrationError(
                 f"losses of shape {tuple(lost.shape)}, expected {tuple(self._total.shape)}"
             )
-        if not torch.isfinite(lost).all():
-            raise CalibrationError(
-                "attention of a calibration prompt holds NaN or infinite values; run the model in float32 or "
-                "bfloat16 and check that the samples are what its processor makes"
-            )
+        check_finite(lost)
         self._total += lost
         self.prompts += 1
 
@@ -47,3 +43,16 @@ class Losses:
         if category is Category.DENSE:
             return 0.0
         return float(self._total[layer, SPARSE.index(category), head]) / self.prompts
+
+
+def check_finite(lost: Tensor) -> None:
+    """Refuse losses that are no numbers.
+
+    Raises:
+        CalibrationError: one is NaN or infinite.
+    """
+    if not torch.isfinite(lost).all():
+        raise CalibrationError(
+            "attention of a calibration prompt holds NaN or infinite values; run the model in float32 or "
+            "bfloat16 and check that the samples are what its processor makes"
+        )

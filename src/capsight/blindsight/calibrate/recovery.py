@@ -54,12 +54,9 @@ def recover(
     if best[1] <= tolerance:
         return best
     few, enough = 0, len(order)
-    best = measured(enough)
-    if not best[1] <= tolerance:
-        raise CalibrationError(
-            f"evaluate gives a drop of {best[1]:.4g} for the dense model itself, more than the tolerance of "
-            f"{tolerance:.4g}; it must return how much worse than the dense model a head map is"
-        )
+    dense = head_map.replaced({head: Category.DENSE for unit in order for head in unit})
+    best = dense, check_dense(evaluate, dense, tolerance)
+    on_step()
     while enough - few > 1:
         middle = (few + enough) // 2
         found = measured(middle)
@@ -68,6 +65,21 @@ def recover(
         else:
             few = middle
     return best
+
+
+def check_dense(evaluate: Evaluate, dense: HeadMap, tolerance: float) -> float:
+    """The drop of an all-Dense map.
+
+    Raises:
+        CalibrationError: it is outside the tolerance.
+    """
+    drop = float(evaluate(dense))
+    if not drop <= tolerance:
+        raise CalibrationError(
+            f"evaluate gives a drop of {drop:.4g} for the dense model itself, more than the tolerance of "
+            f"{tolerance:.4g}; it must return how much worse than the dense model a head map is"
+        )
+    return drop
 
 
 def _units(head_map: HeadMap, losses: Losses, group: int) -> list[_Unit]:

@@ -1,9 +1,10 @@
-"""`calibrate`: from prompts to a head map, in two stages and a recovery pass."""
+"""`calibrate`: from prompts to a head map, in two stages, within a tolerance."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 from rich.console import Console
@@ -12,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from capsight.blindsight.calibrate.capture import shape_of
 from capsight.blindsight.calibrate.criteria import CRITERIA, output
 from capsight.blindsight.calibrate.held_out import HeldOut
-from capsight.blindsight.calibrate.losses import Losses
+from capsight.blindsight.calibrate.loosest import loosest
+from capsight.blindsight.calibrate.losses import Losses, check_finite
 from capsight.blindsight.calibrate.recovery import Evaluate, recover
 from capsight.blindsight.calibrate.samples import Digest, Prompt, Sample, prompts
 from capsight.blindsight.calibrate.votes import Thresholds, Votes
@@ -27,7 +29,7 @@ Unit = Literal["head", "kv_group", "layer"]
 """Which query heads are switched, judged and returned to Dense together."""
 
 ALPHAS: dict[str, float] = {"mass": 0.1, "output": 0.1, "distribution": 0.001}
-"""Default alpha: share of attention, relative change of the layer's output, nats."""
+"""Default alpha where there is no tolerance: share of attention, relative change of the output, nats."""
 
 TOLERANCE = 0.02
 """Default share of held-out answers that may change: with the 72 that `capsight calibrate` holds out, one."""
@@ -65,13 +67,15 @@ def calibrate(
             once, one at a time; those without a second image do not vote.
         criterion: what a head is judged by: "mass", "output" or "distribution".
         alpha: what a category may lose, in the criterion's unit: one number, or two for the first and
-            the last layer, linear in between. None: `ALPHAS`.
+            the last layer, linear in between. None: as much as the tolerance allows (`loosest`), or
+            `ALPHAS` where there is no tolerance.
         gamma_d: see `Thresholds`.
         gamma_s: see `Thresholds`.
         gamma_i: see `Thresholds`.
         options: which tokens are sinks, and the window of Sink heads.
-        tolerance: the drop that is allowed, in the unit of `evaluate`: heads return to Dense, those with the
-            largest output error first, until the map is within it. None: no recovery pass.
+        tolerance: the drop that is allowed, in the unit of `evaluate`. With an alpha of your own, heads
+            return to Dense, those with the largest output error first, until the map is within it. None:
+            the drop is not measured.
         evaluate: the drop of a head map against the dense model (0 for an all-Dense map). None: the
             share of held-out prompts whose answer changes (`HeldOut.changed`).
         held_out: prompts for that, kept in memory. None: every fourth of `samples`, which then do not vote.
@@ -95,7 +99,8 @@ def calibrate(
     thresholds = Thresholds(ends if isinstance(ends, tuple) else (ends, ends), gamma_d, gamma_s, gamma_i)
     layers, heads = shape_of(model)
     together = {"head": 1, "kv_group": heads // _kv_heads(model, heads), "layer": heads}[unit]
-    votes, errors = Votes(layers, heads, thresholds), Losses(layers, heads)
+    votes, errors = Votes(layers, heads), Losses(layers, heads)
+    recovers = tolerance is not None and alpha is not None
     digest, kept = Digest(), list[Prompt]()
     set_aside = tolerance is not None and evaluate is None and held_out is None
     with _bar(progress) as bar:
@@ -106,31 +111,39 @@ def calibrate(
                 continue
             digest.add(prompt)
             lost = CRITERIA[criterion](model, prompt, chosen, together)
-            ranked = tolerance is not None and criterion != "output"
-            errors.add(output(model, prompt, chosen, together) if ranked else lost)
+            check_finite(lost)
             votes.add(lost)
+            if recovers:
+                errors.add(lost if criterion == "output" else output(model, prompt, chosen, together))
         if not votes.prompts:
             raise CalibrationError("no calibration prompt has two images; heads differ only between images")
-        voted = head_map = HeadMap(votes.decide(), chosen, fingerprint)
-        drop = None
-        if tolerance is not None:
+        drop, recovered = None, 0
+        if tolerance is None:
+            head_map = HeadMap(votes.decide(thresholds), chosen)
+        else:
             if evaluate is None:
                 evaluate = HeldOut(model, kept or prompts(model, processor, held_out or ())).changed
             steps = bar.add_task("measuring the drop", total=None)
-            head_map, drop = recover(voted, errors, evaluate, tolerance, together, lambda: bar.advance(steps))
+            count = partial(bar.advance, steps)
+            if recovers:
+                voted = HeadMap(votes.decide(thresholds), chosen)
+                head_map, drop = recover(voted, errors, evaluate, tolerance, together, count)
+                recovered = _dense(head_map) - _dense(voted)
+            else:
+                head_map, drop, thresholds = loosest(votes, thresholds, chosen, evaluate, tolerance, count)
             bar.update(steps, total=bar.tasks[steps].completed)
     record = CalibrationRecord(
         criterion=criterion,
         unit=unit,
         thresholds=thresholds.to_dict(),
-        votes=votes.to_dict(),
+        votes=votes.to_dict(thresholds),
         prompts=votes.prompts,
         dataset=digest.hexdigest(),
-        recovered=_dense(head_map) - _dense(voted),
+        recovered=recovered,
         measured_drop=drop,
         tolerance=tolerance,
     )
-    return replace(head_map, calibration=record)
+    return replace(head_map, model=fingerprint, calibration=record)
 
 
 def check_options(criterion: str, unit: str, tolerance: float | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +48,19 @@ class Thresholds:
         """Alpha per layer: float32 `[L]`."""
         return torch.linspace(*self.alpha, layers)
 
+    def share_for(self, category: Category) -> float:
+        """The share of prompts that a sparse category has to be good enough for."""
+        shares = {Category.SINK: self.gamma_s, Category.INTRA_IMAGE: self.gamma_i}
+        return shares.get(category, 1 - self.gamma_d)
+
+    def category(self, shares: Sequence[float]) -> Category:
+        """The category of a head, from the share of prompts for which each of `SPARSE` is good enough."""
+        good = dict(zip(SPARSE, shares, strict=True))
+        enough = {c: good[c] >= self.share_for(c) - 1e-6 for c in SPARSE}
+        if not enough[Category.INTRA_IMAGE_SINK]:
+            return Category.DENSE
+        return next(c for c in SPARSE if enough[c])
+
     def to_dict(self) -> dict[str, float]:
         """As `CalibrationRecord.thresholds` has them."""
         gammas = {"gamma_d": self.gamma_d, "gamma_s": self.gamma_s, "gamma_i": self.gamma_i}
@@ -53,13 +68,17 @@ class Thresholds:
 
 
 class Votes:
-    """Running counts over prompts; nothing is kept of a prompt but one bit per head and category."""
+    """What every prompt says of every head; `3 L Hq` numbers a prompt are kept, so any alpha can be tried."""
 
-    def __init__(self, layers: int, heads: int, thresholds: Thresholds) -> None:
+    def __init__(self, layers: int, heads: int) -> None:
         """Start with no prompts."""
-        self.thresholds = thresholds
-        self.prompts = 0
-        self._good = torch.zeros(layers, len(SPARSE), heads)
+        self.layers, self.heads = layers, heads
+        self._lost: list[Tensor] = []
+
+    @property
+    def prompts(self) -> int:
+        """How many have voted."""
+        return len(self._lost)
 
     def add(self, lost: Tensor) -> None:
         """Count one prompt.
@@ -67,31 +86,34 @@ class Votes:
         Args:
             lost: `[L, 3, Hq]`, finite, what each head loses by each category of `SPARSE`.
         """
-        self._good += lost <= self.thresholds.alphas(lost.shape[0])[:, None, None]
-        self.prompts += 1
+        self._lost.append(lost.float())
 
-    def shares(self) -> Tensor:
+    def shares(self, thresholds: Thresholds) -> Tensor:
         """Share of prompts for which a category was good enough: float32 `[L, 3, Hq]`."""
-        return self._good / self.prompts
+        alphas = thresholds.alphas(self.layers)[:, None, None]
+        return (torch.stack(self._lost) <= alphas).float().mean(0)
 
-    def decide(self) -> tuple[tuple[Category, ...], ...]:
+    def change_points(self, thresholds: Thresholds) -> list[float]:
+        """The values of alpha, ascending, at which some head gets another category.
+
+        Of the thresholds only the gammas count.
+        """
+        ascending = torch.stack(self._lost).sort(0).values  # [P, L, 3, Hq]
+        points = []
+        for index, category in enumerate(SPARSE):
+            needed = math.ceil(thresholds.share_for(category) * self.prompts - 1e-6)
+            points.append(ascending[max(needed, 1) - 1, :, index])
+        return torch.unique(torch.stack(points)).tolist()
+
+    def decide(self, thresholds: Thresholds) -> tuple[tuple[Category, ...], ...]:
         """The category of every head: [layers][heads]."""
-        return tuple(tuple(map(self._category, layer.T.tolist())) for layer in self.shares())
+        shares = self.shares(thresholds)
+        return tuple(tuple(thresholds.category(head) for head in layer.T.tolist()) for layer in shares)
 
-    def to_dict(self) -> dict[Category, list[list[float]]]:
+    def to_dict(self, thresholds: Thresholds) -> dict[Category, list[list[float]]]:
         """As `CalibrationRecord.votes` has them: category -> [layers][heads]."""
-        shares = self.shares()
+        shares = self.shares(thresholds)
         return {
             category: [[round(share, 4) for share in layer] for layer in shares[:, index].tolist()]
             for index, category in enumerate(SPARSE)
         }
-
-    def _category(self, shares: list[float]) -> Category:
-        good = dict(zip(SPARSE, shares, strict=True))
-        if 1 - good[Category.INTRA_IMAGE_SINK] > self.thresholds.gamma_d + 1e-6:
-            return Category.DENSE
-        if good[Category.SINK] >= self.thresholds.gamma_s - 1e-6:
-            return Category.SINK
-        if good[Category.INTRA_IMAGE] >= self.thresholds.gamma_i - 1e-6:
-            return Category.INTRA_IMAGE
-        return Category.INTRA_IMAGE_SINK
