@@ -3,10 +3,9 @@
     python benchmarks/head_map_curve.py
 
 Rows: criteria (mass, output, distribution) at equal FLOPs; several tolerances, with the largest alpha that
-they allow, and with a given alpha and the recovery pass; controls (all heads of one category, random maps of the
-same cost). Columns: attention FLOPs saved at every image
-count, exact match, its drop against the dense model, agreement with it. sink_choice.py tests the options of
-the masks.
+they allow, and with a given alpha and the recovery pass; controls (all heads of one category, random maps of
+the same cost). Columns: attention FLOPs saved at every image count, exact match, its drop against the dense
+model, agreement with it. sink_choice.py tests the options of the masks.
 """
 
 from __future__ import annotations
