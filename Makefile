@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # What `make bench` compares; the first one is tested against the others. TIMED ones are timed, too.
 METHODS := adaptive evict cur uniform streaming-llm snapkv vl-cache merge kvzip feature-pca \
 	quanto-int4 quanto-int2
-TIMED := adaptive evict snapkv kvzip quanto-int4
+TIMED := adaptive adaptive-int8 evict snapkv kvzip quanto-int4
 
 .PHONY: help setup demo test lint docs train-reference fit-reference accuracy bench test-triton test-matrix clean
 
@@ -61,10 +61,13 @@ accuracy: setup  ## accuracy of the reference VLM on its test split, full cache 
 	@mkdir -p benchmarks/results
 	$(BIN)/capsight eval $(METHODS:%=--method %) --retained 0.6 --retained 0.4 --retained 0.2 --retained 0.1 \
 		--images 1,4,8 --samples 30 --json benchmarks/results/accuracy.json
+	$(BIN)/capsight eval --dtype bfloat16 --method adaptive --method adaptive-int8 --method adaptive-int4 \
+		--retained 0.6 --retained 0.4 --retained 0.3 --retained 0.2 --retained 0.1 \
+		--images 1,4,8 --samples 30 --json benchmarks/results/bits.json
 	$(BIN)/python benchmarks/write_pages.py
 
 bench: accuracy  ## every figure of the README: accuracy, speed, prefill attention, the demo
-	$(BIN)/capsight bench $(TIMED:%=--method %) --retained 0.4 --batch 1,4 --images 1,8 --calibrate 16 \
+	$(BIN)/capsight bench $(TIMED:%=--method %) --retained 0.4 --batch 1,8 --images 1,8 --calibrate 16 \
 		--kv-budget 256MB --json benchmarks/results/bench.json
 	$(BIN)/python benchmarks/prefill_attention.py --lengths 4096,8192 --json benchmarks/results/prefill.json
 	@mkdir -p out

@@ -36,18 +36,20 @@ def budget_table(report: Report) -> list[str]:
     return lines
 
 
-def page(report: Report) -> str:
-    """The whole page."""
+def page(report: Report, title: str = "Accuracy against bytes", note: str = "") -> str:
+    """The whole page; `note` is a sentence about what is compared."""
     methods, full = report["methods"], report["methods"][FULL]
     counts = ", ".join(f"{cell['questions']} at {n}" for n, cell in full["by"]["images"].items())
     lines = [
         GENERATED,
         "",
-        "# Accuracy against bytes",
+        f"# {title}",
         "",
+        *([note, ""] if note else []),
         f"Model `{report['model']}`, protocol [`{report['protocol']}`](../evaluation.md#protocols), "
         f"{full['questions']} questions (by image count: {counts}). {machine(report['machine'])}",
-        "`make bench` makes this page. [How to read the columns](../evaluation.md#how-to-read-the-tables).",
+        "`make accuracy` makes this page. "
+        "[How to read the columns](../evaluation.md#how-to-read-the-tables).",
         "",
         *budget_table(report),
         "",

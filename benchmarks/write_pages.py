@@ -1,4 +1,4 @@
-"""Writes what is generated from the JSON files under benchmarks/results: README numbers and three pages.
+"""Writes what is generated from the JSON files under benchmarks/results: README numbers and the pages.
 
     python benchmarks/write_pages.py
 
@@ -11,25 +11,42 @@ from pathlib import Path
 
 import ablations_page
 import accuracy_page
+import decode_page
+import head_maps_page
 import readme_numbers
 import speed_page
 from readme_numbers import load
 
 ROOT = Path(__file__).resolve().parents[1]
 
+BITS = (
+    "Capsules in the numbers of the cache, in 8 bits and in 4. The model and its cache are in bfloat16, the "
+    "full cache too: bytes are shares of 16-bit ones."
+)
+
 
 def main(root: Path = ROOT) -> None:
-    """Write README.md and docs/benchmarks/{accuracy,speed,ablations}.md below `root`."""
+    """Write README.md and docs/benchmarks/*.md below `root`."""
     results, pages = root / "benchmarks" / "results", root / "docs" / "benchmarks"
     pages.mkdir(parents=True, exist_ok=True)
-    accuracy, bench = load(results, "accuracy.json"), load(results, "bench.json")
-    prefill, ablations = load(results, "prefill.json"), load(results, "ablations.json")
-    if accuracy is not None:
-        (pages / "accuracy.md").write_text(accuracy_page.page(accuracy))
+
+    def write(name: str, text: str) -> None:
+        (pages / f"{name}.md").write_text(text)
+
+    if (accuracy := load(results, "accuracy.json")) is not None:
+        write("accuracy", accuracy_page.page(accuracy))
+    if (bits := load(results, "bits.json")) is not None:
+        write("bits", accuracy_page.page(bits, "Stored bits", BITS))
+    bench, prefill = load(results, "bench.json"), load(results, "prefill.json")
     if bench is not None or prefill is not None:
-        (pages / "speed.md").write_text(speed_page.page(bench, prefill))
-    if ablations is not None:
-        (pages / "ablations.md").write_text(ablations_page.page(ablations))
+        write("speed", speed_page.page(bench, prefill))
+    if (decode := load(results, "decode_attention.json")) is not None:
+        write("decode", decode_page.page(decode))
+    maps = [load(results, f"{name}.json") for name in ("head_map_curve", "sink_choice", "ttft")]
+    if any(report is not None for report in maps):
+        write("head-maps", head_maps_page.page(*maps))
+    if (ablations := load(results, "ablations.json")) is not None:
+        write("ablations", ablations_page.page(ablations))
     readme_numbers.main(root)
 
 

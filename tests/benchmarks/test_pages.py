@@ -60,6 +60,33 @@ def demo():
     return {"sides": {"full cache": side, "capsules": ours}}
 
 
+def maps(**facts):
+    by_images = {n: {"attention_saved": 0.5, "exact_match": 95.0, "drop": 1.0} for n in ("4", "8")}
+    row = {"group": "tolerance", "name": "output", "by_images": by_images}
+    row |= {"exact_match": 95.0, "drop": 1.0, "agreement": 98.0, **facts}
+    prompts = {"voting": 12, "held_out": 20, "test, each image count": 40}
+    return {"machine": MACHINE, "prompts": prompts, "prompts, each image count": 20, "rows": [row]}
+
+
+def ttft():
+    row = {
+        "variant": "calibrated",
+        "ttft_s": 0.25,
+        "speedup": 1.5,
+        "attention_saved": 0.5,
+        "prefill_saved": 0.1,
+    }
+    return {"machine": MACHINE, "models": [{"model": "a VLM", "tokens": 700, "images": 8, "rows": [row]}]}
+
+
+def decode():
+    row = {"tokens": 8192, "batch": 1, "dtype": "float32", "repeats": 7, "speedup": 2.0}
+    row |= {"seconds": {"latent": 0.001, "sdpa": 0.002}, "bytes": {"full": 100, "latent": 40}}
+    setup = {"heads": 28, "kv_heads": 4, "head_dim": 128, "retained": 0.4, "text_tokens": 64}
+    where = {"gpu": None, "cpu": "a CPU", "threads": 2, "torch": "2.13.0"}
+    return {"machine": where, "setup": setup, "rows": [row | {"largest_difference": 1e-6}]}
+
+
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
@@ -102,6 +129,25 @@ def test_everything(root):
     assert "largest batch in 64.0 MB" in speed
     assert "3.00x" in speed
     assert all(tables_are_square(text) for text in (readme, page, speed))
+
+
+def test_pages_of_what_is_run_by_hand(root):
+    curve = maps(tolerance=0.02)
+    write(
+        root,
+        bits=accuracy(),
+        head_map_curve=curve,
+        sink_choice=maps(),
+        ttft=ttft(),
+        decode_attention=decode(),
+    )
+    found = {path.stem: path.read_text() for path in (root / "docs" / "benchmarks").glob("*.md")}
+    assert set(found) == {"bits", "head-maps", "decode"}
+    assert "# Stored bits\n\nCapsules in the numbers" in found["bits"]
+    assert "| tolerance | output, tolerance 2% | 50.0 | 50.0 | 95.0 | +1.0 | 98.0 |" in found["head-maps"]
+    assert "| a VLM | calibrated | 700 | 8 | 250 ms | 1.50x | 50% | 10% |" in found["head-maps"]
+    assert "| 8192 | 1 | float32 | 1.00 ms | 2.00 ms | 2.00x | 2.50x smaller | 1.0e-06 |" in found["decode"]
+    assert all(tables_are_square(text) for text in found.values())
 
 
 def test_again_is_the_same(root):
