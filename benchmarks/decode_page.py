@@ -22,8 +22,8 @@ def page(report: Report) -> str:
         f"One layer of {setup['heads']} query and {setup['kv_heads']} KV heads of {setup['head_dim']} "
         f"channels, {setup['text_tokens']} exact tokens a row, capsules that retain {setup['retained']:g}; "
         f"medians of {report['rows'][0]['repeats']} runs, all taking turns. *sdpa* reads the full cache as "
-        "transformers does (`enable_gqa`), *sdpa, grouped* with the query heads of a KV head as rows; *faster* "
-        "is latent attention against the faster of the two. "
+        "transformers does (`enable_gqa`), *sdpa, grouped* with the query heads of a KV head as rows; "
+        "*faster* is latent attention against the faster of the two. "
         f"Measured on {where['gpu'] or where['cpu']}, {where['threads']} threads, torch {where['torch']}. "
         "`python benchmarks/decode_attention.py` measures it.",
         "",

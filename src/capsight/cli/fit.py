@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -35,13 +36,15 @@ def fit(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
 ) -> None:
-    """Fit a capsule to a model and write it to a folder."""
+    """Fit a capsule to a model and write it to a folder; run again, it goes on where it was interrupted."""
     vlm, processor = load_model(model, dtype, device)
     items = calibration_items(model, data, samples)
     prompts = [process(processor, item, [item.asks[0].question]) for item in items]
     began = time.perf_counter()
-    capsule = KVCapsule.fit(vlm, processor, prompts, retained=retained, codec=codec)
+    partial = out.with_name(f"{out.name}.partial")
+    capsule = KVCapsule.fit(vlm, processor, prompts, retained=retained, codec=codec, resume=partial)
     capsule.save_pretrained(out)
+    shutil.rmtree(partial, ignore_errors=True)
     Console().print(
         f"{len(prompts)} prompts in {time.perf_counter() - began:.0f} s -> {out} "
         f"({human_bytes(capsule.module_nbytes)}, break-even at {capsule.break_even_tokens()} vision tokens)"

@@ -18,19 +18,33 @@ class BlockSample:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._random, self._seen = random.Random(0), 0
+        self._seen = 0
         self._blocks: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, found: Mapping[int, tuple[Tensor, Tensor]]) -> None:
         """See the keys and values `[M, H, N, D]` of the same M blocks in every layer (reservoir sampling)."""
         for block in range(len(next(iter(found.values()))[0]) if found else 0):
-            place = self._seen if self._seen < _BLOCKS else self._random.randrange(self._seen + 1)
+            place = self._seen
+            if place >= _BLOCKS:  # seeded by the count, so that a pass can go on from a `state`
+                place = random.Random(self._seen).randrange(self._seen + 1)
             self._seen += 1
             if place >= _BLOCKS:
                 continue
             for layer, (keys, values) in found.items():
                 own = self._blocks.setdefault(layer, [])
                 own[place : place + 1] = [(keys[block].cpu().clone(), values[block].cpu().clone())]
+
+    def state(self) -> tuple[int, dict[int, tuple[Tensor, Tensor]]]:
+        """How many blocks were seen, and keys and values `[M, H, N, D]` of those kept, by layer."""
+        return self._seen, {
+            layer: (torch.stack([keys for keys, _ in own]), torch.stack([values for _, values in own]))
+            for layer, own in self._blocks.items()
+        }
+
+    def restore(self, seen: int, kept: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """Go on from a `state`."""
+        self._seen = seen
+        self._blocks = {layer: list(zip(*pair, strict=True)) for layer, pair in kept.items()}
 
     def blocks(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer: float32 `[M, H, N, D]` each."""

@@ -48,6 +48,7 @@ class KVCapsule:
         block_size: int = DEFAULT_BLOCK_SIZE,
         progress: bool = True,
         budget: Budget | None = None,
+        resume: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> Self:
         """Fit to a model in one pass over calibration samples.
@@ -63,14 +64,18 @@ class KVCapsule:
             progress: show a progress bar.
             budget: how the average is shared out: "water-filled" (by the errors and the attention of the
                 layers, see `with_budget`) or "uniform"; None for the codec's default.
+            resume: folder where the pass leaves, every half minute, what it has added up; a fit that was
+                interrupted goes on from there, given the same samples. Remove it afterwards.
             **options: the codec's own, see its `fit`: `ridge`, of the adaptive one `joint` and `weights`, of
                 "static-mlp" `width`.
 
         Raises:
-            CalibrationError: no image is as long as a block, or keys or values are not finite.
+            CalibrationError: no image is as long as a block, keys or values are not finite, or `resume`
+                holds the pass of another model, block size or samples.
+            CapsuleFileError: `resume` cannot be read or written.
             OptionError: an option is unknown or out of range.
         """
-        arguments = (retained, codec, block_size, progress, budget, options)
+        arguments = (retained, codec, block_size, progress, budget, resume, options)
         return cls(*fit_capsule(model, processor, samples, *arguments))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,38 +13,26 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from capsight.errors import CalibrationError, OptionError
-from capsight.kvcapsule.block_sample import BlockSample, relative_error
+from capsight.kvcapsule.block_sample import relative_error
 from capsight.kvcapsule.budget import DEFAULT_BUDGET, Budget, LayerNeeds, check_budget, measured_counts
+from capsight.kvcapsule.calibration import Calibration, Moments
 from capsight.kvcapsule.codecs import CODECS, AdaptiveCodec, LayerCodec
+from capsight.kvcapsule.fit_journal import FitJournal
 from capsight.kvcapsule.moments import LayerMoments
 from capsight.kvcapsule.plan import CapsulePlan
-from capsight.kvcapsule.vision_attention import VisionAttention
 from capsight.layout import build_layout
-
-Moments = dict[int, LayerMoments]
-"""Second moments by layer index."""
 
 _MEASURED = ("adaptive", "evict")
 """Codecs whose retained count can differ by layer; the others are fitted for one."""
 
 
-@dataclass(slots=True)
-class Calibration:
-    """What one pass over calibration prompts leaves behind.
-
-    Attributes:
-        moments: second moments of the image blocks, for every full-attention layer.
-        sample: a few of the blocks.
-        attention: what each layer pays to vision tokens.
-    """
-
-    moments: Moments = field(default_factory=dict)
-    sample: BlockSample = field(default_factory=BlockSample)
-    attention: VisionAttention = field(default_factory=VisionAttention)
-
-
 def calibrate(
-    model: Any, processor: Any, samples: Iterable[Any], block_size: int, progress: bool
+    model: Any,
+    processor: Any,
+    samples: Iterable[Any],
+    block_size: int,
+    progress: bool,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Calibration:
     """Prefill every sample once and take what a fit needs of its image blocks, layer by layer.
 
@@ -54,13 +42,23 @@ def calibrate(
         samples: processor outputs (mappings of tensors, any batch size) or lists of chat messages.
         block_size: tokens in a block (N).
         progress: show a progress bar.
+        resume: folder for what was added up so far; if it holds an interrupted pass, that goes on.
 
     Raises:
-        CalibrationError: no image is as long as a block, or keys or values are not finite.
+        CalibrationError: no image is as long as a block, keys or values are not finite, or `resume` holds
+            the pass of another model, block size or samples.
+        CapsuleFileError: `resume` cannot be read or written.
     """
-    found = Calibration()
+    journal = None if resume is None else FitJournal(resume, model, block_size)
+    found = Calibration() if journal is None else journal.found
     for inputs in calibration_inputs(model, processor, samples, progress):
+        if journal is not None and journal.has(inputs):
+            continue
         add_sample(found, model, inputs, block_size)
+        if journal is not None:
+            journal.record()
+    if journal is not None:
+        journal.finish()
     if not found.moments:
         raise CalibrationError(
             f"no calibration sample has an image of at least {block_size} tokens; use larger images or a "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,13 +24,14 @@ def fit_capsule(
     block_size: int,
     progress: bool,
     budget: Budget | None,
+    resume: str | os.PathLike[str] | None,
     options: Mapping[str, Any],
 ) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
     """Fit a codec to every full-attention layer of a model; arguments and errors are `KVCapsule.fit`'s."""
     budget = check_options(codec, retained, block_size, budget, options)  # before the long part
     if codec == StaticMlpCodec.name:
         samples = list(samples)  # they are read twice
-    found = calibrate(model, processor, samples, block_size, progress)
+    found = calibrate(model, processor, samples, block_size, progress, resume)
     needs = measure_needs(found, codec, options)
     kept = share_out(budget, needs, len(found.moments), kept_tokens(retained, block_size), block_size)
     codecs = solve(found.moments, codec, kept, options)

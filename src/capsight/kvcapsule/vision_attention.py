@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -36,6 +36,15 @@ class VisionAttention:
     def share(self, layer: int) -> float:
         """Mean over rows, queries and heads, between 0 and 1; 0 where no text followed an image."""
         return self._total[layer] / max(self._rows[layer], 1)
+
+    def state(self) -> dict[int, tuple[float, int]]:
+        """Sum over rows, and number of rows, by layer."""
+        return {layer: (total, self._rows[layer]) for layer, total in self._total.items()}
+
+    def restore(self, state: Mapping[int, tuple[float, int]]) -> None:
+        """Go on from a `state`."""
+        for layer, (total, rows) in state.items():
+            self._total[layer], self._rows[layer] = total, rows
 
     @contextmanager
     def watching(self, model: Any, layout: PromptLayout) -> Iterator[None]:

@@ -1,0 +1,27 @@
+"""`Calibration`: what one pass over calibration prompts leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from capsight.kvcapsule.block_sample import BlockSample
+from capsight.kvcapsule.moments import LayerMoments
+from capsight.kvcapsule.vision_attention import VisionAttention
+
+Moments = dict[int, LayerMoments]
+"""Second moments by layer index."""
+
+
+@dataclass(slots=True)
+class Calibration:
+    """What one pass over calibration prompts leaves behind.
+
+    Attributes:
+        moments: second moments of the image blocks, for every full-attention layer.
+        sample: a few of the blocks.
+        attention: what each layer pays to vision tokens.
+    """
+
+    moments: Moments = field(default_factory=dict)
+    sample: BlockSample = field(default_factory=BlockSample)
+    attention: VisionAttention = field(default_factory=VisionAttention)

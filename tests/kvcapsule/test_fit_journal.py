@@ -1,0 +1,88 @@
+"""An interrupted fit goes on where it was, and with nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from capsight.errors import CalibrationError, CapsuleFileError
+from capsight.kvcapsule import KVCapsule, fit_journal
+from capsight.kvcapsule import fit as fitting
+from tiny import FAMILIES
+
+COUNT = 5
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return FAMILIES["qwen2_5_vl"]()
+
+
+@pytest.fixture(autouse=True)
+def write_at_once(monkeypatch):
+    monkeypatch.setattr(fit_journal, "EVERY", 0.0)
+
+
+def samples(qwen, count=COUNT, first=0):
+    return [qwen.inputs([([qwen.picture(first + n, (96, 64))], f"what {n}")]) for n in range(count)]
+
+
+def fit(qwen, given, folder=None, block_size=8):
+    return KVCapsule.fit(qwen.model, None, given, block_size=block_size, progress=False, resume=folder)
+
+
+def stopped_after(given, count):
+    yield from given[:count]
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def interrupted(qwen, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(qwen, stopped_after(samples(qwen), 3), tmp_path / "x.partial")
+    return tmp_path / "x.partial"
+
+
+def test_it_ends_as_if_nothing_had_happened(qwen, interrupted, monkeypatch):
+    plain, prefilled, add = fit(qwen, samples(qwen)), [], fitting.add_sample
+
+    def counted(*arguments):
+        prefilled.append(1)
+        add(*arguments)
+
+    monkeypatch.setattr(fitting, "add_sample", counted)
+    again = fit(qwen, samples(qwen), interrupted)
+    assert len(prefilled) == COUNT - 3
+    assert again.info == plain.info
+    for index, codec in plain.codecs.items():
+        for name, tensor in codec.state_dict().items():
+            assert torch.equal(tensor, again.codecs[index].state_dict()[name])
+    assert fit(qwen, samples(qwen), interrupted).info == plain.info  # all seen: nothing is left to do
+    assert len(prefilled) == COUNT - 3
+
+
+def test_other_samples_models_and_sizes_are_refused(qwen, interrupted):
+    with pytest.raises(CalibrationError, match="other samples"):
+        fit(qwen, samples(qwen, first=7), interrupted)
+    with pytest.raises(CalibrationError, match="more samples"):
+        fit(qwen, samples(qwen, 2), interrupted)
+    with pytest.raises(CalibrationError, match="another model"):
+        fit(FAMILIES["smolvlm"](), [], interrupted)
+    with pytest.raises(CalibrationError, match="another block size"):
+        fit(qwen, samples(qwen), interrupted, block_size=4)
+
+
+def test_damage_is_noticed_and_what_is_there_stays(qwen, interrupted):
+    (file,) = interrupted.glob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8])
+    with pytest.raises(CapsuleFileError, match="checksum"):
+        fit(qwen, samples(qwen), interrupted)
+    file.write_bytes(whole)
+    header = (interrupted / "capsule.json").read_text()
+    for old, new in (('"samples": 3', '"samples": "x"'), ('"sampled"', '"simple"'), ('"blocks"', '"rocks"')):
+        (interrupted / "capsule.json").write_text(header.replace(old, new))
+        with pytest.raises(CapsuleFileError, match="interrupted fit"):
+            fit(qwen, samples(qwen), interrupted)
+    (interrupted / "capsule.json").write_text(header)
+    fit(qwen, samples(qwen), interrupted)
