@@ -119,6 +119,26 @@ def test_lessons_have_the_images_of_their_stage(stage):
     assert len(made) == max(1, stage.images // count)
 
 
+def test_drills_ask_for_every_count_and_right():
+    drill, counts = STAGES[-1], 0
+    assert drill.counting
+    for step in range(6):
+        for prompt in prompts(drill, step):
+            texts = [q.text for q in prompt.questions]
+            assert len(set(texts)) == len(texts)
+            for question in prompt.questions:
+                if question.task == "count_images":
+                    kind = question.text.split()[-2 if question.text.endswith("pages?") else -1]
+                    kinds = [s.kind for s in prompt.scenes]
+                    assert int(question.answer) == sum(k.startswith(kind.rstrip("s?")) for k in kinds)
+                    counts += 1
+                elif question.task == "count_shapes":
+                    page = prompt.scenes[int(question.text.split(":")[0].split()[1]) - 1]
+                    assert int(question.answer) == len(page.facts["shapes"])
+                    counts += 1
+    assert counts > 50
+
+
 def test_muon_is_that_of_torch():
     torch.manual_seed(0)
     shapes = [(64, 32), (64, 32), (32, 64), (40, 40)]
