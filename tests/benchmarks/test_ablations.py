@@ -42,7 +42,9 @@ def fitted(qwen):
     prompts = (Blocks.prefilled(qwen.model, prompt(qwen, n), SIZE) for n in range(4))
     seen = calibrate(prompts, arrangements, output_moments(qwen.model))
     assert (seen.prompts, seen.blocks) == (4, 4 * (4 + 6))
-    return {variant.name: variant for variant in variants(seen, KEPT)}
+    with pytest.MonkeyPatch.context() as patch:  # how long MLPs train is no matter here
+        patch.setattr("capsight.kvcapsule.key_mlp.MOST_STEPS", 40)
+        return {variant.name: variant for variant in variants(seen, KEPT)}
 
 
 def test_every_row_of_every_table_is_fitted_and_nothing_else(fitted):
