@@ -14,7 +14,7 @@ import torch
 from ablation_selection import Rule, cholesky
 from torch import Tensor, nn
 
-from capsight.kvcapsule.codecs import BlockCodec, Payload
+from capsight.kvcapsule.codecs import AdaptiveCodec, BlockCodec, Payload
 from capsight.kvcapsule.codecs.token_mlp import TokenMlp
 from capsight.kvcapsule.kriging import prediction_weights, with_nugget
 from capsight.kvcapsule.moments import TokenMoments, rms
@@ -137,6 +137,38 @@ class PairCodec(BlockCodec):
         """Open each."""
         keys, values = payload.tensors["keys"], payload.tensors["values"]
         return self.keys.decode(keys).transpose(1, 2), self.values.decode(values).transpose(1, 2)
+
+
+class ApartCodec(BlockCodec):
+    """`adaptive` with a set of tokens for the keys of a block and another for its values."""
+
+    name: ClassVar[str] = "apart"
+
+    def __init__(self, keys: AdaptiveCodec, values: AdaptiveCodec) -> None:
+        """Take a codec that chooses by keys and one that chooses by values."""
+        super().__init__(keys.block_size)
+        self.keys, self.values = keys, values
+
+    def encode_runs(self, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> Payload:
+        """Store each kind of blocks `[M, H, N, D]` at the places chosen for it."""
+        first, second = (codec.encode(keys, values).tensors for codec in (self.keys, self.values))
+        return Payload(
+            {
+                "keys": first["keys"],
+                "kept": first["kept"],
+                "values": second["values"],
+                "values_kept": second["kept"],
+            }
+        )
+
+    def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
+        """Rebuild each kind from its own tokens; the other kind goes along unused."""
+        keys, values, kept, values_kept = (
+            payload.tensors[name] for name in ("keys", "values", "kept", "values_kept")
+        )
+        first = self.keys.decode(Payload({"keys": keys, "values": keys, "kept": kept}))
+        second = self.values.decode(Payload({"keys": values, "values": values, "kept": values_kept}))
+        return first[0], second[1]
 
 
 class FixedEvict(BlockCodec):

@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from ablation_calibration import Calibration
-from ablation_codecs import FixedEvict, KindCodec, PairCodec, Retain, TokenPca
-from ablation_metrics import MEASURES, measured
+from ablation_codecs import ApartCodec, FixedEvict, KindCodec, PairCodec, Retain, TokenPca
+from ablation_metrics import MEASURES, measured, white
 from ablation_places import ArrangedCodec, Arrangement, places
 from ablation_selection import RULES
 from transformers import PreTrainedConfig
@@ -93,6 +93,7 @@ TABLES: dict[str, dict[str, str]] = {
     "Shared, or one for each": {
         "`adaptive`, one C for both": "adaptive",
         "`adaptive`, C for keys and C for values": "adaptive apart",
+        "`adaptive`, a set of tokens for keys and one for values": "adaptive, two sets",
         "`static`, heads share": "static",
         "`static`, value basis per head": "static values per head",
         "`static`, key map per head": "static keys per head",
@@ -153,6 +154,13 @@ def variants(seen: Calibration, kept: int) -> Iterator[Variant]:
                 )
             ),
         )
+    by_keys, by_values = white(1.0, 0.0), white(0.0)
+
+    def two_sets(layer: int) -> ApartCodec:
+        told = seen.moments[RUNS][layer], seen.keys[layer].queries, seen.outputs[layer]
+        return ApartCodec(*(measured(plain[layer], measure(*told)) for measure in (by_keys, by_values)))
+
+    yield Variant("adaptive, two sets", made(two_sets))
     yield Variant("adaptive apart", of(AdaptiveCodec, RUNS, joint=False))
     yield Variant("adaptive before RoPE", of(AdaptiveCodec, BEFORE), seen.arrangements[BEFORE])
     yield Variant("adaptive tiles", of(AdaptiveCodec, TILES), seen.arrangements[TILES])

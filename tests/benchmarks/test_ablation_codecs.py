@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ablation_codecs import FixedEvict, PairCodec, Retain, TokenPca
+from ablation_codecs import ApartCodec, FixedEvict, PairCodec, Retain, TokenPca
 from ablation_metrics import MEASURES, by_attention, output_moments, scaled, values_by_output, white
 from ablation_places import ArrangedCodec, BeforeRope, Place, Tiles, mrope_positions, places
 from ablation_selection import RULES, attention_top, farthest_point, strided
@@ -67,6 +67,18 @@ def test_an_mlp_corrects_what_is_not_kept():
     expected[:, rest] += mlp(x[:, kept].flatten(2)).unflatten(2, (2, 4))
     own = plain.with_mlp(mlp)
     torch.testing.assert_close(own.decode(own.encode(x)), expected)
+
+
+def test_two_sets_are_the_codecs_they_are_made_of():
+    keys, values = pair()
+    one, two = codec("adaptive", 3), codec("adaptive", 3)
+    two.whitening[0] *= 1e-6
+    both = ApartCodec(one, two)
+    payload = both.encode_runs(keys, values, [])
+    assert not torch.equal(payload.tensors["kept"], payload.tensors["values_kept"])
+    found = both.decode(payload)
+    assert torch.equal(found[0], one.decode(one.encode(keys, values))[0])
+    assert torch.equal(found[1], two.decode(two.encode(keys, values))[1])
 
 
 def test_fixed_eviction_hides_what_it_does_not_keep():

@@ -62,6 +62,7 @@ def test_every_variant_answers_and_has_the_same_bytes(qwen, fitted):
     assert {name: size - plain for name, size in sizes.items() if size != plain} == {
         # positions of the kept tokens in 3 layers of 10 blocks, and 16 bytes where a block's place is stored
         **dict.fromkeys(("adaptive", "evict", "adaptive apart", *MEASURES), 3 * 10 * KEPT),
+        "adaptive, two sets": 2 * 3 * 10 * KEPT,
         **dict.fromkeys(("adaptive before RoPE", "adaptive tiles"), 3 * 10 * (KEPT + 16)),
         **dict.fromkeys(("static before RoPE", "static tiles", "static value tiles"), 3 * 10 * 16),
     }
