@@ -60,10 +60,10 @@ fit-reference: setup  ## fit the capsule that ships with the reference VLM
 accuracy: setup  ## accuracy of the reference VLM on its test split, full cache and every method
 	@mkdir -p benchmarks/results
 	$(BIN)/capsight eval $(METHODS:%=--method %) --retained 0.6 --retained 0.4 --retained 0.2 --retained 0.1 \
-		--images 1,4,8 --samples 30 --json benchmarks/results/accuracy.json
+		--images 1,4,8 --samples 34 --json benchmarks/results/accuracy.json
 	$(BIN)/capsight eval --dtype bfloat16 --method adaptive --method adaptive-int8 --method adaptive-int4 \
 		--retained 0.6 --retained 0.4 --retained 0.3 --retained 0.2 --retained 0.1 \
-		--images 1,4,8 --samples 30 --json benchmarks/results/bits.json
+		--images 1,4,8 --samples 34 --json benchmarks/results/bits.json
 	$(BIN)/python benchmarks/write_pages.py
 
 bench: accuracy  ## every figure of the README: accuracy, speed, prefill attention, the demo
