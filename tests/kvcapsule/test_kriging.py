@@ -36,7 +36,7 @@ def test_greedy_selection_takes_the_worst_predicted_token_each_time(case):
     x = torch.randn(count, groups, size, 5, dtype=torch.float64, generator=g)
     other = covariance(size, groups, seed + 2)  # of a second layer, which must not matter
     gram = x @ x.mT
-    found, factor = greedy_selection(torch.stack([other, c]), torch.stack([gram.flip(2), gram]), kept)
+    found, factor, _ = greedy_selection(torch.stack([other, c]), torch.stack([gram.flip(2), gram]), kept)
     assert factor.shape == (2, count, groups, size, kept)
     for block in range(count):
         chosen: list[int] = []
