@@ -228,8 +228,8 @@ class SelectingCodec(LayerCodec):
         counts = shared_counts(selection.energy[0], rows, self.kept)
         chosen = torch.arange(self.block_size, device=counts.device) < counts[:, None]  # [M, N]
         keep = torch.zeros_like(chosen).scatter(1, selection.order[0], chosen)
-        blocks = (x.transpose(1, 2)[:, None] for x in (keys, values))  # [M, 1, N, H, D]
-        return RaggedPayload.pack(*blocks, keep[:, None], counted=index_dtype(self.block_size + 1))
+        k, v = (x.transpose(1, 2)[:, None] for x in (keys, values))  # [M, 1, N, H, D]
+        return RaggedPayload.pack(k, v, keep[:, None], index_dtype(self.block_size + 1))
 
     def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> int:
         """Bytes of one block's capsule: the kept tokens, their positions, and their number if blocks share.
