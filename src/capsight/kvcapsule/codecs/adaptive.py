@@ -175,8 +175,12 @@ class AdaptiveCodec(SelectingCodec):
     def _latent_ragged(self, payload: RaggedPayload) -> LatentBlocks:
         """All tokens as rebuilt ones; those that were kept have weight one for their slot, and zero else."""
         entries, real = payload.side_by_side()  # [M, R]
-        kept = payload.tensors["kept"][entries].long()
-        weights = prediction_weights(self.covariance(), kept, real=real)  # [M, G, N, R]
+        kept, covariance = payload.tensors["kept"][entries].long(), self.covariance()
+        weights = covariance.new_zeros(len(kept), len(covariance), self.block_size, kept.shape[1])
+        for alike in payload.alike():
+            some = int(real[alike].sum(1).max())
+            found = prediction_weights(covariance, kept[alike, :some], real=real[alike, :some])
+            weights[alike, :, :, :some] = found  # [m, G, N, R']
         position = torch.arange(self.block_size, device=kept.device)
         own = (kept[:, None] == position[:, None]) & real[:, None]  # [M, N, R]
         weights = torch.where(own.any(2)[:, None, :, None], own[:, None].to(weights), weights)
