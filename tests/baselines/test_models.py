@@ -48,9 +48,7 @@ def test_methods_take_the_same_bytes(family, retained):
             _, _, heads, head_dim = layer._packed.shape
             one = 2 * heads * head_dim * 4
             expected += tokens * one
-            index = sum(
-                x.nbytes for name, x in layer.payload.tensors.items() if name in ("index", "counts", "kept")
-            )
+            index = sum(x.nbytes for name, x in layer.payload.tensors.items() if name in ("counts", "kept"))
             found += layer.nbytes - index
             assert index <= len(plan.runs) * one  # positions cost less than a token a block
         assert abs(found - expected) <= len(plan.runs) * len(cache.capsule_layers) * one, name

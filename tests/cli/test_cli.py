@@ -56,14 +56,15 @@ def test_generate(monkeypatch, capsys, tmp_path):
         assert "KV cache" in err
     said = {}
     latent = ("--decode", "latent")
-    for options in (("--bits", 16), latent, ("--bits", 8), ("--bits", 4, *latent)):
+    shared = ("--share", "prompt", *latent)
+    for options in (("--bits", 16), latent, shared, ("--bits", 8), ("--bits", 4, *latent)):
         code, _, err = run(
             monkeypatch, capsys, "generate", "--image", tmp_path / "a.png",
             "--prompt", prompt.questions[0].text, "--max-new-tokens", 1, *options,
         )  # fmt: skip
         assert code == 0
         said[options] = parse_bytes(err.split("KV cache ")[1].split(",")[0])
-    assert said["--bits", 8] < said["--bits", 16] < said[latent]
+    assert said["--bits", 8] < said["--bits", 16] <= said[shared] < said[latent]
     assert said["--bits", 4, *latent] < said[latent]
 
 
@@ -176,6 +177,7 @@ def test_fit_on_a_folder_of_pictures(monkeypatch, capsys, tmp_path):
         (["generate", "--prompt", "x", "--decode", "fused"], "decode"),
         (["generate", "--prompt", "x", "--bits", "5"], "5"),
         (["generate", "--prompt", "x", "--capsule", "none", "--bits", "8"], "full cache"),
+        (["generate", "--prompt", "x", "--capsule", "none", "--share", "block"], "full cache"),
         (["generate", "--prompt", "x", "--capsule", "none", "--decode", "latent"], "capsule="),
         (["demo", "--decode", "fused"], "decode"),
         (["bench", "--decode", "fused"], "decode"),

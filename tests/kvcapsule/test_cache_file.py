@@ -26,11 +26,14 @@ def prefilled(vlm, capsule):
     return SavedCache(cache, Prompt.of(inputs), None)
 
 
-@pytest.fixture(scope="module", params=["qwen2_5_vl", "gemma3"])
+@pytest.fixture(
+    scope="module", params=[("qwen2_5_vl", "block"), ("qwen2_5_vl", "prompt"), ("gemma3", "block")]
+)
 def made(request, tmp_path_factory):
     """A file, the capsule, and what was saved; gemma3 has sliding-window layers."""
-    vlm = FAMILIES[request.param]()
-    capsule = fitted(vlm).with_bits(8)
+    family, share = request.param
+    vlm = FAMILIES[family]()
+    capsule = fitted(vlm).with_bits(8).with_share(share)
     saved = prefilled(vlm, capsule)
     path = tmp_path_factory.mktemp("cache") / "x.safetensors"
     save_cache(path, saved, capsule)
@@ -125,7 +128,7 @@ FORGED = [
     ("model", "0", "another model"),
     ("capsule", "0", "another capsule"),
     ("weights", "heavy", "weights"),
-    ("weights", "stored", "capsule.weights"),
+    ("weights", "stored", "weights"),
 ]
 
 
@@ -156,7 +159,11 @@ def test_forged_tensors_are_refused(made, tmp_path):
                 broken.view(-1)[-1] = bad
                 wrong.append(broken)
         if name.endswith("kept"):
-            wrong += [tensor.flip(1), torch.full_like(tensor, BLOCK), torch.zeros_like(tensor)]
+            wrong += [tensor.flip(-1), torch.full_like(tensor, BLOCK), torch.zeros_like(tensor)]
+        if name.endswith("counts"):
+            more, moved = tensor.clone(), tensor.clone()
+            more[0], moved[0], moved[1] = tensor[0] + 1, BLOCK + 1, tensor[:2].sum() - BLOCK - 1
+            wrong += [more, moved, torch.zeros_like(tensor), torch.full_like(tensor, 255)]
         for bad in wrong:
             tensors = {key: value for key, value in good.items() if key != name}
             if bad is not None:

@@ -124,8 +124,9 @@ def test_rows_of_different_images_without_padding_need_no_mask():
         assert compare(caches, count, masked=False)
 
 
-def test_crop_moved_rows_and_new_images():
-    caches = pair(LAYOUT, "adaptive", 3, weights="stored")
+@pytest.mark.parametrize("options", [{"weights": "stored"}, {"share": "prompt"}], ids=str)
+def test_crop_moved_rows_and_new_images(options):
+    caches = pair(LAYOUT, "adaptive", 3, **options)
     assert compare(caches, 5)
     for cache in caches:
         cache.crop(-6)
@@ -137,7 +138,14 @@ def test_crop_moved_rows_and_new_images():
         cache.extend_layout(PromptLayout(tuple(longer)))
     assert not compare(caches, 15)  # it completes runs, so it rebuilds
     assert compare(caches, 2)
-    assert len(caches[1].capsule_layers[0].placement.runs) == 3 + 3 + 2 + 4
+    layer = caches[1].capsule_layers[0]
+    assert len(layer.placement.runs) == 3 + 3 + 2 + 4
+    if "share" in options:  # the new images share among themselves
+        new = layer.placement.run_starts >= 35
+        for row_of_batch in range(4):
+            for own in (new, ~new):
+                own = own & (layer.placement.run_rows == row_of_batch)
+                assert layer.payload.lengths[own].sum() == 3 * own.sum()
 
 
 def test_long_turns_are_attended_in_parts(monkeypatch):

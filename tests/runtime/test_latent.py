@@ -40,6 +40,14 @@ def test_all_retained_is_the_full_cache(vlm):
         assert_same(greedy(fast.generate, past_key_values=cache, **inputs), full)
 
 
+@pytest.mark.parametrize("share", ["block", "prompt"])
+@pytest.mark.parametrize("codec", ["adaptive", "evict"])
+def test_with_and_without_sharing(qwen, codec, share):
+    capsule = fitted("qwen2_5_vl", 0.4).with_codec(codec).with_share(share)
+    a, b = both_ways(qwen, capsule, **mixed_batch(qwen))
+    assert_same(b, a)
+
+
 @pytest.mark.parametrize("codec", ["evict", "static"])
 def test_other_codecs(qwen, codec):
     capsule = fitted("qwen2_5_vl", 0.4)

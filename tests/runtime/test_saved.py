@@ -78,10 +78,10 @@ def test_a_later_turn_goes_on_after_loading(qwen, tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(results[0].logits, results[1].logits, strict=True))
 
 
-@pytest.mark.parametrize("bits", [None, 8])
-def test_a_cache_saved_by_one_decode_serves_the_other(qwen, tmp_path, bits):
+@pytest.mark.parametrize(("bits", "share"), [(None, "block"), (8, "block"), (8, "prompt")])
+def test_a_cache_saved_by_one_decode_serves_the_other(qwen, tmp_path, bits, share):
     inputs, found = mixed_batch(qwen), {}
-    capsule = fitted("qwen2_5_vl", 0.4).with_bits(bits)
+    capsule = fitted("qwen2_5_vl", 0.4).with_bits(bits).with_share(share)
     for decode in ("latent", "materialise"):
         with capsight.enable(qwen.model, capsule=capsule, decode=decode) as fast:
             fast.encapsulate(**inputs)
@@ -160,6 +160,7 @@ def test_another_capsule_model_or_dtype_is_refused(qwen, saved):
         capsule.with_retained(0.5),
         capsule.with_bits(8),
         capsule.with_codec("evict"),
+        capsule.with_share("prompt"),
     ):
         with (
             capsight.enable(qwen.model, capsule=other) as fast,

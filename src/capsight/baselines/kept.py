@@ -9,67 +9,21 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from capsight.kvcapsule.codecs import BlockCodec, Payload
-from capsight.kvcapsule.codecs.base import index_dtype
+from capsight.kvcapsule.codecs import BlockCodec, Payload, RaggedPayload
 from capsight.kvcapsule.plan import Run
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class KeptPayload(Payload):
-    """E kept entries (one token of one head) of M blocks, ordered by block, head, position.
-
-    Tensors:
-        keys, values: `[E, D]`.
-        index: `[E]`, position in the block (uint8 up to N = 256).
-        counts: int32 `[M, H]`, entries of each head of each block.
-    """
-
-    @classmethod
-    def pack(cls, keys: Tensor, values: Tensor, keep: Tensor) -> Self:
-        """The entries of blocks `[M, H, N, D]` that `keep` (bool `[M, H, N]`) names."""
-        return cls(
-            {
-                "keys": keys[keep],
-                "values": values[keep],
-                "index": keep.nonzero()[:, 2].to(index_dtype(keep.shape[2])),
-                "counts": keep.sum(2, dtype=torch.int32),
-            }
-        )
-
-    def slots(self, size: int) -> Tensor:
-        """Flat positions of the entries in `[M, H, N]` with N = `size`: int64 `[E]`."""
-        counts = self.tensors["counts"].flatten()
-        owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-        return owner * size + self.tensors["index"]
-
-    def mask(self, size: int) -> Tensor:
-        """Which tokens are kept: bool `[M, H, N]` with N = `size`."""
-        blocks, heads = self.tensors["counts"].shape
-        keep = torch.zeros(blocks * heads * size, dtype=torch.bool, device=self.tensors["index"].device)
-        keep[self.slots(size)] = True
-        return keep.view(blocks, heads, size)
+class KeptPayload(RaggedPayload):
+    """What is kept may differ by head: an entry is one token of one head, `counts` is int32 `[M, H]`."""
 
     def thinned(self, keep: Tensor) -> Self:
         """Only the entries that `keep` (bool `[M, H, N]`), too, names."""
         chosen = keep.flatten()[self.slots(keep.shape[2])]
         return type(self)(
             {
-                **{name: self.tensors[name][chosen] for name in ("keys", "values", "index")},
+                **{name: self.tensors[name][chosen] for name in ("keys", "values", "kept")},
                 "counts": (keep & self.mask(keep.shape[2])).sum(2, dtype=torch.int32),
-            }
-        )
-
-    def select(self, index: Tensor) -> Self:
-        """The blocks at `index` int64 `[M']`, in that order."""
-        lengths = self.tensors["counts"].sum(1)  # [M]
-        starts = lengths.cumsum(0) - lengths
-        taken = lengths[index]
-        shift = starts[index] - (taken.cumsum(0) - taken)
-        entries = torch.arange(int(taken.sum()), device=index.device) + shift.repeat_interleave(taken)
-        return type(self)(
-            {
-                **{name: self.tensors[name][entries] for name in ("keys", "values", "index")},
-                "counts": self.tensors["counts"][index],
             }
         )
 
@@ -98,7 +52,7 @@ class KeptCodec(BlockCodec):
     def bias(self, payload: Payload) -> Tensor | None:
         """Minus infinity for evicted tokens: float32 `[M, H, N]`; None where nothing was evicted."""
         assert isinstance(payload, KeptPayload)
-        if payload.tensors["index"].numel() == payload.tensors["counts"].numel() * self.block_size:
+        if payload.tensors["kept"].numel() == payload.tensors["counts"].numel() * self.block_size:
             return None
         keep = payload.mask(self.block_size)
         return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -torch.inf)

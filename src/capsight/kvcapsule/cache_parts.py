@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from capsight.errors import CapsightError, CapsuleFileError
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.capsule import KVCapsule
-from capsight.kvcapsule.codecs import Payload
+from capsight.kvcapsule.codecs import Payload, RaggedPayload
 from capsight.kvcapsule.info import LayerInfo
 from capsight.kvcapsule.layer import CapsuleLayer
 from capsight.kvcapsule.plan import Run, exact_spans
@@ -156,16 +156,35 @@ def _fill(
     layer.placement = ledger.place(runs, settled, device)
     layer._packed, layer._tail = packed.to(device), tail.to(device)
     if runs:
-        capsules = {
-            name: parts.take(f"{prefix}capsule.{name}", (len(runs), *like.shape[1:]), like.dtype)
-            for name, like in template.tensors.items()
-        }
-        kept = capsules.get("kept")
-        if kept is not None and ((kept >= plan.block_size).any() or (kept.long().diff() <= 0).any()):
+        many = {name: len(runs) * len(like) for name, like in template.tensors.items()}
+        capsules = type(template)(
+            {
+                name: parts.take(f"{prefix}capsule.{name}", (many[name], *like.shape[1:]), like.dtype)
+                for name, like in template.tensors.items()
+            }
+        )
+        _check_kept(capsules, runs, plan.block_size, prefix)
+        layer.payload = type(template)({name: x.to(device) for name, x in capsules.tensors.items()})
+
+
+def _check_kept(capsules: Payload, runs: Sequence[Run], block_size: int, prefix: str) -> None:
+    """Refuse kept positions and counts that no choice of tokens gives."""
+    if (kept := capsules.tensors.get("kept")) is None:
+        return
+    if isinstance(capsules, RaggedPayload):
+        counts, rows = capsules.lengths, torch.tensor([run.row for run in runs])
+        blocks = torch.bincount(rows)
+        held = torch.zeros_like(blocks).index_add(0, rows, counts)
+        shared = len(kept) // len(runs) * blocks  # what a row has to share out
+        if (counts < 1).any() or (counts > block_size).any() or (held != shared).any():
             raise CapsuleFileError(
-                f"{prefix}capsule.kept does not ascend within a block; save the cache again"
+                f"{prefix}capsule.counts does not share out the tokens of a row; save the cache again"
             )
-        layer.payload = Payload({name: tensor.to(device) for name, tensor in capsules.items()})
+        places = capsules.slots(block_size)
+    else:
+        places = kept.long()
+    if (kept >= block_size).any() or (places.diff() <= 0).any():
+        raise CapsuleFileError(f"{prefix}capsule.kept does not ascend within a block; save the cache again")
 
 
 def _fill_window(

@@ -16,6 +16,7 @@ from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.capsule_file import make_codec, read_capsule, write_capsule
 from capsight.kvcapsule.codecs import LayerCodec, QuantisedCodec
 from capsight.kvcapsule.codecs.adaptive import Weights
+from capsight.kvcapsule.codecs.sharing import Share
 from capsight.kvcapsule.fingerprint import model_fingerprint
 from capsight.kvcapsule.fit import kept_tokens
 from capsight.kvcapsule.fit_capsule import fit_capsule
@@ -66,8 +67,8 @@ class KVCapsule:
                 layers, see `with_budget`) or "uniform"; None for the codec's default.
             resume: folder where the pass leaves, every half minute, what it has added up; a fit that was
                 interrupted goes on from there, given the same samples. Remove it afterwards.
-            **options: the codec's own, see its `fit`: `ridge`, of the adaptive one `joint` and `weights`, of
-                "static-mlp" `width`.
+            **options: the codec's own, see its `fit`: `ridge`, of "adaptive" and "evict" `joint` and `share`
+                (see `with_share`), of "adaptive" `weights`, of "static-mlp" `width`.
 
         Raises:
             CalibrationError: no image is as long as a block, keys or values are not finite, or `resume`
@@ -188,12 +189,26 @@ class KVCapsule:
             OptionError: the codec has none, or `weights` is neither.
         """
         codecs = {index: codec.with_weights(weights) for index, codec in self.codecs.items()}
-        return type(self)(codecs, replace(self.info, options={**self.info.options, "weights": weights}))
+        return self._with_option(codecs, weights=weights)
+
+    def with_share(self, share: Share) -> Self:
+        """This capsule with r tokens of every "block", or shared out over the "prompt" (adaptive, evict).
+
+        Shared, the blocks of a row that are prefilled together keep r on average, and a byte each more.
+
+        Raises:
+            OptionError: the codec cannot, `share` is neither, or "prompt" where weights are "stored".
+        """
+        codecs = {index: codec.with_share(share) for index, codec in self.codecs.items()}
+        return self._with_option(codecs, share=share)
+
+    def _with_option(self, codecs: Mapping[int, LayerCodec], **option: str) -> Self:
+        return type(self)(codecs, replace(self.info, options=self.info.options | option))
 
     def for_latent(self) -> Self:
-        """This capsule with its weights stored, if it has any and was not told what to do with them."""
+        """This capsule with its weights stored, if it may have any and was not told what to do with them."""
         told = self.info.codec != "adaptive" or "weights" in self.info.options
-        return self if told else self.with_weights("stored")
+        return self if told or self.info.share == "prompt" else self.with_weights("stored")
 
     def with_codec(self, name: str) -> Self:
         """This capsule as `evict`, the control that rebuilds nothing, or back as `adaptive`.
@@ -224,8 +239,9 @@ class KVCapsule:
 
     @property
     def name(self) -> str:
-        """Name of the codec, and the bits it is stored in: "adaptive", "adaptive-int8"."""
-        return self.info.codec if self.info.bits is None else f"{self.info.codec}-int{self.info.bits}"
+        """Name of the codec, whether blocks share, and stored bits: "adaptive", "adaptive-shared-int8"."""
+        shared = "-shared" if self.info.share == "prompt" else ""
+        return self.info.codec + shared + ("" if self.info.bits is None else f"-int{self.info.bits}")
 
     @property
     def needs_attention(self) -> bool:

@@ -147,7 +147,8 @@ def solve(
 def measure_needs(found: Calibration, codec: str, options: Mapping[str, Any]) -> LayerNeeds | None:
     """Errors of every layer at several retained fractions, and what it attends to.
 
-    `evict` is measured as `adaptive`, whose control it is; codecs fitted for one fraction are not (None).
+    `evict` is measured as `adaptive`, whose control it is, and neither with blocks that share; codecs fitted
+    for one fraction are not measured (None).
 
     Args:
         found: of the calibration pass.
@@ -156,7 +157,7 @@ def measure_needs(found: Calibration, codec: str, options: Mapping[str, Any]) ->
     """
     if codec not in _MEASURED:
         return None
-    own = {name: value for name, value in options.items() if name != "weights"}  # rebuilt the same
+    own = {name: value for name, value in options.items() if name not in ("weights", "share")}
     errors = []
     for index, layer in sorted(found.moments.items()):
         counts, blocks = measured_counts(layer.block_size), found.sample.blocks(index)

@@ -8,6 +8,7 @@ from capsight.kvcapsule.codecs.base import LayerCodec
 from capsight.kvcapsule.codecs.block import BlockCodec, Payload
 from capsight.kvcapsule.codecs.evict import EvictCodec
 from capsight.kvcapsule.codecs.quantised import QuantisedCodec
+from capsight.kvcapsule.codecs.ragged import RaggedPayload
 from capsight.kvcapsule.codecs.static import StaticCodec
 from capsight.kvcapsule.codecs.static_mlp import StaticMlpCodec
 
@@ -24,6 +25,7 @@ __all__ = [
     "LayerCodec",
     "Payload",
     "QuantisedCodec",
+    "RaggedPayload",
     "StaticCodec",
     "StaticMlpCodec",
 ]

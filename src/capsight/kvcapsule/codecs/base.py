@@ -20,8 +20,9 @@ class LayerCodec(BlockCodec):
 
     Keys come in as the cache gets them: after RoPE. Blocks are `[M, H, N, D]` with H the KV heads,
     N the block size and D the head size; capsules keep r = `kept` of N tokens' worth of numbers,
-    `[M, r, H, D]`. With r = N, decoding gives the blocks back bit for bit. Blocks are fastest when
-    their memory is token-major, as attention projections leave it, and are decoded so.
+    `[M, r, H, D]`, or r on average (`share`, see `SelectingCodec`). With r = N, decoding gives the blocks
+    back bit for bit. Blocks are fastest when their memory is token-major, as attention projections leave it,
+    and are decoded so.
 
     Attributes:
         name: the name by which options and files call the codec.
@@ -63,7 +64,7 @@ class LayerCodec(BlockCodec):
 
     @abstractmethod
     def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> int:
-        """Bytes of one block's capsule, for H heads of size D and numbers of `itemsize` bytes."""
+        """Bytes of a block's capsule, on average, for H heads of size D and numbers of `itemsize` bytes."""
 
     def missing(self, payload: Payload) -> Tensor | None:
         """Tokens that decoding leaves empty, which attention must not see: bool `[M, N]`, or None."""
@@ -93,6 +94,14 @@ class LayerCodec(BlockCodec):
             OptionError: it has none, or `weights` is neither.
         """
         raise OptionError(f"the {self.name} codec has no prediction weights; leave out weights={weights!r}")
+
+    def with_share(self, share: Any) -> Self:
+        """This codec with kept tokens shared by the "block" or the "prompt", sharing what was learnt.
+
+        Raises:
+            OptionError: all its blocks keep the same, or `share` is neither.
+        """
+        raise OptionError(f"the {self.name} codec keeps the same of every block; leave out share={share!r}")
 
     @property
     def retained(self) -> float:

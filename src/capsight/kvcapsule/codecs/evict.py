@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from capsight.kvcapsule.codecs.block import Payload
+from capsight.kvcapsule.codecs.ragged import RaggedPayload
 from capsight.kvcapsule.codecs.selecting import SelectingCodec
 from capsight.kvcapsule.latent import LatentBlocks, TokenMap
 
@@ -21,17 +22,27 @@ class EvictCodec(SelectingCodec):
 
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Kept tokens in their places, zeros elsewhere."""
+        if isinstance(payload, RaggedPayload):
+            return self._scattered(payload, "keys"), self._scattered(payload, "values")
         kept = payload.tensors["kept"].long()[:, :, None, None]
         return self._spread(payload.tensors["keys"], kept), self._spread(payload.tensors["values"], kept)
 
     def latent(self, payload: Payload) -> LatentBlocks:
-        """Kept tokens as slots; there are no others."""
-        return LatentBlocks(payload.tensors["keys"], payload.tensors["values"], TokenMap(), TokenMap())
+        """Kept tokens as slots; there are no others.
+
+        Blocks that share have r slots, too, though not their own ones: of a row's tokens r for each block.
+        """
+        keys, values = (payload.tensors[name] for name in ("keys", "values"))
+        if isinstance(payload, RaggedPayload):
+            keys, values = (x.unflatten(0, (-1, self.kept)) for x in (keys, values))
+        return LatentBlocks(keys, values, TokenMap(), TokenMap())
 
     def missing(self, payload: Payload) -> Tensor | None:
         """Tokens that were not kept: bool `[M, N]`."""
         if self.kept == self.block_size:
             return None
+        if isinstance(payload, RaggedPayload):
+            return ~payload.mask(self.block_size)[:, 0]
         kept = payload.tensors["kept"].long()
         everywhere = torch.ones(len(kept), self.block_size, dtype=torch.bool, device=kept.device)
         return everywhere.scatter(1, kept, False)
@@ -39,3 +50,9 @@ class EvictCodec(SelectingCodec):
     def _spread(self, x: Tensor, kept: Tensor) -> Tensor:
         full = x.new_zeros(x.shape[0], self.block_size, *x.shape[2:])
         return full.scatter(1, kept.expand_as(x), x).transpose(1, 2)
+
+    def _scattered(self, payload: RaggedPayload, name: str) -> Tensor:
+        x, blocks = payload.tensors[name], len(payload.tensors["counts"])
+        full = x.new_zeros(blocks * self.block_size, *x.shape[1:])
+        full[payload.slots(self.block_size)] = x
+        return full.unflatten(0, (blocks, self.block_size)).transpose(1, 2)

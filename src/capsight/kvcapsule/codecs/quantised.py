@@ -9,6 +9,7 @@ from torch import Tensor
 
 from capsight.kvcapsule.codecs.base import LayerCodec
 from capsight.kvcapsule.codecs.block import BlockCodec, Payload
+from capsight.kvcapsule.codecs.ragged import RaggedPayload
 from capsight.kvcapsule.latent import LatentBlocks
 from capsight.kvcapsule.plan import Run
 from capsight.kvcapsule.quantise import Quantised, check_bits, dequantise, quantise
@@ -26,6 +27,7 @@ class QuantisedCodec(BlockCodec):
     Capsules, for each of `keys` and `values` (or `latent`), beside what is not quantised:
         *.levels: uint8 `[M, r, H, D]`, in 4 bits `[M, r, H, ceil(D / 2)]`.
         *.step, *.low: `[M, 1, H, D]` for keys, `[M, r, H, 1]` for values, in the dtype of the blocks.
+        Where blocks share their tokens, `[T, ...]` in place of `[M, r, ...]`, a `RaggedPayload`.
     """
 
     name: ClassVar[str] = "quantised"
@@ -64,19 +66,33 @@ class QuantisedCodec(BlockCodec):
             if name not in _AXES:
                 tensors[name] = x
                 continue
-            parts = quantise(x, self.bits, _AXES[name])
+            if isinstance(payload, RaggedPayload):
+                parts = self._quantised_ragged(name, x, payload)
+            else:
+                parts = quantise(x, self.bits, _AXES[name])
             tensors |= {f"{name}.{part}": tensor for part, tensor in parts._asdict().items()}
-        return Payload(tensors)
+        return type(payload)(tensors)
+
+    def _quantised_ragged(self, name: str, x: Tensor, payload: RaggedPayload) -> Quantised:
+        """Kept tokens `[T, H, D]`; the groups are those of blocks that keep the same number."""
+        if name != "keys":
+            return quantise(x, self.bits, -1)
+        entries, real = payload.side_by_side()  # repeats change no smallest and no largest number
+        parts = quantise(x[entries], self.bits, 1)
+        return parts._replace(levels=parts.levels[real])
 
     def opened(self, payload: Payload) -> Payload:
-        """The capsules as the inner codec has them, `[M, r, H, D]` in the dtype of the blocks."""
+        """The capsules as the inner codec has them, `[M, r, H, D]` (or ragged) in the dtype of the blocks."""
         tensors = dict(payload.tensors)
         channels = tensors["keys.step"].shape[-1]
         for name in _AXES:
             if f"{name}.levels" in tensors:
                 parts = Quantised(*(tensors.pop(f"{name}.{part}") for part in Quantised._fields))
+                if isinstance(payload, RaggedPayload) and name == "keys":
+                    owner = payload.owners()
+                    parts = parts._replace(step=parts.step[owner, 0], low=parts.low[owner, 0])
                 tensors[name] = dequantise(parts, self.bits, channels)
-        return Payload(tensors)
+        return type(payload)(tensors)
 
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Dequantise, then decode: keys and values `[M, H, N, D]`."""
