@@ -15,7 +15,8 @@ export TOKENIZERS_PARALLELISM ?= false
 # What `make bench` compares; the first one is tested against the others. TIMED ones are timed, too.
 METHODS := adaptive evict cur uniform streaming-llm snapkv vl-cache merge kvzip feature-pca \
 	quanto-int4 quanto-int2
-TIMED := adaptive adaptive-int8 evict snapkv kvzip quanto-int4
+SHARED := adaptive-shared adaptive evict-shared cur adaptive-shared-int8 adaptive-shared-int4
+TIMED := adaptive adaptive-shared adaptive-int8 evict snapkv kvzip quanto-int4
 
 .PHONY: help setup demo test lint docs train-reference fit-reference accuracy bench test-triton test-matrix clean
 
@@ -64,6 +65,9 @@ accuracy: setup  ## accuracy of the reference VLM on its test split, full cache 
 	$(BIN)/capsight eval --dtype bfloat16 --method adaptive --method adaptive-int8 --method adaptive-int4 \
 		--retained 0.6 --retained 0.4 --retained 0.3 --retained 0.2 --retained 0.1 \
 		--images 1,4,8 --samples 34 --json benchmarks/results/bits.json
+	$(BIN)/capsight eval --dtype bfloat16 $(SHARED:%=--method %) \
+		--retained 0.4 --retained 0.3 --retained 0.2 --retained 0.1 \
+		--images 1,4,8 --samples 34 --json benchmarks/results/shared.json
 	$(BIN)/python benchmarks/write_pages.py
 
 bench: accuracy  ## every figure of the README: accuracy, speed, prefill attention, the demo

@@ -23,6 +23,14 @@ def test_capsules_in_few_bits():
     assert [m.name for m in methods.values()][::2] == ["adaptive", "adaptive-int8", "adaptive-int4", "evict"]
 
 
+def test_capsules_that_share_their_tokens():
+    names = ["adaptive-shared", "evict-shared", "adaptive-shared-int4", "adaptive"]
+    methods = made(*names)
+    assert [m.name for m in methods.values()][::2] == names
+    assert [m.info.share for m in methods.values()][::2] == ["prompt"] * 3 + ["block"]
+    assert [m.info.bits for m in methods.values()][::2] == [None, None, 4, None]
+
+
 def test_names_are_unique_and_others_are_refused():
     assert len(set(METHOD_NAMES)) == len(METHOD_NAMES)
     for name in ("int8", "adaptive-int2", "static-int8"):

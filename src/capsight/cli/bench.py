@@ -103,8 +103,8 @@ def calibration_seconds(
     for name in names:
         began = time.perf_counter()
         if name in CAPSULES:
-            codec, bits = CAPSULES[name]
-            KVCapsule.fit(model, None, samples, codec=codec, progress=False).with_bits(bits)
+            form = CAPSULES[name]
+            form.of(KVCapsule.fit(model, None, samples, codec=form.codec, progress=False))
         elif name in METHODS and METHODS[name].calibrated:
             kind: Any = METHODS[name]
             kind.fit(model, None, samples, progress=False)

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from capsight.baselines import METHODS
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, KVCapsule
 from capsight.kvcapsule.codecs import CODECS
+from capsight.kvcapsule.codecs.sharing import Share
 from capsight.kvcapsule.quantise import BITS
 
-#: Codec and bits of a stored number, by method name.
-CAPSULES: dict[str, tuple[str, int | None]] = {
-    **{codec: (codec, None) for codec in CODECS},
-    **{f"adaptive-int{bits}": ("adaptive", bits) for bits in BITS},
+
+class Form(NamedTuple):
+    """A codec, the bits of a stored number, and what shares the kept tokens (of codecs that can)."""
+
+    codec: str
+    bits: int | None = None
+    share: Share = "block"
+
+    def of(self, capsule: KVCapsule) -> KVCapsule:
+        """A capsule in this form; its codec is the form's, or learns the same."""
+        if self.codec != capsule.info.codec:
+            capsule = capsule.with_codec(self.codec)
+        if self.codec in SHARING:
+            capsule = capsule.with_share(self.share)
+        return capsule.with_bits(self.bits)
+
+
+SHARING = ("adaptive", "evict")
+
+#: Capsules by method name.
+CAPSULES: dict[str, Form] = {
+    **{codec: Form(codec) for codec in CODECS},
+    **{f"adaptive-int{bits}": Form("adaptive", bits) for bits in BITS},
+    **{f"{codec}-shared": Form(codec, share="prompt") for codec in SHARING},
+    **{f"adaptive-shared-int{bits}": Form("adaptive", bits, "prompt") for bits in BITS},
 }
 METHOD_NAMES = (*CAPSULES, *(name for name in METHODS if name not in CAPSULES))
 
@@ -31,7 +53,7 @@ def make_methods(
     Args:
         names: out of `METHOD_NAMES`.
         retained: retained fractions; methods whose bytes cannot be chosen ignore them.
-        load: gives the capsule, for its codec, for `adaptive` and `evict`, and for `adaptive` in few bits.
+        load: gives the capsule, for its codec, and for `adaptive` and `evict` in all their forms.
         samples: gives calibration prompts (processor outputs), for methods that are fitted: some
             baselines, and `static` and `static-mlp`, whose fraction is fixed at the fit.
         model: the model to fit them to.
@@ -58,10 +80,7 @@ def make_methods(
 def _capsule(
     name: str, retained: float, load: Callable[[], KVCapsule], samples: Callable[[], list[Any]], model: Any
 ) -> KVCapsule:
-    codec, bits = CAPSULES[name]
-    if codec in ("static", "static-mlp"):  # their positions and maps are those of one fraction
-        return KVCapsule.fit(model, None, samples(), retained=retained, codec=codec)
-    capsule = load()
-    if codec != capsule.info.codec:
-        capsule = capsule.with_codec(codec)
-    return capsule.with_bits(bits).with_retained(retained)
+    form = CAPSULES[name]
+    if form.codec in ("static", "static-mlp"):  # their positions and maps are those of one fraction
+        return KVCapsule.fit(model, None, samples(), retained=retained, codec=form.codec)
+    return form.of(load()).with_retained(retained)
