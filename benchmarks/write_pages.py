@@ -26,8 +26,8 @@ BITS = (
 
 SHARED = (
     "`adaptive-shared` shares its kept tokens out over the blocks of a prompt, in all else it is `adaptive`; "
-    "`evict-shared` keeps the same tokens and rebuilds nothing. Model and cache are in bfloat16, the full cache "
-    "too: bytes are shares of 16-bit ones."
+    "`evict-shared` keeps the same tokens and rebuilds nothing. Model and cache are in bfloat16, the full "
+    "cache too: bytes are shares of 16-bit ones."
 )
 
 
