@@ -136,13 +136,15 @@ def test_pages_of_what_is_run_by_hand(root):
     write(
         root,
         bits=accuracy(),
+        shared=accuracy(),
         head_map_curve=curve,
         sink_choice=maps(),
         ttft=ttft(),
         decode_attention=decode(),
     )
     found = {path.stem: path.read_text() for path in (root / "docs" / "benchmarks").glob("*.md")}
-    assert set(found) == {"bits", "head-maps", "decode"}
+    assert set(found) == {"bits", "shared", "head-maps", "decode"}
+    assert "# Shared budgets\n\n`adaptive-shared` shares" in found["shared"]
     assert "# Stored bits\n\nCapsules in the numbers" in found["bits"]
     assert "| tolerance | output, tolerance 2% | 50.0 | 50.0 | 95.0 | +1.0 | 98.0 |" in found["head-maps"]
     assert "| a VLM | calibrated | 700 | 8 | 250 ms | 1.50x | 50% | 10% |" in found["head-maps"]
