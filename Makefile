@@ -55,8 +55,10 @@ $(DOCS_STAMP): $(STAMP)
 train-reference: setup  ## train the reference VLM from nothing (resumes; writes runs/reference)
 	$(BIN)/python -m capsight.reference.training --out runs/reference
 
-fit-reference: setup  ## fit the capsule that ships with the reference VLM
+fit-reference: setup  ## fit the capsule and the head map that ship with the reference VLM
 	$(BIN)/capsight fit --model reference --out src/capsight/reference/weights/capsule
+	$(BIN)/capsight calibrate --model reference --samples 96 --tolerance 0.005 \
+		--out src/capsight/reference/weights/head_map
 
 accuracy: setup  ## accuracy of the reference VLM on its test split, full cache and every method
 	@mkdir -p benchmarks/results
