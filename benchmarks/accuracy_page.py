@@ -46,7 +46,8 @@ def page(report: Report, title: str = "Accuracy against bytes", note: str = "") 
         f"# {title}",
         "",
         *([note, ""] if note else []),
-        f"Model `{report['model']}` in {report.get('dtype', 'its own dtype')}, protocol [`{report['protocol']}`](../evaluation.md#protocols), "
+        f"Model `{report['model']}` in {report.get('dtype', 'its own dtype')}, "
+        f"protocol [`{report['protocol']}`](../evaluation.md#protocols), "
         f"{full['questions']} questions (by image count: {counts}). {machine(report['machine'])}",
         "`make accuracy` makes this page. "
         "[How to read the columns](../evaluation.md#how-to-read-the-tables).",

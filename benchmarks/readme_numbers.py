@@ -28,7 +28,8 @@ def accuracy_lines(report: Report) -> list[str]:
     by_images = ", ".join(f"{c['exact_match']:.1f} % at {n}" for n, c in full["by"]["images"].items())
     return [
         f"{full['questions']} test questions of the reference task, asked over the compressed cache "
-        f"(protocol `{report['protocol']}`, {report.get('dtype', 'its own dtype')}, `make accuracy`). The full cache by image count: {by_images}.",
+        f"(protocol `{report['protocol']}`, {report.get('dtype', 'its own dtype')}, `make accuracy`). "
+        f"The full cache by image count: {by_images}.",
         "",
         *budget_table(report),
         "",
