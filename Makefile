@@ -59,6 +59,7 @@ fit-reference: setup  ## fit the capsule and the head map that ship with the ref
 	$(BIN)/capsight fit --model reference --out src/capsight/reference/weights/capsule
 	$(BIN)/capsight calibrate --model reference --samples 96 --tolerance 0.005 \
 		--out src/capsight/reference/weights/head_map
+	rm src/capsight/reference/weights/head_map/head_map.png
 
 accuracy: setup  ## accuracy of the reference VLM on its test split, full cache and every method
 	@mkdir -p benchmarks/results
