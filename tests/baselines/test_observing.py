@@ -37,14 +37,15 @@ def test_each_turn_decides_on_its_own_images(kind):
     cache.honours_key_bias = True
     feed(cache, new[:, :, :, :20])
     assert sum(int(c.sum()) for c in kept(cache)) == LAYERS * H * 4
-    before = [layer.payload.tensors["keys"] for layer in cache.observing_layers.values()]
+    before = [layer.payload for layer in cache.observing_layers.values()]
     cache.extend_layout(TWO)
     feed(cache, new[:, :, :, 20:])
     assert [len(c) for c in kept(cache)] == [4, 4]
     assert sum(int(c.sum()) for c in kept(cache)) == 4 * LAYERS * H * 4
     for layer, old in zip(cache.observing_layers.values(), before, strict=True):
         assert not layer.pending
-        assert torch.equal(layer.payload.tensors["keys"][: len(old)], old)
+        first = layer.payload.select(torch.arange(len(old.tensors["counts"])))
+        assert all(torch.equal(first.tensors[name], x) for name, x in old.tensors.items())
 
 
 def test_bias_hides_what_each_head_evicted():

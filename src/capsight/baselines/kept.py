@@ -19,7 +19,7 @@ class KeptPayload(RaggedPayload):
 
     def thinned(self, keep: Tensor) -> Self:
         """Only the entries that `keep` (bool `[M, H, N]`), too, names."""
-        chosen = keep.flatten()[self.slots(keep.shape[2])]
+        chosen = keep.transpose(0, 1).flatten()[self.slots(keep.shape[2])]
         return type(self)(
             {
                 **{name: self.tensors[name][chosen] for name in ("keys", "values", "kept")},
@@ -47,7 +47,7 @@ class KeptCodec(BlockCodec):
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Kept tokens in their places, zeros elsewhere."""
         assert isinstance(payload, KeptPayload)
-        return self._spread(payload, "keys"), self._spread(payload, "values")
+        return payload.spread("keys", self.block_size), payload.spread("values", self.block_size)
 
     def bias(self, payload: Payload) -> Tensor | None:
         """Minus infinity for evicted tokens: float32 `[M, H, N]`; None where nothing was evicted."""
@@ -56,9 +56,3 @@ class KeptCodec(BlockCodec):
             return None
         keep = payload.mask(self.block_size)
         return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -torch.inf)
-
-    def _spread(self, payload: KeptPayload, kind: str) -> Tensor:
-        x, counts = payload.tensors[kind], payload.tensors["counts"]
-        full = x.new_zeros(counts.numel() * self.block_size, x.shape[-1])
-        full[payload.slots(self.block_size)] = x
-        return full.view(*counts.shape, self.block_size, -1)

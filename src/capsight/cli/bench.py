@@ -63,7 +63,7 @@ def bench_command(
     check_out(json)
     if new_tokens < 2 or runs < 1 or threads < 1 or calibrate < 0:
         raise OptionError("new-tokens must be at least 2, runs and threads at least 1, calibrate at least 0")
-    ways = [check_decode(name) for name in decode or ["materialise"]]
+    ways = [check_decode(name) for name in decode or []]
     batches, counts = _numbers("batch", batch), _numbers("images", images)
     budget = None if kv_budget is None else parse_bytes(kv_budget)
     torch.set_num_threads(threads)

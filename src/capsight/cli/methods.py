@@ -34,6 +34,7 @@ SHARING = ("adaptive", "evict")
 #: Capsules by method name.
 CAPSULES: dict[str, Form] = {
     **{codec: Form(codec) for codec in CODECS},
+    **{f"heads-int{bits}": Form("heads", bits) for bits in BITS},
     **{f"adaptive-int{bits}": Form("adaptive", bits) for bits in BITS},
     **{f"{codec}-shared": Form(codec, share="prompt") for codec in SHARING},
     **{f"adaptive-shared-int{bits}": Form("adaptive", bits, "prompt") for bits in BITS},
@@ -53,7 +54,7 @@ def make_methods(
     Args:
         names: out of `METHOD_NAMES`.
         retained: retained fractions; methods whose bytes cannot be chosen ignore them.
-        load: gives the capsule, for its codec, and for `adaptive` and `evict` in all their forms.
+        load: gives the capsule, for its codec, and for `heads`, `adaptive` and `evict` in all their forms.
         samples: gives calibration prompts (processor outputs), for methods that are fitted: some
             baselines, and `static` and `static-mlp`, whose fraction is fixed at the fit.
         model: the model to fit them to.

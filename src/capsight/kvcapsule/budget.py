@@ -149,8 +149,8 @@ def share_out(
         return (kept,) * layers
     if needs is None:
         raise OptionError(
-            "this capsule holds no errors of its layers to share tokens out by; fit it again (adaptive or "
-            "evict), or use budget='uniform'"
+            "this capsule holds no errors of its layers to share tokens out by; fit it again (heads, "
+            "adaptive or evict), or use budget='uniform'"
         )
     return needs.share_out(kept, block_size)
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from capsight.errors import CapsightError, ModelMismatchError
 from capsight.kvcapsule.codecs import BlockCodec
 from capsight.kvcapsule.exact_rows import ExactRows
-from capsight.kvcapsule.latent import LatentBlocks
+from capsight.kvcapsule.latent import KeptTokens, LatentBlocks
 from capsight.kvcapsule.layer import CapsuleLayer
 from capsight.kvcapsule.ledger import Ledger
 from capsight.kvcapsule.row_order import RowOrder
@@ -130,7 +130,7 @@ class CapsuleCache(Cache):
         finally:
             self._leaves_from = self._ledger.left = None
 
-    def take_latent(self) -> tuple[LatentBlocks, ExactRows] | None:
+    def take_latent(self) -> tuple[LatentBlocks | KeptTokens, ExactRows] | None:
         """The capsules that the last update left to attention, and where its exact tokens lie.
 
         Every new token sees all of them. None if `update` returned all tokens.

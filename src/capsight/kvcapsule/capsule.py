@@ -45,7 +45,7 @@ class KVCapsule:
         processor: Any,
         samples: Iterable[Any],
         retained: float = 0.40,
-        codec: str = "adaptive",
+        codec: str = "heads",
         block_size: int = DEFAULT_BLOCK_SIZE,
         progress: bool = True,
         budget: Budget | None = None,
@@ -59,16 +59,16 @@ class KVCapsule:
             processor: its processor; may be None where all samples are processor outputs.
             samples: processor outputs (any batch size) or lists of chat messages, with images.
             retained: fraction of each block's tokens to keep, in (0, 1]; an average over the layers.
-            codec: "adaptive", "static", "static-mlp" (trained after the closed-form fit, reads the
-                samples twice), or the control "evict".
+            codec: "heads", "adaptive" and its control "evict", "static", or "static-mlp" (trained after the
+                closed-form fit, reads the samples twice).
             block_size: vision tokens per capsule (N).
             progress: show a progress bar.
             budget: how the average is shared out: "water-filled" (by the errors and the attention of the
                 layers, see `with_budget`) or "uniform"; None for the codec's default.
             resume: folder where the pass leaves, every half minute, what it has added up; a fit that was
                 interrupted goes on from there, given the same samples. Remove it afterwards.
-            **options: the codec's own, see its `fit`: `ridge`, of "adaptive" and "evict" `joint` and `share`
-                (see `with_share`), of "adaptive" `weights`, of "static-mlp" `width`.
+            **options: the codec's own, see its `fit`: `ridge`, of the first three `joint`, of "adaptive" and
+                "evict" `share` (see `with_share`), of "adaptive" `weights`, of "static-mlp" `width`.
 
         Raises:
             CalibrationError: no image is as long as a block, keys or values are not finite, or `resume`
@@ -152,7 +152,7 @@ class KVCapsule:
             )
 
     def with_retained(self, retained: float) -> Self:
-        """This capsule at another retained fraction, without fitting again (adaptive, evict).
+        """This capsule at another retained fraction, without fitting again (heads, adaptive, evict).
 
         The fraction is an average over the layers, shared out as the capsule's budget says.
 
@@ -211,15 +211,16 @@ class KVCapsule:
         return self if told or self.info.share == "prompt" else self.with_weights("stored")
 
     def with_codec(self, name: str) -> Self:
-        """This capsule as `evict`, the control that rebuilds nothing, or back as `adaptive`.
+        """This capsule as "heads", "adaptive" or "evict", which learn the same.
 
         Raises:
             OptionError: the codecs do not share what they learn.
         """
-        pair = ("adaptive", "evict")
-        if name not in pair or self.info.codec not in pair:
-            raise OptionError(f"only {pair} share what they learn; fit a capsule with codec={name!r}")
-        options = {key: value for key, value in self.info.options.items() if key != "weights"}
+        alike = ("heads", "adaptive", "evict")
+        if name not in alike or self.info.codec not in alike:
+            raise OptionError(f"only {alike} share what they learn; fit a capsule with codec={name!r}")
+        lost = ("weights", "share") if "heads" in (name, self.info.codec) else ("weights",)
+        options = {key: value for key, value in self.info.options.items() if key not in lost}
         info = replace(self.info, codec=name, options=options)
         codecs = {
             layer.index: make_codec(self.codecs[layer.index].state_dict(), info, layer)
@@ -246,7 +247,12 @@ class KVCapsule:
     @property
     def needs_attention(self) -> bool:
         """Whether evicted tokens have to be hidden by capsight's attention function."""
-        return self.info.codec == "evict"
+        return not self.rebuilds
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether evicted tokens are rebuilt: else attention is best left to read the kept ones alone."""
+        return self.info.codec not in ("heads", "evict")
 
     @property
     def retained(self) -> float:

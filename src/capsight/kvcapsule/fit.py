@@ -22,7 +22,7 @@ from capsight.kvcapsule.moments import LayerMoments
 from capsight.kvcapsule.plan import CapsulePlan
 from capsight.layout import build_layout
 
-_MEASURED = ("adaptive", "evict")
+_MEASURED = ("heads", "adaptive", "evict")
 """Codecs whose retained count can differ by layer; the others are fitted for one."""
 
 
@@ -147,8 +147,8 @@ def solve(
 def measure_needs(found: Calibration, codec: str, options: Mapping[str, Any]) -> LayerNeeds | None:
     """Errors of every layer at several retained fractions, and what it attends to.
 
-    `evict` is measured as `adaptive`, whose control it is, and neither with blocks that share; codecs fitted
-    for one fraction are not measured (None).
+    `heads` and `evict` are measured as `adaptive`, and none with blocks that share; codecs fitted for one
+    fraction are not measured (None).
 
     Args:
         found: of the calibration pass.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from capsight.errors import LayoutError
 from capsight.kvcapsule.exact_rows import ExactRows
-from capsight.kvcapsule.latent import LatentBlocks
+from capsight.kvcapsule.latent import KeptTokens, LatentBlocks
 from capsight.kvcapsule.placement import Placement
 from capsight.kvcapsule.plan import CapsulePlan, Run
 from capsight.kvcapsule.scratch import Scratch
@@ -39,7 +39,7 @@ class Ledger:
         self.scratch = Scratch()
         self.queue = EncodeQueue()
         self.latent = False
-        self.left: tuple[LatentBlocks, ExactRows] | None = None
+        self.left: tuple[LatentBlocks | KeptTokens, ExactRows] | None = None
         self._exact: tuple[Placement, ExactRows] | None = None
 
     @property

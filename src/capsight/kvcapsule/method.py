@@ -51,6 +51,11 @@ class CacheMethod(Protocol):
 class LatentMethod(CacheMethod, Protocol):
     """A method whose caches can leave capsules to an attention function that reads them as they are."""
 
+    @property
+    def rebuilds(self) -> bool:
+        """Whether there is more to attend to than what is stored; if not, reading that alone is faster."""
+        ...
+
     def for_latent(self) -> CacheMethod:
         """The method as it is best attended to so.
 

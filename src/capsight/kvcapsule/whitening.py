@@ -36,16 +36,26 @@ def whitening(covariance: Tensor) -> Tensor:
 
 def whitened(x: Tensor, packed: Tensor) -> Tensor:
     """Tokens `[M, H, N, D]`, centred, times W^T: float32 `[M, H, N, D]`; `packed` is `[H, D (D + 1) / 2]`."""
-    heads, size = packed.shape[0], x.shape[-1]
-    square = torch.zeros(heads, size * size, device=x.device)
-    square[:, _lower(size, x.device)] = packed.float()
-    return x.float() @ square.view(heads, size, size).mT
+    return x.float() @ _square(packed, x.shape[-1]).mT
+
+
+def deviation(packed: Tensor, size: int) -> Tensor:
+    """Standard deviations of the channels that `packed` whitens: float32 `[H, D]` with D = `size`."""
+    eye = torch.eye(size, device=packed.device).expand(len(packed), -1, -1)
+    return torch.linalg.solve_triangular(_square(packed, size), eye, upper=False).norm(dim=-1)
 
 
 def is_whitening(packed: Tensor, size: int) -> bool:
     """Whether `packed` `[..., D (D + 1) / 2]` with D = `size` has positive diagonals."""
     last = torch.arange(1, size + 1, device=packed.device).cumsum(0) - 1  # of each row
     return bool((packed[..., last] > 0).all())
+
+
+def _square(packed: Tensor, size: int) -> Tensor:
+    """The lower triangles as matrices: float32 `[H, D, D]`."""
+    square = torch.zeros(len(packed), size * size, device=packed.device)
+    square[:, _lower(size, packed.device)] = packed.float()
+    return square.view(-1, size, size)
 
 
 @lru_cache(maxsize=8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from capsight.kvcapsule import CapsulePlan, KVCapsule
-from capsight.kvcapsule.codecs.adaptive import AdaptiveCodec
+from capsight.kvcapsule.codecs import HeadsCodec
 from capsight.kvcapsule.fit import kept_tokens
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
@@ -55,9 +55,9 @@ def planned_capsule(
             packed = torch.empty(1, block_size * (block_size + 1) // 2, device="meta")
             mean = torch.empty(2, heads, size, device="meta")
             white = torch.empty(2, heads, size * (size + 1) // 2, device="meta", dtype=torch.bfloat16)
-            codecs[index] = AdaptiveCodec(packed, mean, white, block_size, kept)
+            codecs[index] = HeadsCodec(packed, mean, white, block_size, kept)
             infos.append(LayerInfo(index, kept, layer.kv_heads, layer.head_dim))
-    return KVCapsule(codecs, CapsuleInfo("adaptive", block_size, itemsize, tuple(infos), {}, "", {}, 0))
+    return KVCapsule(codecs, CapsuleInfo("heads", block_size, itemsize, tuple(infos), {}, "", {}, 0))
 
 
 def capsule_kv_bytes(
@@ -66,7 +66,7 @@ def capsule_kv_bytes(
     """Bytes of a capsule cache for the rows of a layout and `new_tokens` tokens generated after each.
 
     Of M runs of N tokens and E exact prompt tokens: a full-attention layer holds
-    `M * r * (2 Hkv D * itemsize + 1)` (the 1 is the position of a kept token) and
+    `M * Hkv * (r * (2 D * itemsize + 1) + 1)` (position of a kept token, and their number) and
     `2 * (E + new_tokens) * Hkv * D * itemsize`; all layers share `16 * (M + E)` bytes of positions;
     sliding-window layers are as in the full cache.
     """

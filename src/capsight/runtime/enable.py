@@ -20,7 +20,7 @@ def enable(
     *,
     capsule: CacheMethod | None = None,
     head_map: HeadMap | None = None,
-    decode: Decode = "materialise",
+    decode: Decode | None = None,
 ) -> Iterator[FastModel]:
     """Run a model with capsules, with sparse prefill, or with both.
 
@@ -31,7 +31,8 @@ def enable(
         decode: "materialise" rebuilds keys and values one layer at a time for the model's own
             attention; "latent" attends to capsules as they are, which is faster, with an attention
             function of capsight's, and has an `adaptive` capsule store its weights unless it was told
-            not to (`KVCapsule.with_weights`). Both give the same up to rounding.
+            not to (`KVCapsule.with_weights`). Both give the same up to rounding. By default capsules
+            that rebuild nothing are read as they are, and others are rebuilt.
 
     Yields:
         A `FastModel`: `generate` takes what `model.generate` takes.
@@ -45,6 +46,9 @@ def enable(
         >>> with capsight.enable(model, capsule=capsule) as fast:
         ...     tokens = fast.generate(**inputs, max_new_tokens=32)
     """
+    if decode is None:
+        lean = isinstance(capsule, LatentMethod) and not capsule.rebuilds
+        decode = "latent" if lean else "materialise"
     check_decode(decode)
     if capsule is not None:
         capsule.check_model(model)

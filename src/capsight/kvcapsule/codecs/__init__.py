@@ -1,4 +1,4 @@
-"""Codecs: `adaptive` (default), `static`, `static-mlp`, and the control `evict`, behind one small interface.
+"""Codecs: `heads` (default), `adaptive`, `evict`, `static`, `static-mlp`, behind one small interface.
 
 `QuantisedCodec` goes around any of them.
 """
@@ -7,13 +7,14 @@ from capsight.kvcapsule.codecs.adaptive import AdaptiveCodec
 from capsight.kvcapsule.codecs.base import LayerCodec
 from capsight.kvcapsule.codecs.block import BlockCodec, Payload
 from capsight.kvcapsule.codecs.evict import EvictCodec
+from capsight.kvcapsule.codecs.heads import HeadsCodec
 from capsight.kvcapsule.codecs.quantised import QuantisedCodec
 from capsight.kvcapsule.codecs.ragged import RaggedPayload
 from capsight.kvcapsule.codecs.static import StaticCodec
 from capsight.kvcapsule.codecs.static_mlp import StaticMlpCodec
 
 CODECS: dict[str, type[LayerCodec]] = {
-    codec.name: codec for codec in (AdaptiveCodec, StaticCodec, StaticMlpCodec, EvictCodec)
+    codec.name: codec for codec in (HeadsCodec, AdaptiveCodec, EvictCodec, StaticCodec, StaticMlpCodec)
 }
 """Codec classes by name."""
 
@@ -22,6 +23,7 @@ __all__ = [
     "AdaptiveCodec",
     "BlockCodec",
     "EvictCodec",
+    "HeadsCodec",
     "LayerCodec",
     "Payload",
     "QuantisedCodec",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from capsight.errors import CapsightError
-from capsight.kvcapsule.latent import LatentBlocks
+from capsight.kvcapsule.latent import KeptTokens, LatentBlocks
 from capsight.kvcapsule.plan import Run
 
 
@@ -87,7 +87,7 @@ class BlockCodec(nn.Module, ABC):
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Keys and values `[M, H, N, D]` of the capsules; kept tokens are copied bit for bit."""
 
-    def latent(self, payload: Payload) -> LatentBlocks:
+    def latent(self, payload: Payload) -> LatentBlocks | KeptTokens:
         """The capsules as attention reads them without rebuilding tokens.
 
         Raises:

@@ -23,7 +23,8 @@ class EvictCodec(SelectingCodec):
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Kept tokens in their places, zeros elsewhere."""
         if isinstance(payload, RaggedPayload):
-            return self._scattered(payload, "keys"), self._scattered(payload, "values")
+            keys, values = (payload.spread(name, self.block_size)[:, 0] for name in ("keys", "values"))
+            return keys.transpose(1, 2), values.transpose(1, 2)
         kept = payload.tensors["kept"].long()[:, :, None, None]
         return self._spread(payload.tensors["keys"], kept), self._spread(payload.tensors["values"], kept)
 
@@ -50,9 +51,3 @@ class EvictCodec(SelectingCodec):
     def _spread(self, x: Tensor, kept: Tensor) -> Tensor:
         full = x.new_zeros(x.shape[0], self.block_size, *x.shape[2:])
         return full.scatter(1, kept.expand_as(x), x).transpose(1, 2)
-
-    def _scattered(self, payload: RaggedPayload, name: str) -> Tensor:
-        x, blocks = payload.tensors[name], len(payload.tensors["counts"])
-        full = x.new_zeros(blocks * self.block_size, *x.shape[1:])
-        full[payload.slots(self.block_size)] = x
-        return full.unflatten(0, (blocks, self.block_size)).transpose(1, 2)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from capsight.kvcapsule.codecs.base import LayerCodec
 from capsight.kvcapsule.codecs.block import BlockCodec, Payload
+from capsight.kvcapsule.codecs.heads import HeadsCodec
 from capsight.kvcapsule.codecs.ragged import RaggedPayload
-from capsight.kvcapsule.latent import LatentBlocks
+from capsight.kvcapsule.latent import KeptTokens, LatentBlocks
 from capsight.kvcapsule.plan import Run
 from capsight.kvcapsule.quantise import Quantised, check_bits, dequantise, quantise
 
@@ -22,12 +24,15 @@ class QuantisedCodec(BlockCodec):
 
     Keys are quantised per channel, over the r kept tokens of a block, and values (latent ones, too) per
     token and head, over its D channels: keys have channels of large magnitude, values have not (KIVI,
-    arXiv 2402.02750). Kept tokens are not copied bit for bit any more; where they lie stays exact.
+    arXiv 2402.02750). A head that keeps tokens of its own may keep one of a block, too few for a group, so
+    its keys are quantised per token, too, in units of what is usual for each channel (`HeadsCodec.typical`).
+    Kept tokens are not copied bit for bit any more; where they lie stays exact.
 
     Capsules, for each of `keys` and `values` (or `latent`), beside what is not quantised:
         *.levels: uint8 `[M, r, H, D]`, in 4 bits `[M, r, H, ceil(D / 2)]`.
         *.step, *.low: `[M, 1, H, D]` for keys, `[M, r, H, 1]` for values, in the dtype of the blocks.
-        Where blocks share their tokens, `[T, ...]` in place of `[M, r, ...]`, a `RaggedPayload`.
+        Where blocks share their tokens, `[T, ...]` in place of `[M, r, ...]`, a `RaggedPayload`; of `heads`
+        uint8 `[E, D]` or `[E, ceil(D / 2)]`, and `[E, 1]`.
     """
 
     name: ClassVar[str] = "quantised"
@@ -74,9 +79,12 @@ class QuantisedCodec(BlockCodec):
         return type(payload)(tensors)
 
     def _quantised_ragged(self, name: str, x: Tensor, payload: RaggedPayload) -> Quantised:
-        """Kept tokens `[T, H, D]`; the groups are those of blocks that keep the same number."""
+        """Kept tokens `[T, H, D]` or `[E, D]`."""
         if name != "keys":
             return quantise(x, self.bits, -1)
+        if isinstance(self.inner, HeadsCodec):
+            centre, size = self.inner.typical(payload)
+            return quantise(((x - centre) / size).to(x.dtype), self.bits, -1)
         entries, real = payload.side_by_side()  # repeats change no smallest and no largest number
         parts = quantise(x[entries], self.bits, 1)
         return parts._replace(levels=parts.levels[real])
@@ -84,21 +92,27 @@ class QuantisedCodec(BlockCodec):
     def opened(self, payload: Payload) -> Payload:
         """The capsules as the inner codec has them, `[M, r, H, D]` (or ragged) in the dtype of the blocks."""
         tensors = dict(payload.tensors)
-        channels = tensors["keys.step"].shape[-1]
+        own = self.inner if isinstance(self.inner, HeadsCodec) else None
+        channels = tensors["keys.step"].shape[-1] if own is None else own.head_dim
         for name in _AXES:
             if f"{name}.levels" in tensors:
                 parts = Quantised(*(tensors.pop(f"{name}.{part}") for part in Quantised._fields))
-                if isinstance(payload, RaggedPayload) and name == "keys":
+                if isinstance(payload, RaggedPayload) and name == "keys" and own is None:
                     owner = payload.owners()
                     parts = parts._replace(step=parts.step[owner, 0], low=parts.low[owner, 0])
                 tensors[name] = dequantise(parts, self.bits, channels)
+        if own is not None:
+            assert isinstance(payload, RaggedPayload)
+            centre, size = own.typical(payload)
+            keys = tensors["keys"]
+            tensors["keys"] = torch.addcmul(centre, keys, size).to(keys.dtype)
         return type(payload)(tensors)
 
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Dequantise, then decode: keys and values `[M, H, N, D]`."""
         return self.inner.decode(self.opened(payload))
 
-    def latent(self, payload: Payload) -> LatentBlocks:
+    def latent(self, payload: Payload) -> LatentBlocks | KeptTokens:
         """Dequantise, then as the inner codec: attention reads `[M, r, H, D]` numbers, not N tokens."""
         return self.inner.latent(self.opened(payload))
 
@@ -111,5 +125,6 @@ class QuantisedCodec(BlockCodec):
         kept = self.inner.kept
         exact = self.inner.payload_nbytes(heads, head_dim, itemsize) - 2 * kept * heads * head_dim * itemsize
         levels = 2 * kept * heads * (head_dim if self.bits == 8 else (head_dim + 1) // 2)
-        groups = heads * (head_dim + kept)  # of keys, of values
+        groups = heads * (kept if isinstance(self.inner, HeadsCodec) else head_dim)  # of keys
+        groups += heads * kept  # of values
         return exact + levels + 2 * groups * itemsize

@@ -1,4 +1,4 @@
-"""`RaggedPayload`: capsules of blocks that keep different numbers of tokens, packed without padding."""
+"""`RaggedPayload`: capsules that keep different numbers of tokens, packed without padding."""
 
 from __future__ import annotations
 
@@ -12,27 +12,32 @@ from torch import Tensor
 from capsight.kvcapsule.codecs.base import index_dtype
 from capsight.kvcapsule.codecs.block import Payload
 
-PER_BLOCK = ("counts", "keys.step", "keys.low")
-"""Tensors with the blocks along their first axis; all others have the entries there."""
 
-_STEP = 8  # blocks whose counts are in one stretch of this length are padded to the same width
+def per_block(name: str, x: Tensor) -> bool:
+    """Whether a tensor has the blocks along its first axis: counts, and groups of a block's keys."""
+    return name == "counts" or (name in ("keys.step", "keys.low") and x.ndim == 4)
+
+
+_STEP = 8  # cells whose counts are in one stretch of this length are padded to the same width
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RaggedPayload(Payload):
-    """E kept entries of M blocks, ordered by block, then head, then position.
+    """E kept entries of M blocks, packed cell by cell, each cell's in order of position.
 
-    An entry is one token of all heads (`counts` is `[M, 1]`) or of one head (`[M, H]`).
+    A cell is a block, and an entry one token of all heads (J = 1), or a cell is one head of a block, and an
+    entry one token of that head (J = H). All cells of head 0 come first, in the order of the blocks, then
+    those of head 1: what a head keeps of a row is one piece of memory.
 
     Tensors:
         keys, values: `[E, H, D]` or `[E, D]`.
         kept: `[E]`, position in the block (uint8 up to N = 256).
-        counts: int `[M, 1 or H]`, entries of each block.
+        counts: int `[M, J]`, entries of each cell.
     """
 
     @classmethod
     def pack(cls, keys: Tensor, values: Tensor, keep: Tensor, counted: torch.dtype = torch.int32) -> Self:
-        """The entries that `keep` (bool `[M, 1 or H, N]`) names of blocks `[M, 1 or H, N, ...]`.
+        """The entries that `keep` (bool `[M, J, N]`) names of blocks `[M, J, N, ...]`.
 
         Args:
             keys: the blocks' keys.
@@ -40,51 +45,59 @@ class RaggedPayload(Payload):
             keep: what to keep.
             counted: dtype of the counts.
         """
+        cells = keep.transpose(0, 1)  # [J, M, N]
         return cls(
             {
-                "keys": keys[keep],
-                "values": values[keep],
-                "kept": keep.nonzero()[:, 2].to(index_dtype(keep.shape[2])),
+                "keys": keys.transpose(0, 1)[cells],
+                "values": values.transpose(0, 1)[cells],
+                "kept": cells.nonzero()[:, 2].to(index_dtype(keep.shape[2])),
                 "counts": keep.sum(2, dtype=counted),
             }
         )
 
     @property
     def lengths(self) -> Tensor:
-        """Entries of each block: int64 `[M]`."""
-        return self.tensors["counts"].sum(1)
+        """Entries of each cell: int64 `[J * M]`."""
+        return self.tensors["counts"].T.flatten().long()
 
     def owners(self) -> Tensor:
-        """Which of the M blocks, or of their M * H heads, each entry belongs to: int64 `[E]`."""
-        counts = self.tensors["counts"].flatten().long()
-        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        """Which of the J * M cells each entry belongs to: int64 `[E]`."""
+        lengths = self.lengths
+        return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
     def slots(self, size: int) -> Tensor:
-        """Flat positions of the entries in `[M, 1 or H, N]` with N = `size`: int64 `[E]`."""
+        """Flat positions of the entries, ascending, in `[J, M, N]` with N = `size`: int64 `[E]`."""
         return self.owners() * size + self.tensors["kept"]
 
     def mask(self, size: int) -> Tensor:
-        """Which tokens are kept: bool `[M, 1 or H, N]` with N = `size`."""
-        counts = self.tensors["counts"]
-        keep = torch.zeros(counts.numel() * size, dtype=torch.bool, device=counts.device)
+        """Which tokens are kept: bool `[M, J, N]` with N = `size`."""
+        blocks, each = self.tensors["counts"].shape
+        keep = torch.zeros(each * blocks * size, dtype=torch.bool, device=self.tensors["kept"].device)
         keep[self.slots(size)] = True
-        return keep.view(*counts.shape, size)
+        return keep.view(each, blocks, size).transpose(0, 1)
 
-    def side_by_side(self, blocks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The entries of some blocks (int64 `[m]`; None for all), padded to the longest of these.
+    def spread(self, name: str, size: int) -> Tensor:
+        """The entries of a tensor in their places, zeros elsewhere: `[M, J, N, ...]` with N = `size`."""
+        x, (blocks, each) = self.tensors[name], self.tensors["counts"].shape
+        full = x.new_zeros(each * blocks * size, *x.shape[1:])
+        full[self.slots(size)] = x
+        return full.view(each, blocks, size, *x.shape[1:]).transpose(0, 1)
+
+    def side_by_side(self, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The entries of some cells (int64 `[m]`; None for all), padded to the longest of these.
 
         Returns:
-            int64 `[m, R]`, the entries, the last one of a block repeated; bool `[m, R]`, False for repeats.
+            int64 `[m, R]`, the entries, the last one of a cell repeated; bool `[m, R]`, False for repeats.
         """
         lengths = self.lengths
         first = lengths.cumsum(0) - lengths
-        if blocks is not None:
-            lengths, first = lengths[blocks], first[blocks]
+        if cells is not None:
+            lengths, first = lengths[cells], first[cells]
         place = torch.arange(int(lengths.max()) if len(lengths) else 0, device=lengths.device)
         return first[:, None] + place.minimum(lengths[:, None] - 1), place < lengths[:, None]
 
     def alike(self) -> Iterator[Tensor]:
-        """All blocks in groups, int64 `[m]`, that keep nearly the same number of entries."""
+        """All cells in groups, int64 `[m]`, that keep nearly the same number of entries."""
         stretch = (self.lengths - 1) // _STEP
         for each in stretch.unique().tolist():
             yield (stretch == each).nonzero()[:, 0]
@@ -93,9 +106,28 @@ class RaggedPayload(Payload):
         """The blocks at `index` int64 `[M']`, in that order."""
         lengths = self.lengths
         starts = lengths.cumsum(0) - lengths
-        taken = lengths[index]
-        shift = starts[index] - (taken.cumsum(0) - taken)
-        entries = torch.arange(int(taken.sum()), device=index.device) + shift.repeat_interleave(taken)
+        by_block = self.tensors["counts"].T.shape  # J, M
+        starts, taken = (x.view(by_block)[:, index].flatten() for x in (starts, lengths))
+        entries = _ranges(starts, taken)
         return type(self)(
-            {name: x[index if name in PER_BLOCK else entries] for name, x in self.tensors.items()}
+            {name: x[index if per_block(name, x) else entries] for name, x in self.tensors.items()}
         )
+
+    def join(self, other: Payload) -> Self:
+        """These capsules, then the other ones."""
+        assert isinstance(other, RaggedPayload)
+        starts, taken, first = [], [], 0
+        for part in (self, other):
+            lengths, by_block = part.lengths, part.tensors["counts"].T.shape
+            starts.append((first + lengths.cumsum(0) - lengths).view(by_block))
+            taken.append(lengths.view(by_block))
+            first += len(part.tensors["kept"])
+        entries = _ranges(torch.cat(starts, 1).flatten(), torch.cat(taken, 1).flatten())
+        both = {name: torch.cat([x, other.tensors[name]]) for name, x in self.tensors.items()}
+        return type(self)({name: x if per_block(name, x) else x[entries] for name, x in both.items()})
+
+
+def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """`starts[i]` to `starts[i] + lengths[i]` (exclusive), end to end: int64."""
+    shift = starts - (lengths.cumsum(0) - lengths)
+    return torch.arange(int(lengths.sum()), device=starts.device) + shift.repeat_interleave(lengths)

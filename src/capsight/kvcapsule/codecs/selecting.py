@@ -1,45 +1,32 @@
-"""What `adaptive` and `evict` share: which tokens to keep is chosen per image (our design)."""
+"""What `adaptive` and `evict` share: a set of tokens per block, chosen one after another (our design)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from capsight.errors import OptionError
-from capsight.kvcapsule.codecs.base import LayerCodec, check_ridge, index_dtype, take_tensors
+from capsight.kvcapsule.codecs.base import index_dtype
 from capsight.kvcapsule.codecs.block import BlockCodec, Payload
+from capsight.kvcapsule.codecs.learnt import LearntCodec
 from capsight.kvcapsule.codecs.ragged import RaggedPayload
 from capsight.kvcapsule.codecs.sharing import Share, check_share, shared_counts
-from capsight.kvcapsule.kriging import Selection, greedy_selection, with_nugget
-from capsight.kvcapsule.moments import LayerMoments, rms
+from capsight.kvcapsule.kriging import Selection, greedy_selection
+from capsight.kvcapsule.moments import LayerMoments
 from capsight.kvcapsule.plan import Run
-from capsight.kvcapsule.whitening import is_whitening, whitened, whitening
-
-KEY_WEIGHT = 0.5
-"""Of a key's error beside a value's, when tokens are chosen (benchmarks/ablations.py compares others)."""
 
 
-class SelectingCodec(LayerCodec):
+class SelectingCodec(LearntCodec):
     """Keeps, per block, the r tokens that the other kept ones predict worst.
 
     With `share="prompt"` r is an average: the blocks of a row that are encoded together share their tokens
     out (`shared_counts`), in every layer for itself.
 
     One set of kept tokens serves the keys and values of all KV heads of a block. How badly a token is
-    predicted is measured over whitened channels. What is learnt is second moments only, so the same module
-    serves every r.
-
-    Buffers:
-        packed: float32 `[G, N (N + 1) / 2]`, lower triangle of the regularised second moment; G = 1
-            for keys and values together, G = 2 for one each.
-        mean: float32 `[2, H, D]`, mean of every channel of keys and of values.
-        whitening: bfloat16 `[2, H, D (D + 1) / 2]`, what whitens the channels of each KV head's keys and
-            values (`capsight.kvcapsule.whitening`); that of keys times `KEY_WEIGHT`.
+    predicted is measured over whitened channels.
 
     Capsules:
         keys, values: `[M, r, H, D]`, kept tokens in order of position.
@@ -47,10 +34,6 @@ class SelectingCodec(LayerCodec):
         Shared, with r < N, a `RaggedPayload`: `[T, H, D]` and `[T]` with T = M r, and counts `[M, 1]` (uint8
         below N = 256), which cost a block the one byte more.
     """
-
-    packed: Tensor
-    mean: Tensor
-    whitening: Tensor
 
     def __init__(
         self,
@@ -61,16 +44,13 @@ class SelectingCodec(LayerCodec):
         kept: int,
         share: Share = "block",
     ) -> None:
-        """Take what `fit` learnt or a file held (see the buffers above), and what shares the kept tokens.
+        """Take what `fit` learnt or a file held, and what shares the kept tokens.
 
         Raises:
             OptionError: `share` is neither "block" nor "prompt".
         """
-        super().__init__(block_size, kept)
+        super().__init__(packed, mean, whitening, block_size, kept)
         self.share = check_share(share)
-        self.register_buffer("packed", packed)
-        self.register_buffer("mean", mean)
-        self.register_buffer("whitening", whitening)
 
     @classmethod
     def fit(
@@ -83,7 +63,7 @@ class SelectingCodec(LayerCodec):
         share: Share = "block",
         **_: Any,
     ) -> Self:
-        """Solve for the codec from one layer's calibration moments.
+        """Solve for the codec as `LearntCodec` does.
 
         Args:
             moments: sums over calibration blocks.
@@ -92,58 +72,19 @@ class SelectingCodec(LayerCodec):
             joint: one C for keys and values together, or one each (twice the bytes of C).
             share: "block" (all blocks keep r) or "prompt" (those of a prompt keep r on average).
         """
-        check_ridge(ridge)
-        kinds = (moments.keys, moments.values)
-        mean = torch.stack([kind.channel_mean() for kind in kinds])  # [2, H, D]
-        second = [kind.about(centre[:, None]) for kind, centre in zip(kinds, mean, strict=True)]
-        c = torch.stack([(heads / rms(heads)[:, None, None] ** 2).mean(0) for heads in second])
-        c = with_nugget(c.mean(0, keepdim=True) if joint else c, ridge)  # [G, N, N]
-        rows, cols = torch.tril_indices(moments.block_size, moments.block_size)
-        keys, values = (whitening(kind.channel_covariance()) for kind in kinds)
-        white = torch.stack([KEY_WEIGHT * keys, values]).bfloat16()  # [2, H, D (D + 1) / 2]
-        return cls(c[:, rows, cols].float(), mean.float(), white, moments.block_size, kept, share=share)
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int, int], kept: int) -> Self:
-        """The codec for blocks of `shape` (H, N, D) whose `state_dict()` gave `tensors`."""
-        heads, block_size, head_dim = shape
-        shapes = {
-            "packed": (None, block_size * (block_size + 1) // 2),
-            "mean": (2, heads, head_dim),
-            "whitening": (2, heads, head_dim * (head_dim + 1) // 2),
-        }
-        packed, mean, white = take_tensors(tensors, shapes, {"whitening": torch.bfloat16})
-        if len(packed) not in (1, 2):
-            raise OptionError(f"tensor packed holds {len(packed)} second moments, expected 1 or 2")
-        codec = cls(packed, mean, white, block_size, kept)
-        if not is_whitening(white, head_dim) or torch.linalg.cholesky_ex(codec.covariance()).info.any():
-            raise OptionError(
-                "tensors packed and whitening are not those of positive definite second moments"
-            )
-        return codec
-
-    def resized(self, kept: int) -> Self:
-        """This codec with another number of kept tokens; shares the buffers."""
-        return self._with(kept=kept)
+        return super().fit(moments, kept, ridge=ridge, joint=joint).with_share(share)
 
     def with_share(self, share: Share) -> Self:
         """This codec with kept tokens shared by the "block" or the "prompt"; shares the buffers."""
         return self._with(share=share)
 
     def _with(self, **options: Any) -> Self:
-        """This codec with some of its options changed."""
-        options = {"kept": self.kept, "share": self.share} | options
-        return type(self)(self.packed, self.mean, self.whitening, self.block_size, **options)
+        return super()._with(**{"share": self.share} | options)
 
     @property
     def shares(self) -> bool:
         """Whether the blocks of a row keep different numbers of tokens."""
         return self.share == "prompt" and self.kept < self.block_size
-
-    def covariance(self) -> Tensor:
-        """The regularised second moment: float32 `[G, N, N]`."""
-        index = _square_from_packed(self.block_size, self.packed.device)
-        return self.packed[:, index].view(-1, self.block_size, self.block_size)
 
     def encode(self, keys: Tensor, values: Tensor) -> Payload:
         """Choose the kept tokens of blocks `[M, H, N, D]`, all of one row, and copy them."""
@@ -197,18 +138,16 @@ class SelectingCodec(LayerCodec):
             order = torch.arange(size, device=keys[0].device).expand(len(codecs), blocks, -1)
             none = keys[0].new_empty(len(codecs), blocks, groups, size, 0)
             return Selection(order, none, torch.zeros(order.shape, device=order.device))
-        if codecs[0].shares:
-            kept = size
-        gram = torch.empty(len(codecs), blocks, groups, size, size, device=keys[0].device)
-        for codec, k, v, own in zip(codecs, keys, values, gram, strict=True):
-            features = (codec._features(0, k), codec._features(1, v))  # [M, N, H * D] each
-            for group, x in enumerate(features if groups == 2 else [torch.cat(features, 2)]):
-                own[:, group] = x @ x.mT
-        return greedy_selection(torch.stack([codec.covariance() for codec in codecs]), gram, kept)
+        gram = torch.stack([c._gram(k, v) for c, k, v in zip(codecs, keys, values, strict=True)])
+        covariance = torch.stack([codec.covariance() for codec in codecs])
+        return greedy_selection(covariance, gram, size if codecs[0].shares else kept)
 
-    def _features(self, kind: int, x: Tensor) -> Tensor:
-        """Whitened tokens `[M, N, H * D]` of blocks `[M, H, N, D]`, in float32."""
-        return whitened(x - self.mean[kind][:, None], self.whitening[kind]).transpose(1, 2).flatten(2)
+    def _gram(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Gram matrices of the tokens of blocks `[M, H, N, D]`, over all heads: `[M, G, N, N]`."""
+        features = [self.whitened(i, x).transpose(1, 2).flatten(2) for i, x in enumerate((keys, values))]
+        if len(self.packed) == 1:
+            features = [torch.cat(features, 2)]  # [M, N, 2 H D]
+        return torch.stack([x @ x.mT for x in features], 1)
 
     def _pack(self, keys: Tensor, values: Tensor, selection: Selection) -> Payload:
         """Capsules of the blocks `[M, H, N, D]` of one layer."""
@@ -238,12 +177,3 @@ class SelectingCodec(LayerCodec):
         """
         counts = index_dtype(self.block_size + 1).itemsize if self.shares else 0
         return counts + self.kept * (2 * heads * head_dim * itemsize + index_dtype(self.block_size).itemsize)
-
-
-@lru_cache(maxsize=8)
-def _square_from_packed(size: int, device: torch.device) -> Tensor:
-    """Where in a packed lower triangle the entries of a symmetric matrix lie: int64 `[N * N]`."""
-    rows, cols = torch.tril_indices(size, size)
-    index = torch.empty(size, size, dtype=torch.int64)
-    index[rows, cols] = index[cols, rows] = torch.arange(len(rows))
-    return index.flatten().to(device)

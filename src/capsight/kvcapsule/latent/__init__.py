@@ -1,7 +1,8 @@
 """Attention over capsules without rebuilding the tokens that they stand for (our design).
 
-Plain tensors in, plain tensors out, so that another runtime can share it. On a GPU it is a kernel
-(`triton_attention`), elsewhere a handful of torch operations (`plain`); both give the same up to rounding.
+Plain tensors in, plain tensors out, so that another runtime can share it. Where tokens follow from others it
+is a kernel on a GPU (`triton_attention`), elsewhere a handful of torch operations (`plain`), and both give
+the same up to rounding; where nothing but kept tokens is seen it is SDPA on these (`kept`).
 """
 
 from __future__ import annotations
@@ -9,27 +10,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from capsight.kvcapsule.latent import plain
-from capsight.kvcapsule.latent.blocks import BlockRows, LatentBlocks, TokenMap
+from capsight.kvcapsule.latent import kept, plain
+from capsight.kvcapsule.latent.blocks import BlockRows, KeptTokens, LatentBlocks, TokenMap
 from capsight.kvcapsule.latent.choice import Kind, LatentKernelError, give_up, reason_against, warn
 
-__all__ = ["BlockRows", "LatentBlocks", "LatentKernelError", "TokenMap", "latent_attention"]
+__all__ = ["BlockRows", "KeptTokens", "LatentBlocks", "LatentKernelError", "TokenMap", "latent_attention"]
 
 
 def latent_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    blocks: LatentBlocks,
+    blocks: LatentBlocks | KeptTokens,
     rows: BlockRows,
     mask: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    """Softmax attention over exact tokens and over all tokens that capsules stand for.
+    """Softmax attention over exact tokens and over all tokens that capsules keep or stand for.
 
     Every query sees all blocks of its row, and at least one token. Scores and sums are float32 whatever
-    the inputs are. CUDA tensors go to the Triton kernel; where it cannot be used a warning says why, once,
-    and torch takes over.
+    the inputs are. CUDA tensors of `LatentBlocks` go to the Triton kernel; where it cannot be used a warning
+    says why, once, and torch takes over.
 
     Args:
         query: `[B, Hq, Q, D]`; Hq is a multiple of H.
@@ -43,6 +44,8 @@ def latent_attention(
     Returns:
         `[B, Q, Hq, D]` in the dtype of `query`.
     """
+    if isinstance(blocks, KeptTokens):
+        return kept.attend(query, keys, values, blocks, rows, mask, scaling)
     given = query, keys, values, blocks, rows, mask, scaling
     if query.is_cuda and not (torch.is_grad_enabled() and query.requires_grad):
         kind = Kind.of(query, blocks.keys)

@@ -1,4 +1,4 @@
-"""What attention over capsules reads: stored slots, how tokens follow from them, which row they are of."""
+"""What attention over capsules reads: stored tokens, how others follow from them, which row they are of."""
 
 from __future__ import annotations
 
@@ -86,3 +86,27 @@ class BlockRows:
         stops = torch.bincount(self.rows).cumsum(0).tolist()
         spans = zip([0, *stops], stops, strict=False)
         return {row: (start, stop) for row, (start, stop) in enumerate(spans) if start < stop}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeptTokens:
+    """The tokens that remain of M blocks; each KV head has its own, and nothing stands for the others.
+
+    Attributes:
+        keys: `[E, D]`: head 0 of all blocks in their order, then head 1 of all blocks, ...
+        values: `[E, D]`.
+        counts: int `[M, H]`, tokens of each head of each block.
+    """
+
+    keys: Tensor
+    values: Tensor
+    counts: Tensor
+
+    def spans(self, rows: BlockRows) -> list[tuple[int, int, int, int]]:
+        """Head, row, first and last + 1 of the entries of each head of each row that has some."""
+        found, stop = [], 0
+        for head, counts in enumerate(self.counts.T.tolist()):
+            for row, (first, last) in rows.spans.items():
+                start, stop = stop, stop + sum(counts[first:last])
+                found.append((head, row, start, stop))
+        return found

@@ -1,0 +1,109 @@
+"""The `heads` codec (default, ours): every KV head keeps tokens of its own, the others are evicted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from capsight.kvcapsule.codecs.base import index_dtype
+from capsight.kvcapsule.codecs.block import Payload
+from capsight.kvcapsule.codecs.learnt import KEY_WEIGHT, LearntCodec
+from capsight.kvcapsule.codecs.ragged import RaggedPayload
+from capsight.kvcapsule.latent import KeptTokens
+from capsight.kvcapsule.plan import Run
+from capsight.kvcapsule.whitening import deviation
+
+
+class HeadsCodec(LearntCodec):
+    """Keeps the tokens that stand out most, of every block and KV head of a prompt together.
+
+    How far a token stands out is the geometric mean of four squared distances, in the head's whitened
+    channels: of its key and of its value from the mean, and from what all other tokens of the block predict
+    (leave-one-out kriging). The prompt shares its tokens out, in every layer for itself: a head that sees
+    the same everywhere keeps few, one that tells characters apart many, and none less than one of a block;
+    r is the average.
+
+    What was not kept is gone: decoding leaves zeros, which attention must not see, so it needs an attention
+    function that adds `CapsuleCache.key_bias` or reads the capsules as they are (`latent`).
+
+    Capsules are a `RaggedPayload`:
+        keys, values: `[E, D]`, kept tokens, E = M H r if blocks are encoded together.
+        kept: `[E]`, their positions in the block (uint8 up to N = 256).
+        counts: `[M, H]` (uint8 below N = 256).
+    """
+
+    name = "heads"
+    _size: Tensor | None = None  # [H, D], standard deviations of keys: they follow from `whitening`
+
+    def encode(self, keys: Tensor, values: Tensor) -> RaggedPayload:
+        """Choose the kept tokens of blocks `[M, H, N, D]`, all of one row, and copy them."""
+        return self.encode_runs(keys, values, [Run(0, 0)] * len(keys))
+
+    def encode_runs(self, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> RaggedPayload:
+        """Choose the kept tokens of blocks `[M, H, N, D]` and copy them."""
+        keep = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
+        if self.kept < self.block_size:
+            blocks = torch.bincount(torch.tensor([run.row for run in runs])).tolist()
+            keep = best(self.scores(keys, values), [count for count in blocks if count], self.kept)
+        return RaggedPayload.pack(keys, values, keep, index_dtype(self.block_size + 1))
+
+    def scores(self, keys: Tensor, values: Tensor) -> Tensor:
+        """How far each token of blocks `[M, H, N, D]` stands out: float32 `[M, H, N]`, at least 0."""
+        precision = torch.linalg.inv(self.covariance())  # [G, N, N]
+        # Row n of it, over its diagonal, takes from token n what the others predict.
+        others = precision / precision.diagonal(dim1=-2, dim2=-1)[..., None]
+        found = []
+        for x, own in ((self.whitened(0, keys), others[0]), (self.whitened(1, values), others[-1])):
+            found += [x.square().sum(-1), (own @ x).square().sum(-1)]
+        return torch.stack(found).log().mean(0).exp()
+
+    def typical(self, payload: RaggedPayload) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel of the kept keys: float32 `[E, D]` each."""
+        if self._size is None or self._size.device != self.mean.device:
+            self._size = deviation(self.whitening[0], self.head_dim) * KEY_WEIGHT
+        each = payload.tensors["counts"].sum(0, dtype=torch.int64)  # [H]
+        return self.mean[0].repeat_interleave(each, 0), self._size.repeat_interleave(each, 0)
+
+    def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
+        """Kept tokens in their places, zeros elsewhere."""
+        assert isinstance(payload, RaggedPayload)
+        return payload.spread("keys", self.block_size), payload.spread("values", self.block_size)
+
+    def latent(self, payload: Payload) -> KeptTokens:
+        """The kept tokens as they lie in memory."""
+        return KeptTokens(*(payload.tensors[name] for name in ("keys", "values", "counts")))
+
+    def bias(self, payload: Payload) -> Tensor | None:
+        """Minus infinity for tokens that were not kept, 0 for others: float32 `[M, H, N]`, or None."""
+        if self.kept == self.block_size:
+            return None
+        assert isinstance(payload, RaggedPayload)
+        keep = payload.mask(self.block_size)
+        return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -torch.inf)
+
+    def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> int:
+        """Bytes of one block's capsule, on average: kept tokens, their positions, and their numbers."""
+        position, count = index_dtype(self.block_size).itemsize, index_dtype(self.block_size + 1).itemsize
+        return heads * (count + self.kept * (2 * head_dim * itemsize + position))
+
+
+def best(scores: Tensor, blocks: Sequence[int], kept: int) -> Tensor:
+    """The tokens of each row with the highest scores, and the best one of every block and head.
+
+    Args:
+        scores: float `[M, H, N]`.
+        blocks: number of blocks of each row, M in all, rows one after another.
+        kept: tokens to keep of a block and head on average (r).
+
+    Returns:
+        bool `[M, H, N]`; of a row with m blocks m * H * r are True.
+    """
+    least = scores.argmax(2, keepdim=True)  # the first of equals
+    scores = scores.scatter(2, least, torch.inf)
+    keep = []
+    for own in scores.split(list(blocks)):
+        chosen = own.flatten().topk(kept * own.shape[0] * own.shape[1]).indices
+        keep.append(torch.zeros(own.numel(), dtype=torch.bool, device=own.device).scatter(0, chosen, True))
+    return torch.cat(keep).view(scores.shape)
