@@ -102,11 +102,9 @@ class KeptTokens:
     values: Tensor
     counts: Tensor
 
-    def spans(self, rows: BlockRows) -> list[tuple[int, int, int, int]]:
-        """Head, row, first and last + 1 of the entries of each head of each row that has some."""
-        found, stop = [], 0
-        for head, counts in enumerate(self.counts.T.tolist()):
-            for row, (first, last) in rows.spans.items():
-                start, stop = stop, stop + sum(counts[first:last])
-                found.append((head, row, start, stop))
-        return found
+    def sizes(self, rows: BlockRows) -> list[list[int]]:
+        """Tokens of each head of each row that has some, as they lie in memory: `[H][rows]`."""
+        return [
+            [sum(counts[first:last]) for first, last in rows.spans.values()]
+            for counts in self.counts.T.tolist()
+        ]

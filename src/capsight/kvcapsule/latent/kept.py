@@ -32,25 +32,52 @@ def attend(
     if mask is not None:
         mask = mask.unflatten(1, (heads if mask.shape[1] > 1 else 1, -1))  # [B or 1, H or 1, G or 1, Q, X]
         mask = mask.expand(-1, -1, query_heads // heads, -1, -1).flatten(2, 3)  # [B or 1, H or 1, C, X]
-    exact, exact_lse = partial_attention(q, keys, values, mask, scaling)
+    out, lse = partial_attention(q, keys, values, mask, scaling)  # over exact tokens
+    found = _over_kept(q, kept, rows, scaling)
+    if found is not None:
+        top = torch.maximum(lse, found[1])
+        shares = [(x - top).exp_() for x in (lse, found[1])]  # [B, H, C]
+        total = shares[0] + shares[1]
+        out = out * (shares[0] / total)[..., None] + found[0] * (shares[1] / total)[..., None]
+    return out.to(query.dtype).view(batch, query_heads, count, head_dim).transpose(1, 2)
+
+
+def _over_kept(q: Tensor, kept: KeptTokens, rows: BlockRows, scaling: float) -> tuple[Tensor, Tensor] | None:
+    """Attention of queries `[B, H, C, D]` over kept tokens alone, as `partial_attention` gives it.
+
+    Rows without any have minus infinity for the log; None if no row has some.
+    """
+    spans = rows.spans
+    if not spans:
+        return None
+    sizes = kept.sizes(rows)  # [H][rows that have some]
+    each = [size for own in sizes for size in own]
+    heads = q[list(spans)].transpose(0, 1).flatten(0, 1).split(1)  # [1, C, D], of one head of one row
+    parts = zip(heads, kept.keys.split(each), kept.values.split(each), strict=True)
+    found = [_over_segment(query[None], k, v, scaling) for query, k, v in parts]
+    outs, lses = (torch.cat([pair[i] for pair in found]).unflatten(0, (q.shape[1], -1)) for i in (0, 1))
+    if len(spans) == len(q):
+        return outs.transpose(0, 1), lses.transpose(0, 1)
+    out, lse = outs.new_zeros(q.shape), lses.new_full(q.shape[:3], -torch.inf)
+    out[list(spans)], lse[list(spans)] = outs.transpose(0, 1), lses.transpose(0, 1)
+    return out, lse
+
+
+def _over_segment(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attention of queries `[1, 1, C, D]` over tokens `[L, D]`: `[1, C, D]` and `[1, C]`."""
     threads = torch.get_num_threads() if query.device.type == "cpu" else 1
-    outs = exact.new_zeros(threads + 2, *exact.shape)  # [P, B, H, C, D]
-    lses = exact_lse.new_full((threads + 2, *exact_lse.shape), -torch.inf)
-    outs[0], lses[0] = exact, exact_lse
-    for head, row, start, stop in kept.spans(rows):
-        parts = min(threads, max((stop - start) // _SHORTEST, 1))
-        middle = stop - (stop - start) % parts
-        own = q[row, head].expand(1, parts, -1, -1)
-        k, v = (x[start:middle].view(1, parts, -1, head_dim) for x in (kept.keys, kept.values))
-        found = partial_attention(own, k, v, None, scaling)
-        outs[1 : parts + 1, row, head], lses[1 : parts + 1, row, head] = found[0][0], found[1][0]
-        if middle < stop:
-            k, v = (x[None, None, middle:stop] for x in (kept.keys, kept.values))
-            found = partial_attention(own[:, :1], k, v, None, scaling)
-            outs[parts + 1, row, head], lses[parts + 1, row, head] = found[0][0, 0], found[1][0, 0]
-    shares = lses.softmax(0)[..., None]  # [P, B, H, C, 1]
-    out = (outs * shares).sum(0).to(query.dtype)  # [B, H, C, D]
-    return out.view(batch, query_heads, count, head_dim).transpose(1, 2)
+    parts = min(threads, len(keys) // _SHORTEST)
+    if parts < 2:
+        out, lse = partial_attention(query, keys[None, None], values[None, None], None, scaling)
+        return out[0], lse[0]
+    middle = len(keys) - len(keys) % parts
+    k, v = (x[:middle].view(1, parts, -1, x.shape[1]) for x in (keys, values))
+    out, lse = partial_attention(query.expand(-1, parts, -1, -1), k, v, None, scaling)
+    if middle < len(keys):
+        rest = partial_attention(query, keys[None, None, middle:], values[None, None, middle:], None, scaling)
+        out, lse = torch.cat([out, rest[0]], 1), torch.cat([lse, rest[1]], 1)
+    shares = lse.softmax(1)[..., None]  # [1, parts, C, 1]
+    return (out * shares).sum(1), lse.logsumexp(1)
 
 
 def partial_attention(
