@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from capsight.cli.models import REFERENCE, load_model
-from capsight.cli.options import BitsOption, RetainedOption, ShareOption, chosen_capsule
+from capsight.cli.options import BitsOption, RetainedOption, chosen_capsule
 from capsight.cli.output import human_bytes
 from capsight.errors import OptionError
 from capsight.evaluation import Ask, Item
@@ -28,7 +28,6 @@ def ask(
     capsule: Annotated[str | None, typer.Option(help="The capsule that was used then.")] = None,
     retained: RetainedOption = None,
     bits: BitsOption = None,
-    share: ShareOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, as then.")] = "float32",
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
@@ -37,7 +36,7 @@ def ask(
     if max_new_tokens < 1:
         raise OptionError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
     vlm, processor = load_model(model, dtype, device)
-    with enable(vlm, capsule=chosen_capsule(capsule, model, retained, bits, share)) as fast, torch.no_grad():
+    with enable(vlm, capsule=chosen_capsule(capsule, model, retained, bits)) as fast, torch.no_grad():
         held = fast.load(cache)
         seen = fast.prompt_ids
         if held.layout.batch_size > 1 or seen.shape[1] < held.get_seq_length() or not held.layout.num_images:

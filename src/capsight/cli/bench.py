@@ -68,7 +68,7 @@ def bench_command(
     budget = None if kv_budget is None else parse_bytes(kv_budget)
     torch.set_num_threads(threads)
     vlm, processor = load_model(model, dtype, device)
-    names = method or ["adaptive"]
+    names = method or ["heads"]
 
     @cache
     def prompts() -> list[Any]:

@@ -13,7 +13,7 @@ from capsight.cli.demo_picture import draw_demo
 from capsight.cli.demo_sides import Asked, Side, ask_sides
 from capsight.cli.demo_tables import print_demo
 from capsight.cli.models import REFERENCE, check_out, load_model, reference_head_map
-from capsight.cli.options import BitsOption, RetainedOption, ShareOption, chosen_capsule
+from capsight.cli.options import BitsOption, RetainedOption, chosen_capsule
 from capsight.cli.output import write_json
 from capsight.errors import OptionError
 from capsight.evaluation import Ask, Item, exact_match
@@ -27,7 +27,6 @@ def demo(
     sample: Annotated[int, typer.Option(help="Which prompt of the test split.")] = 0,
     retained: RetainedOption = None,
     bits: BitsOption = None,
-    share: ShareOption = None,
     decode: Annotated[
         str | None,
         typer.Option(help="materialise or latent; by default both are timed."),
@@ -45,12 +44,11 @@ def demo(
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), transient=True) as progress:
         task = progress.add_task("loading the reference VLM")
         model, processor = load_model(REFERENCE)
-        capsule = chosen_capsule(None, REFERENCE, retained, bits, share)
+        capsule = chosen_capsule(None, REFERENCE, retained, bits)
         prompt = split_prompt("test", sample, images, questions)
         asks = tuple(Ask(q.text, q.answer, q.task) for q in prompt.questions)
         item = Item("demo", tuple(s.image for s in prompt.scenes), asks)
         stored = "" if capsule.info.bits is None else f", {capsule.info.bits} bits"
-        stored += ", shared" if capsule.info.share == "prompt" else ""
         asked = [
             Asked("full cache"),
             Asked(f"capsules, {capsule.retained:.0%} retained{stored}", capsule, decodes=ways),

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from capsight.cli.models import REFERENCE, check_out, load_model
-from capsight.cli.options import BitsOption, RetainedOption, ShareOption, chosen_capsule
+from capsight.cli.options import BitsOption, RetainedOption, chosen_capsule
 from capsight.cli.output import human_bytes
 from capsight.evaluation import Ask, Item, open_image
 from capsight.evaluation.asking import process
@@ -24,7 +24,6 @@ def encapsulate(
     capsule: Annotated[str | None, typer.Option(help="'reference', a folder or a hub id.")] = None,
     retained: RetainedOption = None,
     bits: BitsOption = None,
-    share: ShareOption = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
 ) -> None:
@@ -33,7 +32,7 @@ def encapsulate(
     images = tuple(open_image(path) for path in image)
     vlm, processor = load_model(model, dtype, device)
     inputs = process(processor, Item("command line", images, (Ask("", ""),)), [""])
-    with enable(vlm, capsule=chosen_capsule(capsule, model, retained, bits, share)) as fast, torch.no_grad():
+    with enable(vlm, capsule=chosen_capsule(capsule, model, retained, bits)) as fast, torch.no_grad():
         cache = fast.encapsulate(**{name: value.to(vlm.device) for name, value in inputs.items()})
         fast.save(out)
     Console().print(

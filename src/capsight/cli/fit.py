@@ -31,7 +31,7 @@ def fit(
         ),
     ] = None,
     retained: Annotated[float, typer.Option(help="Fraction of each block's tokens to keep, (0, 1].")] = 0.40,
-    codec: Annotated[str, typer.Option(help="adaptive, static, static-mlp, evict (control).")] = "adaptive",
+    codec: Annotated[str, typer.Option(help="heads, adaptive, evict, static or static-mlp.")] = "heads",
     samples: Annotated[int, typer.Option(help="Calibration prompts to use at most.")] = 96,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from capsight.cli.models import REFERENCE, load_model
-from capsight.cli.options import BitsOption, RetainedOption, ShareOption, chosen_capsule
+from capsight.cli.options import BitsOption, RetainedOption, chosen_capsule
 from capsight.cli.output import human_bytes
 from capsight.errors import OptionError
 from capsight.evaluation import Ask, Item, ask_item, open_image
@@ -26,7 +26,6 @@ def generate(
     ] = None,
     retained: RetainedOption = None,
     bits: BitsOption = None,
-    share: ShareOption = None,
     decode: Annotated[
         str, typer.Option(help="materialise: capsules are rebuilt; latent: attention reads them as they are.")
     ] = "materialise",
@@ -41,11 +40,11 @@ def generate(
     if max_new_tokens < 1:
         raise OptionError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
     way = check_decode(decode)
-    if capsule == "none" and (retained, bits, share) != (None, None, None):
-        raise OptionError("--capsule none is the full cache; leave out --retained, --bits and --share")
+    if capsule == "none" and (retained, bits) != (None, None):
+        raise OptionError("--capsule none is the full cache; leave out --retained and --bits")
     images = tuple(open_image(path) for path in image or ())
     vlm, processor = load_model(model, dtype, device)
-    loaded = None if capsule == "none" else chosen_capsule(capsule, model, retained, bits, share)
+    loaded = None if capsule == "none" else chosen_capsule(capsule, model, retained, bits)
     item = Item("command line", images, (Ask(prompt, ""),))
     with enable(vlm, capsule=loaded, decode=way) as fast, torch.no_grad():
         answers = ask_item(fast, processor, item, protocol, max_new_tokens)

@@ -61,7 +61,6 @@ def _capsule(path: str, console: Console) -> dict[str, Any]:
         "block size": info.block_size,
         "retained": round(capsule.retained, 4),
         "budget": info.budget,
-        "share": info.share,
         "bits": info.bits or "as in the cache",
         "weights": info.options.get("weights", "solved") if info.codec == "adaptive" else "none",
         "layers": len(info.layers),

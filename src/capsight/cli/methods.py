@@ -9,35 +9,26 @@ from capsight.baselines import METHODS
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, KVCapsule
 from capsight.kvcapsule.codecs import CODECS
-from capsight.kvcapsule.codecs.sharing import Share
 from capsight.kvcapsule.quantise import BITS
 
 
 class Form(NamedTuple):
-    """A codec, the bits of a stored number, and what shares the kept tokens (of codecs that can)."""
+    """A codec, and the bits of a stored number."""
 
     codec: str
     bits: int | None = None
-    share: Share = "block"
 
     def of(self, capsule: KVCapsule) -> KVCapsule:
         """A capsule in this form; its codec is the form's, or learns the same."""
         if self.codec != capsule.info.codec:
             capsule = capsule.with_codec(self.codec)
-        if self.codec in SHARING:
-            capsule = capsule.with_share(self.share)
         return capsule.with_bits(self.bits)
 
-
-SHARING = ("adaptive", "evict")
 
 #: Capsules by method name.
 CAPSULES: dict[str, Form] = {
     **{codec: Form(codec) for codec in CODECS},
-    **{f"heads-int{bits}": Form("heads", bits) for bits in BITS},
-    **{f"adaptive-int{bits}": Form("adaptive", bits) for bits in BITS},
-    **{f"{codec}-shared": Form(codec, share="prompt") for codec in SHARING},
-    **{f"adaptive-shared-int{bits}": Form("adaptive", bits, "prompt") for bits in BITS},
+    **{f"{codec}-int{bits}": Form(codec, bits) for codec in ("heads", "adaptive") for bits in BITS},
 }
 METHOD_NAMES = (*CAPSULES, *(name for name in METHODS if name not in CAPSULES))
 

@@ -8,7 +8,6 @@ import typer
 
 from capsight.cli.models import load_capsule
 from capsight.kvcapsule import KVCapsule
-from capsight.kvcapsule.codecs.sharing import check_share
 
 OWN_BITS = 16
 """What `--bits` calls numbers in the cache's own dtype."""
@@ -21,19 +20,9 @@ BitsOption = Annotated[
     ),
 ]
 
-ShareOption = Annotated[
-    str | None,
-    typer.Option(
-        help="block: every block keeps the same number of tokens; prompt: the blocks of a prompt share them "
-        "out; by default as the capsule says."
-    ),
-]
 
-
-def chosen_capsule(
-    source: str | None, model: str, retained: float | None, bits: int | None, share: str | None
-) -> KVCapsule:
-    """The capsule that a command line names, with the retained fraction, bits and sharing that it names.
+def chosen_capsule(source: str | None, model: str, retained: float | None, bits: int | None) -> KVCapsule:
+    """The capsule that a command line names, with the retained fraction and bits that it names.
 
     Raises:
         CapsightError: there is none, or it cannot be had so.
@@ -41,6 +30,4 @@ def chosen_capsule(
     capsule = load_capsule(source, model)
     if retained is not None:
         capsule = capsule.with_retained(retained)
-    if share is not None:
-        capsule = capsule.with_share(check_share(share))
     return capsule if bits is None else capsule.with_bits(None if bits == OWN_BITS else bits)

@@ -41,7 +41,7 @@ def report(
         Path | None,
         typer.Option(help="Reconstruction errors to draw: JSON {layers: [{index, keys, values}]}."),
     ] = None,
-    method: Annotated[str, typer.Option(help="The method that the headline speaks of.")] = "adaptive",
+    method: Annotated[str, typer.Option(help="The method that the headline speaks of.")] = "heads",
     out: Annotated[Path, typer.Option(help="The page.")] = Path("capsight-report.html"),
 ) -> None:
     """Make one self-contained HTML page: what is gained, what it costs, and every figure behind it."""

@@ -30,7 +30,7 @@ class Variant:
     """What is timed as one.
 
     Attributes:
-        label: of the method, such as "adaptive 0.4".
+        label: of the method, such as "heads 0.4".
         method: None is the full cache.
         decode: how attention gets at capsules; None where there are none.
     """

@@ -43,7 +43,7 @@ class BenchRow:
 
     @property
     def name(self) -> str:
-        """As `capsight eval` writes it, such as "adaptive 0.4"; with " latent" where that was timed."""
+        """As `capsight eval` writes it, such as "heads 0.4"; with " latent" where that was timed."""
         label = self.method if self.retained is None else f"{self.method} {self.retained:g}"
         return f"{label} latent" if self.decode == "latent" else label
 

@@ -68,7 +68,7 @@ def paired(results: Mapping[str, MethodResult], first: str) -> list[dict[str, An
 
 
 def split_label(label: str) -> tuple[str, float | None]:
-    """The method and the retained fraction in a label such as "adaptive 0.4"."""
+    """The method and the retained fraction in a label such as "heads 0.4"."""
     method, _, last = label.rpartition(" ")
     try:
         return (method, float(last)) if method else (label, None)

@@ -46,7 +46,7 @@ class Answerer:
     def load(
         cls,
         pretrained: str = REFERENCE,
-        method: str = "adaptive",
+        method: str = "heads",
         retained: float = 0.4,
         capsule: str | None = None,
         head_map: str | None = None,

@@ -23,7 +23,7 @@ class CapsightModel(lmms):
     def __init__(
         self,
         pretrained: str = "reference",
-        method: str = "adaptive",
+        method: str = "heads",
         retained: float = 0.4,
         capsule: str | None = None,
         head_map: str | None = None,

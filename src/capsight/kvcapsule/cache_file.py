@@ -126,12 +126,11 @@ def load_cache(
 
 
 def capsule_fingerprint(capsule: KVCapsule) -> str:
-    """Hash of what a capsule learnt, of how much it keeps in how many bits, and of what shares that."""
+    """Hash of what a capsule learnt, and of how much it keeps in how many bits."""
     tensors = {f"{i}.{k}": t for i, codec in capsule.codecs.items() for k, t in codec.state_dict().items()}
     info = capsule.info
     kept = [(layer.index, layer.kept) for layer in info.layers]
-    shared = ["shared"] if info.share == "prompt" else []
-    return tensors_fingerprint(tensors, [info.codec, info.block_size, info.bits, kept, *shared])
+    return tensors_fingerprint(tensors, [info.codec, info.block_size, info.bits, kept])
 
 
 def _check_origin(path: Path, header: Mapping[str, Any], capsule: KVCapsule) -> None:
@@ -148,7 +147,7 @@ def _check_origin(path: Path, header: Mapping[str, Any], capsule: KVCapsule) -> 
     if header.get("capsule") != capsule_fingerprint(capsule):
         raise ModelMismatchError(
             f"{path} was made with another capsule ({header.get('made_with')}; this one: "
-            f"{_described(capsule)}); load it with that one, with_retained, with_bits and with_share "
+            f"{_described(capsule)}); load it with that one, with_retained and with_bits "
             "included, or prefill again"
         )
 

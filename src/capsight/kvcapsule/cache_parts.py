@@ -172,9 +172,9 @@ def _check_kept(capsules: Payload, runs: Sequence[Run], block_size: int, prefix:
     if (kept := capsules.tensors.get("kept")) is None:
         return
     if isinstance(capsules, RaggedPayload):
-        counts, rows = capsules.lengths, torch.tensor([run.row for run in runs])
+        counts, rows = capsules.tensors["counts"].long(), torch.tensor([run.row for run in runs])
         blocks = torch.bincount(rows)
-        held = torch.zeros_like(blocks).index_add(0, rows, counts)
+        held = torch.zeros_like(blocks).index_add(0, rows, counts.sum(1))
         shared = len(kept) // len(runs) * blocks  # what a row has to share out
         if (counts < 1).any() or (counts > block_size).any() or (held != shared).any():
             raise CapsuleFileError(

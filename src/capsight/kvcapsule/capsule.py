@@ -16,7 +16,6 @@ from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.capsule_file import make_codec, read_capsule, write_capsule
 from capsight.kvcapsule.codecs import LayerCodec, QuantisedCodec
 from capsight.kvcapsule.codecs.adaptive import Weights
-from capsight.kvcapsule.codecs.sharing import Share
 from capsight.kvcapsule.fingerprint import model_fingerprint
 from capsight.kvcapsule.fit import kept_tokens
 from capsight.kvcapsule.fit_capsule import fit_capsule
@@ -67,8 +66,8 @@ class KVCapsule:
                 layers, see `with_budget`) or "uniform"; None for the codec's default.
             resume: folder where the pass leaves, every half minute, what it has added up; a fit that was
                 interrupted goes on from there, given the same samples. Remove it afterwards.
-            **options: the codec's own, see its `fit`: `ridge`, of the first three `joint`, of "adaptive" and
-                "evict" `share` (see `with_share`), of "adaptive" `weights`, of "static-mlp" `width`.
+            **options: the codec's own, see its `fit`: `ridge`, of the first three `joint`, of "adaptive"
+                `weights`, of "static-mlp" `width`.
 
         Raises:
             CalibrationError: no image is as long as a block, keys or values are not finite, or `resume`
@@ -189,26 +188,12 @@ class KVCapsule:
             OptionError: the codec has none, or `weights` is neither.
         """
         codecs = {index: codec.with_weights(weights) for index, codec in self.codecs.items()}
-        return self._with_option(codecs, weights=weights)
-
-    def with_share(self, share: Share) -> Self:
-        """This capsule with r tokens of every "block", or shared out over the "prompt" (adaptive, evict).
-
-        Shared, the blocks of a row that are prefilled together keep r on average, and a byte each more.
-
-        Raises:
-            OptionError: the codec cannot, `share` is neither, or "prompt" where weights are "stored".
-        """
-        codecs = {index: codec.with_share(share) for index, codec in self.codecs.items()}
-        return self._with_option(codecs, share=share)
-
-    def _with_option(self, codecs: Mapping[int, LayerCodec], **option: str) -> Self:
-        return type(self)(codecs, replace(self.info, options=self.info.options | option))
+        return type(self)(codecs, replace(self.info, options=self.info.options | {"weights": weights}))
 
     def for_latent(self) -> Self:
         """This capsule with its weights stored, if it may have any and was not told what to do with them."""
         told = self.info.codec != "adaptive" or "weights" in self.info.options
-        return self if told or self.info.share == "prompt" else self.with_weights("stored")
+        return self if told else self.with_weights("stored")
 
     def with_codec(self, name: str) -> Self:
         """This capsule as "heads", "adaptive" or "evict", which learn the same.
@@ -219,8 +204,7 @@ class KVCapsule:
         alike = ("heads", "adaptive", "evict")
         if name not in alike or self.info.codec not in alike:
             raise OptionError(f"only {alike} share what they learn; fit a capsule with codec={name!r}")
-        lost = ("weights", "share") if "heads" in (name, self.info.codec) else ("weights",)
-        options = {key: value for key, value in self.info.options.items() if key not in lost}
+        options = {key: value for key, value in self.info.options.items() if key != "weights"}
         info = replace(self.info, codec=name, options=options)
         codecs = {
             layer.index: make_codec(self.codecs[layer.index].state_dict(), info, layer)
@@ -240,9 +224,8 @@ class KVCapsule:
 
     @property
     def name(self) -> str:
-        """Name of the codec, whether blocks share, and stored bits: "adaptive", "adaptive-shared-int8"."""
-        shared = "-shared" if self.info.share == "prompt" else ""
-        return self.info.codec + shared + ("" if self.info.bits is None else f"-int{self.info.bits}")
+        """Name of the codec, and stored bits: "heads", "heads-int8"."""
+        return self.info.codec + ("" if self.info.bits is None else f"-int{self.info.bits}")
 
     @property
     def needs_attention(self) -> bool:

@@ -73,5 +73,5 @@ def make_codec(tensors: Mapping[str, Tensor], info: CapsuleInfo, layer: LayerInf
     shape = (layer.heads, info.block_size, layer.head_dim)
     codec = CODECS[info.codec].from_tensors(tensors, shape, layer.kept)
     if "weights" in info.options:
-        codec = codec.with_weights(info.options["weights"])
-    return codec.with_share(info.options["share"]) if "share" in info.options else codec
+        return codec.with_weights(info.options["weights"])
+    return codec

@@ -147,8 +147,7 @@ def solve(
 def measure_needs(found: Calibration, codec: str, options: Mapping[str, Any]) -> LayerNeeds | None:
     """Errors of every layer at several retained fractions, and what it attends to.
 
-    `heads` and `evict` are measured as `adaptive`, and none with blocks that share; codecs fitted for one
-    fraction are not measured (None).
+    `heads` and `evict` are measured as `adaptive`; codecs fitted for one fraction are not measured (None).
 
     Args:
         found: of the calibration pass.
@@ -157,7 +156,7 @@ def measure_needs(found: Calibration, codec: str, options: Mapping[str, Any]) ->
     """
     if codec not in _MEASURED:
         return None
-    own = {name: value for name, value in options.items() if name not in ("weights", "share")}
+    own = {name: value for name, value in options.items() if name != "weights"}
     errors = []
     for index, layer in sorted(found.moments.items()):
         counts, blocks = measured_counts(layer.block_size), found.sample.blocks(index)

@@ -8,7 +8,6 @@ from typing import Any
 
 from capsight.errors import CapsuleFileError, OptionError
 from capsight.kvcapsule.budget import Budget, LayerNeeds, check_budget
-from capsight.kvcapsule.codecs.sharing import Share, check_share
 from capsight.kvcapsule.quantise import BITS
 
 
@@ -64,11 +63,6 @@ class CapsuleInfo:
     bits: int | None = None
     budget: Budget = "uniform"
     needs: LayerNeeds | None = None
-
-    @property
-    def share(self) -> Share:
-        """What shares the kept tokens: every "block" has as many, or those of a "prompt" on average."""
-        return check_share(self.options.get("share", "block"))
 
     def to_header(self) -> dict[str, Any]:
         """JSON-ready values."""

@@ -13,26 +13,19 @@ import torch
 from torch import Tensor
 
 
-def prediction_weights(
-    covariance: Tensor, kept: Tensor, wanted: Tensor | None = None, real: Tensor | None = None
-) -> Tensor:
+def prediction_weights(covariance: Tensor, kept: Tensor, wanted: Tensor | None = None) -> Tensor:
     """Weights that predict tokens of a block from its kept tokens.
 
     Args:
         covariance: float `[G, N, N]`, symmetric positive definite.
         kept: int64 `[M, r]`, kept positions of each block.
         wanted: int64 `[M, T]`, positions to predict; None for all, in order (T = N).
-        real: bool `[M, r]`, False for entries of `kept` that are there for their place only; None if none is.
 
     Returns:
-        `[M, G, T, r]`; rows of kept tokens are unit vectors up to rounding, columns of entries that are not
-        real are zero.
+        `[M, G, T, r]`; rows of kept tokens are unit vectors up to rounding.
     """
     rows = covariance[:, kept]  # [G, M, r, N]
     square = rows.gather(3, kept[None, :, None, :].expand(*rows.shape[:3], -1))  # [G, M, r, r]
-    if real is not None:  # the other entries predict themselves only
-        rows = rows * real[:, :, None]
-        square = square * (real[:, :, None] & real[:, None]) + torch.diag_embed((~real).to(square))
     if wanted is not None:
         rows = rows.gather(3, wanted[None, :, None, :].expand(*rows.shape[:3], -1))  # [G, M, r, T]
     factor = torch.linalg.cholesky(square)
@@ -46,12 +39,10 @@ class Selection(NamedTuple):
         order: int64 `[L, M, r]`, kept positions in the order in which they were chosen.
         factor: float `[L, M, G, N, r]`, column j being how much of the j-th residual each token takes;
             the rows of the kept tokens, in order, are unit lower triangular.
-        energy: float `[L, M, r]`, residual energy of each kept token when it was chosen.
     """
 
     order: Tensor
     factor: Tensor
-    energy: Tensor
 
     def layer(self, index: int) -> Selection:
         """That of one layer (L = 1)."""
@@ -101,11 +92,10 @@ def greedy_selection(covariance: Tensor, gram: Tensor, count: int) -> Selection:
     layer = torch.arange(layers * groups, device=device).view(layers, 1, groups) * size
     layer = layer.expand(-1, blocks, -1).flatten()
     c_rows, gram_rows = covariance.reshape(-1, size), gram.reshape(-1, size)
-    order, worth = [], []
+    order = []
     for j in range(count):
         pivot = energy.argmax(1)  # [L * M]
         order.append(pivot)
-        worth.append(energy.gather(1, pivot[:, None]))
         energy.scatter_(1, pivot[:, None], -torch.inf)
         at = pivot.repeat_interleave(groups)  # [L * M * G]
         # of the chosen tokens, the columns of residual C and of residual Gram: [L * M * G, 2, N]
@@ -120,8 +110,7 @@ def greedy_selection(covariance: Tensor, gram: Tensor, count: int) -> Selection:
         energy.sub_((w * b).view(-1, groups, size).sum(1), alpha=2)
         past[:, j, 0], past[:, j, 1], variance[:, j, 0] = w, b, own[:, 0, 0]
     factor = past[:, :, 0].mT.unflatten(0, (layers, blocks, groups))
-    shape = layers, blocks, count
-    return Selection(torch.stack(order, 1).view(shape), factor, torch.cat(worth, 1).view(shape))
+    return Selection(torch.stack(order, 1).view(layers, blocks, count), factor)
 
 
 def pivoted_cholesky(covariance: Tensor, count: int) -> Tensor:

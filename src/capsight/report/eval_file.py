@@ -27,7 +27,7 @@ class MethodRow:
     """One method at one retained fraction.
 
     Attributes:
-        name: as in the file, such as "adaptive 0.4".
+        name: as in the file, such as "heads 0.4".
         method: the name without the retained fraction.
         retained: the fraction; None where the name has none, as "full".
         all: exact match over all questions.

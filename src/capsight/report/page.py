@@ -45,7 +45,7 @@ class Material:
     attention: tuple[Picture, ...] = ()
 
 
-def build_report(material: Material, method: str = "adaptive") -> str:
+def build_report(material: Material, method: str = "heads") -> str:
     """The page as one HTML document that asks the network for nothing.
 
     Args:

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from capsight.errors import OptionError
 from capsight.kvcapsule.codecs.block import Payload
-from capsight.kvcapsule.codecs.ragged import RaggedPayload
 from capsight.kvcapsule.codecs.selecting import SelectingCodec
-from capsight.kvcapsule.codecs.sharing import Share
 from capsight.kvcapsule.kriging import Selection, prediction_weights
 from capsight.kvcapsule.latent import LatentBlocks, TokenMap
 from capsight.kvcapsule.moments import LayerMoments
@@ -25,8 +23,7 @@ class AdaptiveCodec(SelectingCodec):
     """Rebuilds, linearly from the kept tokens of its block, every token that was not kept.
 
     The weights of that follow from the positions kept. "solved" solves for them whenever they are
-    needed, which is smallest; "stored" keeps them in the capsule, which is fastest, and which blocks that
-    share their tokens cannot have.
+    needed, which is smallest; "stored" keeps them in the capsule, which is fastest.
 
     Capsules, beside those of `SelectingCodec`:
         weights: `[M, G, N - r, r]` with "stored", of the other tokens in order of position, in the
@@ -43,20 +40,15 @@ class AdaptiveCodec(SelectingCodec):
         block_size: int,
         kept: int,
         weights: Weights = "solved",
-        share: Share = "block",
     ) -> None:
-        """Take what `fit` learnt or a file held (see `SelectingCodec`), and what to do with weights.
+        """Take what `fit` learnt or a file held (see `LearntCodec`), and what to do with weights.
 
         Raises:
-            OptionError: `weights` is neither "solved" nor "stored", or "stored" where blocks share.
+            OptionError: `weights` is neither "solved" nor "stored".
         """
-        super().__init__(packed, mean, whitening, block_size, kept, share)
+        super().__init__(packed, mean, whitening, block_size, kept)
         if weights not in WEIGHTS:
             raise OptionError(f"weights must be one of {list(WEIGHTS)}, not {weights!r}")
-        if weights == "stored" and share == "prompt":
-            raise OptionError(
-                "weights='stored' needs share='block'; with share='prompt' use weights='solved'"
-            )
         self.weights: Weights = weights
 
     @classmethod
@@ -68,10 +60,9 @@ class AdaptiveCodec(SelectingCodec):
         ridge: float = 1e-2,
         joint: bool = True,
         weights: Weights = "solved",
-        share: Share = "block",
         **_: Any,
     ) -> Self:
-        """Solve for the codec as `SelectingCodec` does.
+        """Solve for the codec as `LearntCodec` does.
 
         Args:
             moments: sums over calibration blocks.
@@ -79,9 +70,8 @@ class AdaptiveCodec(SelectingCodec):
             ridge: noise variance added to C, as a fraction of its mean variance.
             joint: one C for keys and values together, or one each (twice the bytes of C).
             weights: "solved" or "stored".
-            share: "block" (all blocks keep r) or "prompt" (those of a prompt keep r on average).
         """
-        return super().fit(moments, kept, ridge=ridge, joint=joint, share=share).with_weights(weights)
+        return super().fit(moments, kept, ridge=ridge, joint=joint).with_weights(weights)
 
     def with_weights(self, weights: Weights) -> Self:
         """This codec with its weights "solved" or "stored"; shares the buffers."""
@@ -92,8 +82,6 @@ class AdaptiveCodec(SelectingCodec):
 
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Predict the tokens that were not kept from those that were."""
-        if isinstance(payload, RaggedPayload):
-            return self._decode_ragged(payload)
         keys, values, kept = (payload.tensors[name] for name in ("keys", "values", "kept"))
         if self.kept == self.block_size:
             return keys.transpose(1, 2), values.transpose(1, 2)
@@ -107,8 +95,6 @@ class AdaptiveCodec(SelectingCodec):
 
     def latent(self, payload: Payload) -> LatentBlocks:
         """Kept tokens as slots, and the weights that the others follow with."""
-        if isinstance(payload, RaggedPayload):
-            return self._latent_ragged(payload)
         keys, values = payload.tensors["keys"], payload.tensors["values"]
         if self.kept == self.block_size:
             return LatentBlocks(keys, values, TokenMap(), TokenMap())
@@ -143,51 +129,9 @@ class AdaptiveCodec(SelectingCodec):
 
     def _others(self, kept: Tensor) -> Tensor:
         """The positions that are not in `kept` `[M, r]`, ascending: int64 `[M, N - r]`."""
-        return self._others_first(kept)[:, : self.block_size - self.kept]
-
-    def _others_first(self, kept: Tensor) -> Tensor:
-        """The positions that are not in `kept` `[M, r]`, ascending, then those that are: int64 `[M, N]`."""
         taken = torch.zeros(len(kept), self.block_size, dtype=torch.bool, device=kept.device)
-        return taken.scatter_(1, kept.long(), True).sort(dim=1, stable=True).indices
-
-    def _decode_ragged(self, payload: RaggedPayload) -> tuple[Tensor, Tensor]:
-        """Predict whole groups of blocks that keep nearly as many tokens, then put kept tokens in place."""
-        x, kept = [payload.tensors[name] for name in ("keys", "values")], payload.tensors["kept"]
-        blocks, covariance, mean = len(payload.tensors["counts"]), self.covariance(), self.mean.to(x[0].dtype)
-        full = [each.new_empty(blocks * self.block_size, *each.shape[1:]) for each in x]
-        for alike in payload.alike():
-            entries, real = payload.side_by_side(alike)  # [m, R]
-            fewest = int(real.sum(1).min())  # blocks that keep more predict a few kept tokens, too
-            others = self._others_first(kept[entries])[:, : self.block_size - fewest]
-            weights = prediction_weights(covariance, kept[entries].long(), others, real).to(mean.dtype)
-            slots = (alike[:, None] * self.block_size + others).flatten()
-            for kind, group in ((0, 0), (1, -1)):
-                centred = (x[kind][entries] - mean[kind]).flatten(2)  # [m, R, H * D]
-                found = torch.baddbmm(mean[kind].flatten(), weights[:, group], centred)
-                full[kind].index_copy_(0, slots, found.view(-1, *mean.shape[1:]))
-        slots = payload.slots(self.block_size)
-        keys, values = (
-            whole.index_copy_(0, slots, each).unflatten(0, (blocks, self.block_size)).transpose(1, 2)
-            for whole, each in zip(full, x, strict=True)
-        )
-        return keys, values
-
-    def _latent_ragged(self, payload: RaggedPayload) -> LatentBlocks:
-        """All tokens as rebuilt ones; those that were kept have weight one for their slot, and zero else."""
-        entries, real = payload.side_by_side()  # [M, R]
-        kept, covariance = payload.tensors["kept"][entries].long(), self.covariance()
-        weights = covariance.new_zeros(len(kept), len(covariance), self.block_size, kept.shape[1])
-        for alike in payload.alike():
-            some = int(real[alike].sum(1).max())
-            found = prediction_weights(covariance, kept[alike, :some], real=real[alike, :some])
-            weights[alike, :, :, :some] = found  # [m, G, N, R']
-        position = torch.arange(self.block_size, device=kept.device)
-        own = (kept[:, None] == position[:, None]) & real[:, None]  # [M, N, R]
-        weights = torch.where(own.any(2)[:, None, :, None], own[:, None].to(weights), weights)
-        rest = 1 - weights.sum(-1)
-        maps = [TokenMap(False, weights[:, g], rest[:, g], self.mean[i]) for i, g in ((0, 0), (1, -1))]
-        keys, values = (payload.tensors[name][entries] for name in ("keys", "values"))
-        return LatentBlocks(keys, values, *maps)
+        order = taken.scatter_(1, kept.long(), True).sort(dim=1, stable=True).indices
+        return order[:, : self.block_size - self.kept]
 
 
 def _rebuild(weights: Tensor, x: Tensor, mean: Tensor, size: int, slots: tuple[Tensor, Tensor]) -> Tensor:

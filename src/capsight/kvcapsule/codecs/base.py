@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class LayerCodec(BlockCodec):
 
     Keys come in as the cache gets them: after RoPE. Blocks are `[M, H, N, D]` with H the KV heads,
     N the block size and D the head size; capsules keep r = `kept` of N tokens' worth of numbers,
-    `[M, r, H, D]`, or r on average (`share`, see `SelectingCodec`). With r = N, decoding gives the blocks
+    `[M, r, H, D]`, or r on average (`HeadsCodec`). With r = N, decoding gives the blocks
     back bit for bit. Blocks are fastest when their memory is token-major, as attention projections leave it,
     and are decoded so.
 
@@ -28,7 +28,10 @@ class LayerCodec(BlockCodec):
         name: the name by which options and files call the codec.
         block_size: tokens in a block (N).
         kept: tokens' worth of numbers kept of it (r).
+        keys_by_token: whether stored keys are quantised token by token, not channel by channel.
     """
+
+    keys_by_token: ClassVar[bool] = False
 
     def __init__(self, block_size: int, kept: int) -> None:
         """Set the sizes.
@@ -66,6 +69,10 @@ class LayerCodec(BlockCodec):
     def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> int:
         """Bytes of a block's capsule, on average, for H heads of size D and numbers of `itemsize` bytes."""
 
+    def typical_keys(self, payload: Payload) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation of each channel of the stored keys, where `keys_by_token`; else None."""
+        return None
+
     def missing(self, payload: Payload) -> Tensor | None:
         """Tokens that decoding leaves empty, which attention must not see: bool `[M, N]`, or None."""
         return None
@@ -94,14 +101,6 @@ class LayerCodec(BlockCodec):
             OptionError: it has none, or `weights` is neither.
         """
         raise OptionError(f"the {self.name} codec has no prediction weights; leave out weights={weights!r}")
-
-    def with_share(self, share: Any) -> Self:
-        """This codec with kept tokens shared by the "block" or the "prompt", sharing what was learnt.
-
-        Raises:
-            OptionError: all its blocks keep the same, or `share` is neither.
-        """
-        raise OptionError(f"the {self.name} codec keeps the same of every block; leave out share={share!r}")
 
     @property
     def retained(self) -> float:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from capsight.kvcapsule.codecs.block import Payload
-from capsight.kvcapsule.codecs.ragged import RaggedPayload
 from capsight.kvcapsule.codecs.selecting import SelectingCodec
 from capsight.kvcapsule.latent import LatentBlocks, TokenMap
 
@@ -22,28 +21,18 @@ class EvictCodec(SelectingCodec):
 
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Kept tokens in their places, zeros elsewhere."""
-        if isinstance(payload, RaggedPayload):
-            keys, values = (payload.spread(name, self.block_size)[:, 0] for name in ("keys", "values"))
-            return keys.transpose(1, 2), values.transpose(1, 2)
         kept = payload.tensors["kept"].long()[:, :, None, None]
         return self._spread(payload.tensors["keys"], kept), self._spread(payload.tensors["values"], kept)
 
     def latent(self, payload: Payload) -> LatentBlocks:
-        """Kept tokens as slots; there are no others.
-
-        Blocks that share have r slots, too, though not their own ones: of a row's tokens r for each block.
-        """
+        """Kept tokens as slots; there are no others."""
         keys, values = (payload.tensors[name] for name in ("keys", "values"))
-        if isinstance(payload, RaggedPayload):
-            keys, values = (x.unflatten(0, (-1, self.kept)) for x in (keys, values))
         return LatentBlocks(keys, values, TokenMap(), TokenMap())
 
     def missing(self, payload: Payload) -> Tensor | None:
         """Tokens that were not kept: bool `[M, N]`."""
         if self.kept == self.block_size:
             return None
-        if isinstance(payload, RaggedPayload):
-            return ~payload.mask(self.block_size)[:, 0]
         kept = payload.tensors["kept"].long()
         everywhere = torch.ones(len(kept), self.block_size, dtype=torch.bool, device=kept.device)
         return everywhere.scatter(1, kept, False)

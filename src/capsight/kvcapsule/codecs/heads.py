@@ -35,6 +35,7 @@ class HeadsCodec(LearntCodec):
     """
 
     name = "heads"
+    keys_by_token = True
     _size: Tensor | None = None  # [H, D], standard deviations of keys: they follow from `whitening`
 
     def encode(self, keys: Tensor, values: Tensor) -> RaggedPayload:
@@ -59,7 +60,7 @@ class HeadsCodec(LearntCodec):
             found += [x.square().sum(-1), (own @ x).square().sum(-1)]
         return torch.stack(found).log().mean(0).exp()
 
-    def typical(self, payload: RaggedPayload) -> tuple[Tensor, Tensor]:
+    def typical_keys(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel of the kept keys: float32 `[E, D]` each."""
         if self._size is None or self._size.device != self.mean.device:
             self._size = deviation(self.whitening[0], self.head_dim) * KEY_WEIGHT

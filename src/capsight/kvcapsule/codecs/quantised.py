@@ -10,8 +10,6 @@ from torch import Tensor
 
 from capsight.kvcapsule.codecs.base import LayerCodec
 from capsight.kvcapsule.codecs.block import BlockCodec, Payload
-from capsight.kvcapsule.codecs.heads import HeadsCodec
-from capsight.kvcapsule.codecs.ragged import RaggedPayload
 from capsight.kvcapsule.latent import KeptTokens, LatentBlocks
 from capsight.kvcapsule.plan import Run
 from capsight.kvcapsule.quantise import Quantised, check_bits, dequantise, quantise
@@ -25,14 +23,13 @@ class QuantisedCodec(BlockCodec):
     Keys are quantised per channel, over the r kept tokens of a block, and values (latent ones, too) per
     token and head, over its D channels: keys have channels of large magnitude, values have not (KIVI,
     arXiv 2402.02750). A head that keeps tokens of its own may keep one of a block, too few for a group, so
-    its keys are quantised per token, too, in units of what is usual for each channel (`HeadsCodec.typical`).
+    its keys are quantised per token, too, in units of what is usual for each channel (`typical_keys`).
     Kept tokens are not copied bit for bit any more; where they lie stays exact.
 
     Capsules, for each of `keys` and `values` (or `latent`), beside what is not quantised:
         *.levels: uint8 `[M, r, H, D]`, in 4 bits `[M, r, H, ceil(D / 2)]`.
         *.step, *.low: `[M, 1, H, D]` for keys, `[M, r, H, 1]` for values, in the dtype of the blocks.
-        Where blocks share their tokens, `[T, ...]` in place of `[M, r, ...]`, a `RaggedPayload`; of `heads`
-        uint8 `[E, D]` or `[E, ceil(D / 2)]`, and `[E, 1]`.
+        Of `heads` uint8 `[E, D]` or `[E, ceil(D / 2)]`, and `[E, 1]`, a `RaggedPayload`.
     """
 
     name: ClassVar[str] = "quantised"
@@ -66,46 +63,31 @@ class QuantisedCodec(BlockCodec):
 
     def closed(self, payload: Payload) -> Payload:
         """Capsules of the inner codec, quantised."""
+        typical = self.inner.typical_keys(payload)
         tensors: dict[str, Tensor] = {}
         for name, x in payload.tensors.items():
             if name not in _AXES:
                 tensors[name] = x
                 continue
-            if isinstance(payload, RaggedPayload):
-                parts = self._quantised_ragged(name, x, payload)
-            else:
-                parts = quantise(x, self.bits, _AXES[name])
+            axis = _AXES[name]
+            if typical is not None:  # an entry is one token of one head, [E, D]
+                axis = 1
+                x = ((x - typical[0]) / typical[1]).to(x.dtype) if name == "keys" else x
+            parts = quantise(x, self.bits, axis)
             tensors |= {f"{name}.{part}": tensor for part, tensor in parts._asdict().items()}
         return type(payload)(tensors)
 
-    def _quantised_ragged(self, name: str, x: Tensor, payload: RaggedPayload) -> Quantised:
-        """Kept tokens `[T, H, D]` or `[E, D]`."""
-        if name != "keys":
-            return quantise(x, self.bits, -1)
-        if isinstance(self.inner, HeadsCodec):
-            centre, size = self.inner.typical(payload)
-            return quantise(((x - centre) / size).to(x.dtype), self.bits, -1)
-        entries, real = payload.side_by_side()  # repeats change no smallest and no largest number
-        parts = quantise(x[entries], self.bits, 1)
-        return parts._replace(levels=parts.levels[real])
-
     def opened(self, payload: Payload) -> Payload:
-        """The capsules as the inner codec has them, `[M, r, H, D]` (or ragged) in the dtype of the blocks."""
-        tensors = dict(payload.tensors)
-        own = self.inner if isinstance(self.inner, HeadsCodec) else None
-        channels = tensors["keys.step"].shape[-1] if own is None else own.head_dim
+        """The capsules as the inner codec has them, in the dtype of the blocks."""
+        tensors, typical = dict(payload.tensors), self.inner.typical_keys(payload)
+        channels = (tensors["keys.step"] if typical is None else typical[0]).shape[-1]
         for name in _AXES:
             if f"{name}.levels" in tensors:
                 parts = Quantised(*(tensors.pop(f"{name}.{part}") for part in Quantised._fields))
-                if isinstance(payload, RaggedPayload) and name == "keys" and own is None:
-                    owner = payload.owners()
-                    parts = parts._replace(step=parts.step[owner, 0], low=parts.low[owner, 0])
                 tensors[name] = dequantise(parts, self.bits, channels)
-        if own is not None:
-            assert isinstance(payload, RaggedPayload)
-            centre, size = own.typical(payload)
+        if typical is not None:
             keys = tensors["keys"]
-            tensors["keys"] = torch.addcmul(centre, keys, size).to(keys.dtype)
+            tensors["keys"] = torch.addcmul(typical[0], keys, typical[1]).to(keys.dtype)
         return type(payload)(tensors)
 
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
@@ -125,6 +107,5 @@ class QuantisedCodec(BlockCodec):
         kept = self.inner.kept
         exact = self.inner.payload_nbytes(heads, head_dim, itemsize) - 2 * kept * heads * head_dim * itemsize
         levels = 2 * kept * heads * (head_dim if self.bits == 8 else (head_dim + 1) // 2)
-        groups = heads * (kept if isinstance(self.inner, HeadsCodec) else head_dim)  # of keys
-        groups += heads * kept  # of values
+        groups = heads * ((kept if self.inner.keys_by_token else head_dim) + kept)  # of keys, of values
         return exact + levels + 2 * groups * itemsize

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,31 +12,22 @@ from capsight.kvcapsule.codecs.base import index_dtype
 from capsight.kvcapsule.codecs.block import Payload
 
 
-def per_block(name: str, x: Tensor) -> bool:
-    """Whether a tensor has the blocks along its first axis: counts, and groups of a block's keys."""
-    return name == "counts" or (name in ("keys.step", "keys.low") and x.ndim == 4)
-
-
-_STEP = 8  # cells whose counts are in one stretch of this length are padded to the same width
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class RaggedPayload(Payload):
-    """E kept entries of M blocks, packed cell by cell, each cell's in order of position.
+    """E kept entries of M blocks, each one token of one KV head.
 
-    A cell is a block, and an entry one token of all heads (J = 1), or a cell is one head of a block, and an
-    entry one token of that head (J = H). All cells of head 0 come first, in the order of the blocks, then
-    those of head 1: what a head keeps of a row is one piece of memory.
+    All entries of head 0 come first, block by block and in order of position, then those of head 1: what a
+    head keeps of a row is one piece of memory.
 
     Tensors:
-        keys, values: `[E, H, D]` or `[E, D]`.
+        keys, values: `[E, D]`.
         kept: `[E]`, position in the block (uint8 up to N = 256).
-        counts: int `[M, J]`, entries of each cell.
+        counts: int `[M, H]`, entries of each head of each block.
     """
 
     @classmethod
     def pack(cls, keys: Tensor, values: Tensor, keep: Tensor, counted: torch.dtype = torch.int32) -> Self:
-        """The entries that `keep` (bool `[M, J, N]`) names of blocks `[M, J, N, ...]`.
+        """The entries that `keep` (bool `[M, H, N]`) names of blocks `[M, H, N, D]`.
 
         Args:
             keys: the blocks' keys.
@@ -45,72 +35,53 @@ class RaggedPayload(Payload):
             keep: what to keep.
             counted: dtype of the counts.
         """
-        cells = keep.transpose(0, 1)  # [J, M, N]
+        by_head = keep.transpose(0, 1)  # [H, M, N]
         return cls(
             {
-                "keys": keys.transpose(0, 1)[cells],
-                "values": values.transpose(0, 1)[cells],
-                "kept": cells.nonzero()[:, 2].to(index_dtype(keep.shape[2])),
+                "keys": keys.transpose(0, 1)[by_head],
+                "values": values.transpose(0, 1)[by_head],
+                "kept": by_head.nonzero()[:, 2].to(index_dtype(keep.shape[2])),
                 "counts": keep.sum(2, dtype=counted),
             }
         )
 
     @property
     def lengths(self) -> Tensor:
-        """Entries of each cell: int64 `[J * M]`."""
+        """Entries of each head of each block, as they lie in memory: int64 `[H * M]`."""
         return self.tensors["counts"].T.flatten().long()
 
     def owners(self) -> Tensor:
-        """Which of the J * M cells each entry belongs to: int64 `[E]`."""
+        """Which head and block each entry belongs to, of the H * M in their order: int64 `[E]`."""
         lengths = self.lengths
         return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
     def slots(self, size: int) -> Tensor:
-        """Flat positions of the entries, ascending, in `[J, M, N]` with N = `size`: int64 `[E]`."""
+        """Flat positions of the entries, ascending, in `[H, M, N]` with N = `size`: int64 `[E]`."""
         return self.owners() * size + self.tensors["kept"]
 
     def mask(self, size: int) -> Tensor:
-        """Which tokens are kept: bool `[M, J, N]` with N = `size`."""
-        blocks, each = self.tensors["counts"].shape
-        keep = torch.zeros(each * blocks * size, dtype=torch.bool, device=self.tensors["kept"].device)
+        """Which tokens are kept: bool `[M, H, N]` with N = `size`."""
+        blocks, heads = self.tensors["counts"].shape
+        keep = torch.zeros(heads * blocks * size, dtype=torch.bool, device=self.tensors["kept"].device)
         keep[self.slots(size)] = True
-        return keep.view(each, blocks, size).transpose(0, 1)
+        return keep.view(heads, blocks, size).transpose(0, 1)
 
     def spread(self, name: str, size: int) -> Tensor:
-        """The entries of a tensor in their places, zeros elsewhere: `[M, J, N, ...]` with N = `size`."""
-        x, (blocks, each) = self.tensors[name], self.tensors["counts"].shape
-        full = x.new_zeros(each * blocks * size, *x.shape[1:])
+        """The entries of a tensor in their places, zeros elsewhere: `[M, H, N, D]` with N = `size`."""
+        x, (blocks, heads) = self.tensors[name], self.tensors["counts"].shape
+        full = x.new_zeros(heads * blocks * size, *x.shape[1:])
         full[self.slots(size)] = x
-        return full.view(each, blocks, size, *x.shape[1:]).transpose(0, 1)
-
-    def side_by_side(self, cells: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The entries of some cells (int64 `[m]`; None for all), padded to the longest of these.
-
-        Returns:
-            int64 `[m, R]`, the entries, the last one of a cell repeated; bool `[m, R]`, False for repeats.
-        """
-        lengths = self.lengths
-        first = lengths.cumsum(0) - lengths
-        if cells is not None:
-            lengths, first = lengths[cells], first[cells]
-        place = torch.arange(int(lengths.max()) if len(lengths) else 0, device=lengths.device)
-        return first[:, None] + place.minimum(lengths[:, None] - 1), place < lengths[:, None]
-
-    def alike(self) -> Iterator[Tensor]:
-        """All cells in groups, int64 `[m]`, that keep nearly the same number of entries."""
-        stretch = (self.lengths - 1) // _STEP
-        for each in stretch.unique().tolist():
-            yield (stretch == each).nonzero()[:, 0]
+        return full.view(heads, blocks, size, *x.shape[1:]).transpose(0, 1)
 
     def select(self, index: Tensor) -> Self:
         """The blocks at `index` int64 `[M']`, in that order."""
         lengths = self.lengths
         starts = lengths.cumsum(0) - lengths
-        by_block = self.tensors["counts"].T.shape  # J, M
+        by_block = self.tensors["counts"].T.shape  # H, M
         starts, taken = (x.view(by_block)[:, index].flatten() for x in (starts, lengths))
         entries = _ranges(starts, taken)
         return type(self)(
-            {name: x[index if per_block(name, x) else entries] for name, x in self.tensors.items()}
+            {name: x[index if name == "counts" else entries] for name, x in self.tensors.items()}
         )
 
     def join(self, other: Payload) -> Self:
@@ -124,7 +95,7 @@ class RaggedPayload(Payload):
             first += len(part.tensors["kept"])
         entries = _ranges(torch.cat(starts, 1).flatten(), torch.cat(taken, 1).flatten())
         both = {name: torch.cat([x, other.tensors[name]]) for name, x in self.tensors.items()}
-        return type(self)({name: x if per_block(name, x) else x[entries] for name, x in both.items()})
+        return type(self)({name: x if name == "counts" else x[entries] for name, x in both.items()})
 
 
 def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
