@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from capsight.kvcapsule.codecs import AdaptiveCodec
-from capsight.kvcapsule.codecs.selecting import KEY_WEIGHT
+from capsight.kvcapsule.codecs.learnt import KEY_WEIGHT
 from capsight.kvcapsule.kriging import with_nugget
 from capsight.kvcapsule.moments import LayerMoments
 from capsight.kvcapsule.whitening import whitening

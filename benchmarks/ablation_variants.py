@@ -9,13 +9,21 @@ from typing import Any
 
 from ablation_calibration import Calibration
 from ablation_codecs import ApartCodec, FixedEvict, KindCodec, PairCodec, Retain, TokenPca
+from ablation_heads import variants as heads_variants
 from ablation_metrics import MEASURES, measured, white
 from ablation_places import ArrangedCodec, Arrangement, places
 from ablation_selection import RULES
 from transformers import PreTrainedConfig
 
 from capsight.kvcapsule import CapsuleCache
-from capsight.kvcapsule.codecs import AdaptiveCodec, BlockCodec, EvictCodec, StaticCodec, StaticMlpCodec
+from capsight.kvcapsule.codecs import (
+    AdaptiveCodec,
+    BlockCodec,
+    EvictCodec,
+    HeadsCodec,
+    StaticCodec,
+    StaticMlpCodec,
+)
 from capsight.kvcapsule.key_mlp import train_mlp
 from capsight.layout import PromptLayout, build_layout
 
@@ -112,6 +120,15 @@ TABLES: dict[str, dict[str, str]] = {
 
 RUNS, BEFORE, TILES, VALUE_TILES = "runs", "before RoPE", "tiles", "value tiles"
 """Names of arrangements."""
+
+
+def variants_of_heads(seen: Calibration, kept: int) -> Iterator[Variant]:
+    """`heads` and its variants, and `evict`, with `kept` tokens of a block and head on average."""
+    moments = seen.moments[RUNS]
+    layers = range(len(seen.attention))
+    for name, codecs in heads_variants([HeadsCodec.fit(moments[i], kept) for i in layers]):
+        yield Variant(name, dict(enumerate(codecs)), needs_attention=True)
+    yield Variant("evict", {i: EvictCodec.fit(moments[i], kept) for i in layers}, needs_attention=True)
 
 
 def variants(seen: Calibration, kept: int) -> Iterator[Variant]:

@@ -18,9 +18,19 @@ import ablations_page
 import torch
 import typer
 from ablation_calibration import Blocks, calibrate
+from ablation_heads import TABLES as HEADS_TABLES
 from ablation_metrics import output_moments
 from ablation_places import BeforeRope, Tiles
-from ablation_variants import BEFORE, RUNS, TABLES, TILES, VALUE_TILES, Variant, variants
+from ablation_variants import (
+    BEFORE,
+    RUNS,
+    TABLES,
+    TILES,
+    VALUE_TILES,
+    Variant,
+    variants,
+    variants_of_heads,
+)
 from rich.console import Console
 from rich.progress import Progress, track
 from torch import Tensor
@@ -70,18 +80,18 @@ def _logits(keys: Tensor, queries: Tensor) -> Tensor:
 
 
 def compared(
-    results: Mapping[str, MethodResult], budgets: Sequence[float]
+    results: Mapping[str, MethodResult], tables: Mapping[str, Mapping[str, str]], budgets: Sequence[float]
 ) -> dict[str, list[dict[str, Any]]]:
     """By table, its rows: each against the first of the table at the same budget, on the same questions."""
-    tables = {}
-    for title, rows in TABLES.items():
-        tables[title] = [
+    found = {}
+    for title, rows in tables.items():
+        found[title] = [
             {"label": label, "retained": rho, "method": f"{name} {rho:g}"}
             | against(results[f"{name} {rho:g}"], results[f"{next(iter(rows.values()))} {rho:g}"])
             for rho in budgets
             for label, name in rows.items()
         ]
-    return tables
+    return found
 
 
 def against(ours: MethodResult, first: MethodResult) -> dict[str, Any]:
@@ -96,6 +106,9 @@ def main(
     samples: Annotated[int, typer.Option(help="Test prompts per image count, six questions each.")] = 16,
     images: Annotated[str, typer.Option(help="Image counts of the test prompts.")] = "4,8",
     retained: Annotated[str, typer.Option(help="Retained fractions.")] = "0.4,0.2",
+    heads_retained: Annotated[
+        str, typer.Option(help="Retained fractions of variants of heads.")
+    ] = "0.1,0.05",
     calibration: Annotated[int, typer.Option(help="Calibration prompts.")] = 96,
     json_file: Annotated[Path, typer.Option("--json", help="Write the numbers here.")] = RESULT,
     page: Annotated[Path, typer.Option(help="Write the page here.")] = PAGE,
@@ -104,7 +117,8 @@ def main(
     json_file.parent.mkdir(parents=True, exist_ok=True)
     check_out(page)
     model, processor = load_model(REFERENCE)
-    counts, budgets = [int(n) for n in images.split(",")], [float(rho) for rho in retained.split(",")]
+    counts = [int(n) for n in images.split(",")]
+    budgets, few = ([float(rho) for rho in text.split(",")] for text in (retained, heads_retained))
     arrangements = {
         RUNS: None,
         BEFORE: BeforeRope(model.get_decoder().rotary_emb),
@@ -116,9 +130,10 @@ def main(
     seen = calibrate(prefilled(model, processor, drawn, "calibrating"), arrangements, output_moments(model))
     methods = {
         f"{variant.name} {rho:g}": variant
-        for rho in budgets
+        for make, fractions in ((variants, budgets), (variants_of_heads, few))
+        for rho in fractions
         for variant in track(
-            variants(seen, kept_tokens(rho, DEFAULT_BLOCK_SIZE)), f"fitting at {rho:g}", transient=True
+            make(seen, kept_tokens(rho, DEFAULT_BLOCK_SIZE)), f"fitting at {rho:g}", transient=True
         )
     }
     fitted = time.perf_counter()
@@ -141,7 +156,7 @@ def main(
         "calibration": {"prompts": seen.prompts, "blocks": seen.blocks},
         "seconds": {"fit": fitted - began, "test": time.perf_counter() - fitted},
         "methods": {name: row | rebuilt.get(name, {}) for name, row in summary(results).items()},
-        "tables": compared(results, budgets),
+        "tables": compared(results, HEADS_TABLES, few) | compared(results, TABLES, budgets),
     }
     write_json(json_file, report)
     text = ablations_page.page(report | {"machine": machine()})

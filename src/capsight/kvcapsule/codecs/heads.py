@@ -47,7 +47,7 @@ class HeadsCodec(LearntCodec):
         keep = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
         if self.kept < self.block_size:
             blocks = torch.bincount(torch.tensor([run.row for run in runs])).tolist()
-            keep = best(self.scores(keys, values), [count for count in blocks if count], self.kept)
+            keep = self.best(self.scores(keys, values), [count for count in blocks if count])
         return RaggedPayload.pack(keys, values, keep, index_dtype(self.block_size + 1))
 
     def scores(self, keys: Tensor, values: Tensor) -> Tensor:
@@ -59,6 +59,24 @@ class HeadsCodec(LearntCodec):
         for x, own in ((self.whitened(0, keys), others[0]), (self.whitened(1, values), others[-1])):
             found += [x.square().sum(-1), (own @ x).square().sum(-1)]
         return torch.stack(found).log().mean(0).exp()
+
+    def best(self, scores: Tensor, blocks: Sequence[int]) -> Tensor:
+        """The tokens of each row with the highest scores, and the best one of every block and head.
+
+        Args:
+            scores: float `[M, H, N]`.
+            blocks: number of blocks of each row, M in all, rows one after another.
+
+        Returns:
+            bool `[M, H, N]`; of a row with m blocks m * H * r are True.
+        """
+        scores = scores.scatter(2, scores.argmax(2, keepdim=True), torch.inf)
+        keep = []
+        for own in scores.split(list(blocks)):
+            chosen = own.flatten().topk(self.kept * own.shape[0] * own.shape[1]).indices
+            none = torch.zeros(own.numel(), dtype=torch.bool, device=own.device)
+            keep.append(none.scatter(0, chosen, True))
+        return torch.cat(keep).view(scores.shape)
 
     def typical_keys(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel of the kept keys: float32 `[E, D]` each."""
@@ -88,23 +106,3 @@ class HeadsCodec(LearntCodec):
         """Bytes of one block's capsule, on average: kept tokens, their positions, and their numbers."""
         position, count = index_dtype(self.block_size).itemsize, index_dtype(self.block_size + 1).itemsize
         return heads * (count + self.kept * (2 * head_dim * itemsize + position))
-
-
-def best(scores: Tensor, blocks: Sequence[int], kept: int) -> Tensor:
-    """The tokens of each row with the highest scores, and the best one of every block and head.
-
-    Args:
-        scores: float `[M, H, N]`.
-        blocks: number of blocks of each row, M in all, rows one after another.
-        kept: tokens to keep of a block and head on average (r).
-
-    Returns:
-        bool `[M, H, N]`; of a row with m blocks m * H * r are True.
-    """
-    least = scores.argmax(2, keepdim=True)  # the first of equals
-    scores = scores.scatter(2, least, torch.inf)
-    keep = []
-    for own in scores.split(list(blocks)):
-        chosen = own.flatten().topk(kept * own.shape[0] * own.shape[1]).indices
-        keep.append(torch.zeros(own.numel(), dtype=torch.bool, device=own.device).scatter(0, chosen, True))
-    return torch.cat(keep).view(scores.shape)
