@@ -16,11 +16,12 @@ HEADS = (
 )  # fmt: skip
 
 NOTES = {
-    "Who shares what `heads` keeps": "All rows keep r tokens of a block and head on average and evict the rest.",
-    "How far a token stands out": "Distances are of the whitened key and value of one head. One after another: "
-    "as `adaptive` chooses, from what the tokens chosen before predict.",
-    "What becomes of what `heads` does not keep": "Both rows keep the same tokens. The bytes of the rebuilt row "
-    "are those of what it was rebuilt to, not of what would have to be stored.",
+    "Who shares what `heads` keeps": "All rows keep r tokens of a block and head on average and evict "
+    "the rest.",
+    "How far a token stands out": "Distances are of the whitened key and value of one head. What those "
+    "chosen before predict: as `adaptive` chooses.",
+    "What becomes of what `heads` does not keep": "Both rows keep the same tokens. The bytes of the rebuilt "
+    "row are those of what it was rebuilt to, not of what would have to be stored.",
     "What is kept, and what becomes of the rest": "Evicted rows keep the tokens of the row above them and "
     "hide the rest from attention: the difference is what rebuilding is worth.",
     "Which token is predicted worst": "All rows rebuild alike; the measure decides what is kept. Mahalanobis "

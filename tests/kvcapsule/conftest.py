@@ -72,5 +72,5 @@ def qwen() -> TinyVLM:
 
 def fitted(tiny: TinyVLM, retained: float = 0.4, **options: Any) -> KVCapsule:
     samples = [tiny.inputs([([tiny.picture(seed)], "hi")]) for seed in (90, 91)]
-    arguments = {"block_size": BLOCK, "progress": False, "budget": "uniform", **options}
+    arguments = {"codec": "adaptive", "block_size": BLOCK, "progress": False, "budget": "uniform", **options}
     return KVCapsule.fit(tiny.model, tiny.processor, samples, retained, **arguments)
