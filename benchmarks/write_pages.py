@@ -24,12 +24,6 @@ BITS = (
     "full cache too: bytes are shares of 16-bit ones."
 )
 
-SHARED = (
-    "`adaptive-shared` shares its kept tokens out over the blocks of a prompt, in all else it is `adaptive`; "
-    "`evict-shared` keeps the same tokens and rebuilds nothing. Model and cache are in bfloat16, the full "
-    "cache too: bytes are shares of 16-bit ones."
-)
-
 
 def main(root: Path = ROOT) -> None:
     """Write README.md and docs/benchmarks/*.md below `root`."""
@@ -43,8 +37,6 @@ def main(root: Path = ROOT) -> None:
         write("accuracy", accuracy_page.page(accuracy))
     if (bits := load(results, "bits.json")) is not None:
         write("bits", accuracy_page.page(bits, "Stored bits", BITS))
-    if (shared := load(results, "shared.json")) is not None:
-        write("shared", accuracy_page.page(shared, "Shared budgets", SHARED))
     bench, prefill = load(results, "bench.json"), load(results, "prefill.json")
     if bench is not None or prefill is not None:
         write("speed", speed_page.page(bench, prefill))

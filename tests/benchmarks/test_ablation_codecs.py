@@ -10,7 +10,7 @@ from ablation_places import ArrangedCodec, BeforeRope, Place, Tiles, mrope_posit
 from ablation_selection import RULES, attention_top, farthest_point, strided
 
 from capsight.kvcapsule.codecs import EvictCodec, StaticCodec
-from capsight.kvcapsule.codecs.selecting import KEY_WEIGHT
+from capsight.kvcapsule.codecs.learnt import KEY_WEIGHT
 from capsight.kvcapsule.codecs.token_mlp import TokenMlp
 from capsight.kvcapsule.fit import prefilled_blocks
 from capsight.kvcapsule.plan import CapsulePlan, Run

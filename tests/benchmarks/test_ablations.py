@@ -9,9 +9,10 @@ import ablations_page
 import pytest
 import torch
 from ablation_calibration import Blocks, calibrate
+from ablation_heads import TABLES as HEADS_TABLES
 from ablation_metrics import MEASURES, output_moments
 from ablation_places import BeforeRope, Tiles
-from ablation_variants import BEFORE, RUNS, TABLES, TILES, VALUE_TILES, variants
+from ablation_variants import BEFORE, RUNS, TABLES, TILES, VALUE_TILES, variants, variants_of_heads
 
 import capsight
 from benchmarks.test_pages import MACHINE, tables_are_square
@@ -32,7 +33,7 @@ def prompt(qwen, seed):
 
 
 @pytest.fixture(scope="module")
-def fitted(qwen):
+def seen(qwen):
     arrangements = {
         RUNS: None,
         BEFORE: BeforeRope(qwen.model.get_decoder().rotary_emb),
@@ -42,6 +43,11 @@ def fitted(qwen):
     prompts = (Blocks.prefilled(qwen.model, prompt(qwen, n), SIZE) for n in range(4))
     seen = calibrate(prompts, arrangements, output_moments(qwen.model))
     assert (seen.prompts, seen.blocks) == (4, 4 * (4 + 6))
+    return seen
+
+
+@pytest.fixture(scope="module")
+def fitted(seen):
     with pytest.MonkeyPatch.context() as patch:  # how long MLPs train is no matter here
         patch.setattr("capsight.kvcapsule.key_mlp.MOST_STEPS", 40)
         return {variant.name: variant for variant in variants(seen, KEPT)}
@@ -66,6 +72,61 @@ def test_every_variant_answers_and_has_the_same_bytes(qwen, fitted):
         **dict.fromkeys(("adaptive before RoPE", "adaptive tiles"), 3 * 10 * (KEPT + 16)),
         **dict.fromkeys(("static before RoPE", "static tiles", "static value tiles"), 3 * 10 * 16),
     }
+
+
+def test_heads_are_varied_at_equal_bytes(qwen, seen):
+    found, inputs = {variant.name: variant for variant in variants_of_heads(seen, KEPT)}, prompt(qwen, 9)
+    assert {name for rows in HEADS_TABLES.values() for name in rows.values()} == set(found)
+    kept = {}
+    for name, variant in found.items():
+        with capsight.enable(qwen.model, capsule=variant) as fast:
+            fast.generate(**inputs, max_new_tokens=3, do_sample=False)
+        payload = fast.cache.capsule_layers[0].payload
+        if name not in ("evict", "heads rebuilt"):
+            assert payload.nbytes == found["heads"].codecs[0].payload_nbytes(2, 16, 4) * 10
+            kept[name] = payload.mask(SIZE)
+    assert all(mask.sum() == KEPT * 2 * 10 for mask in kept.values())
+    assert (kept["heads, by head"].sum((0, 2)) == KEPT * 10).all()
+    assert (kept["heads, by block"].sum((1, 2)) == KEPT * 2).all()
+    assert (kept["heads, unshared"].sum(2) == KEPT).all()
+    distinct = {tuple(mask.flatten().tolist()) for mask in kept.values()}
+    assert len(distinct) == len(kept)
+
+
+def test_rebuilt_heads_keep_what_heads_keeps_and_predict_the_rest(qwen, seen):
+    found = {variant.name: variant.codecs[1] for variant in variants_of_heads(seen, KEPT)}
+    blocks = Blocks.prefilled(qwen.model, prompt(qwen, 9), SIZE)
+    keys, values = blocks.keys[1], blocks.values[1]
+    heads, rebuilt = found["heads"], found["heads rebuilt"]
+    keep = heads.encode_runs(keys, values, blocks.plan.runs).mask(SIZE)
+    made = rebuilt.decode(rebuilt.encode_runs(keys, values, blocks.plan.runs))
+    covariance = heads.covariance()[0]
+    for x, own, mean in zip((keys, values), made, heads.mean, strict=True):
+        assert torch.equal(own[keep], x[keep])
+        kept = keep[3, 1].nonzero()[:, 0]
+        weights = torch.linalg.solve(covariance[kept][:, kept], covariance[kept]).T
+        expected = weights @ (x[3, 1, kept] - mean[1]) + mean[1]
+        torch.testing.assert_close(own[3, 1][~keep[3, 1]], expected[~keep[3, 1]], atol=1e-4, rtol=1e-4)
+
+
+def test_one_after_another_is_what_greedy_selection_finds_worst(seen):
+    from ablation_heads import one_after_another
+
+    heads = next(iter(variants_of_heads(seen, KEPT))).codecs[0]
+    g = torch.Generator().manual_seed(3)
+    keys, values = (torch.randn(2, 2, SIZE, 16, generator=g) for _ in range(2))
+    scores = one_after_another(heads, keys, values)
+    x = torch.cat([heads.whitened(0, keys), heads.whitened(1, values)], -1)[1, 0]  # [N, 2 D]
+    covariance, chosen, worth = heads.covariance()[0], [], float("inf")
+    for _ in range(SIZE):
+        rest = x
+        if chosen:
+            rest = x - torch.linalg.solve(covariance[chosen][:, chosen], covariance[chosen]).T @ x[chosen]
+        energy = rest.square().sum(1)
+        energy[chosen] = -1
+        chosen.append(int(energy.argmax()))
+        worth = min(worth, float(energy.max()))
+        assert float(scores[1, 0, chosen[-1]]) == pytest.approx(worth, rel=1e-2)
 
 
 def test_errors_by_hand_and_pca_of_its_own_data_is_best(qwen, fitted):
@@ -109,11 +170,11 @@ def test_page():
     report = {
         "model": "reference", "protocol": "after", "images": [4, 8], "samples": 5, "retained": [0.4],
         "calibration": {"prompts": 8, "blocks": 32}, "methods": methods, "machine": MACHINE,
-        "tables": ablations.compared(results, [0.4]),
+        "tables": ablations.compared(results, TABLES, [0.4]),
     }  # fmt: skip
     text = ablations_page.page(json.loads(json.dumps(report)))
     assert tables_are_square(text)
-    assert set(ablations_page.NOTES) == set(TABLES)
+    assert set(ablations_page.NOTES) == {*TABLES, *HEADS_TABLES}
     row = next(line for line in text.splitlines() if "fixed positions, rebuilt" in line)
     assert "| 0.4 | 75.0 |" in row
     assert "| +25.0 |" in row

@@ -23,20 +23,20 @@ def accuracy():
         return MethodResult(outcomes, int(1000 * share), 1000, 77_000 if share < 1 else 0)
 
     results = {
-        "full": result(40, 1), "adaptive 0.4": result(39, 0.46), "adaptive 0.2": result(30, 0.28),
+        "full": result(40, 1), "heads 0.4": result(39, 0.46), "heads 0.2": result(30, 0.28),
         "evict 0.4": result(35, 0.46), "evict 0.2": result(20, 0.28), "quanto-int4": result(38, 0.17),
     }  # fmt: skip
     report = {"model": "reference", "protocol": "after", "methods": summary(results), "machine": MACHINE}
-    return report | {"paired": paired(results, "adaptive")}
+    return report | {"paired": paired(results, "heads")}
 
 
 def bench():
     full = BenchRow("full", None, 2, 4, 500, 0.2, 100.0, 8000, 0, 0.001, 9000)
-    ours = BenchRow("adaptive", 0.4, 2, 4, 500, 0.25, 80.0, 4000, 400, 0.01, None)
+    ours = BenchRow("heads", 0.4, 2, 4, 500, 0.25, 80.0, 4000, 400, 0.01, None)
     rows = [
         r.to_dict() | {"name": r.name, "ratios": r.ratios(full), "largest_batch": 7} for r in (full, ours)
     ]
-    fits = [{"method": "adaptive", "prompts": 8, "seconds": 3.0}]
+    fits = [{"method": "heads", "prompts": 8, "seconds": 3.0}]
     return {
         "model": "reference", "runs": 3, "new_tokens": 32, "kv_budget": 64_000_000, "rows": rows,
         "calibration": fits, "machine": MACHINE,
@@ -115,17 +115,16 @@ def test_everything(root):
     assert readme.startswith("a\n<!-- numbers")
     assert readme.endswith("<!-- /numbers -->\nb\n")
     assert "| full cache | 100.0 | 100.0 |" in readme
-    assert "| `adaptive` | 97.5 (-2.5) | 75.0 (-25.0) |" in readme
+    assert "| `heads` | 97.5 (-2.5) | 75.0 (-25.0) |" in readme
     assert "`quanto-int4` 95.0 (-5.0) at 17 % of the bytes" in readme
     assert "2.00x smaller" in readme
-    assert "`latent` | 1.20 of the full cache's, KV cache 1.25x smaller" in readme
     assert "0.80 of the tokens/s, 1.25 of the time to first token, 0.55 of the bytes" in readme
     page = (root / "docs" / "benchmarks" / "accuracy.md").read_text()
-    assert "| `adaptive 0.2` | `evict 0.2` | +25.0 |" in page
+    assert "| `heads 0.2` | `evict 0.2` | +25.0 |" in page
     assert "77.0 KB" in page
     assert "| questions | 20 | 20 |" in page
     speed = (root / "docs" / "benchmarks" / "speed.md").read_text()
-    assert "| `adaptive 0.4` | 4 | 2 | 250 ms (1.25) | 10.0 ms |" in speed
+    assert "| `heads 0.4` | 4 | 2 | 250 ms (1.25) | 10.0 ms |" in speed
     assert "largest batch in 64.0 MB" in speed
     assert "3.00x" in speed
     assert all(tables_are_square(text) for text in (readme, page, speed))
@@ -136,15 +135,13 @@ def test_pages_of_what_is_run_by_hand(root):
     write(
         root,
         bits=accuracy(),
-        shared=accuracy(),
         head_map_curve=curve,
         sink_choice=maps(),
         ttft=ttft(),
         decode_attention=decode(),
     )
     found = {path.stem: path.read_text() for path in (root / "docs" / "benchmarks").glob("*.md")}
-    assert set(found) == {"bits", "shared", "head-maps", "decode"}
-    assert "# Shared budgets\n\n`adaptive-shared` shares" in found["shared"]
+    assert set(found) == {"bits", "head-maps", "decode"}
     assert "# Stored bits\n\nCapsules in the numbers" in found["bits"]
     assert "| tolerance | output, tolerance 2% | 50.0 | 50.0 | 95.0 | +1.0 | 98.0 |" in found["head-maps"]
     assert "| a VLM | calibrated | 700 | 8 | 250 ms | 1.50x | 50% | 10% |" in found["head-maps"]

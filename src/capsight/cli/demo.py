@@ -29,7 +29,7 @@ def demo(
     bits: BitsOption = None,
     decode: Annotated[
         str | None,
-        typer.Option(help="materialise or latent; by default both are timed."),
+        typer.Option(help="materialise or latent; by default all that suit the capsule are timed."),
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
     png: Annotated[Path, typer.Option(help="Picture of the images and answers.")] = Path("capsight-demo.png"),
@@ -37,7 +37,7 @@ def demo(
     """Draw images nobody trained on, ask the reference VLM about them, and compare the caches."""
     if images < 1 or questions < 1:
         raise OptionError("images and questions must be at least 1")
-    ways = DECODES if decode is None else (check_decode(decode),)
+    told = None if decode is None else check_decode(decode)
     check_out(json)
     check_out(png)
     console = Console()
@@ -45,6 +45,7 @@ def demo(
         task = progress.add_task("loading the reference VLM")
         model, processor = load_model(REFERENCE)
         capsule = chosen_capsule(None, REFERENCE, retained, bits)
+        ways = (told,) if told is not None else DECODES if capsule.rebuilds else DECODES[1:]
         prompt = split_prompt("test", sample, images, questions)
         asks = tuple(Ask(q.text, q.answer, q.task) for q in prompt.questions)
         item = Item("demo", tuple(s.image for s in prompt.scenes), asks)

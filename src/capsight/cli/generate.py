@@ -27,8 +27,12 @@ def generate(
     retained: RetainedOption = None,
     bits: BitsOption = None,
     decode: Annotated[
-        str, typer.Option(help="materialise: capsules are rebuilt; latent: attention reads them as they are.")
-    ] = "materialise",
+        str | None,
+        typer.Option(
+            help="materialise: capsules are rebuilt; latent: attention reads them as they are. By default "
+            "what suits the capsule."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 64,
     protocol: Annotated[
         str, typer.Option(help="within: images and question in one prefill; after: question over capsules.")
@@ -39,7 +43,7 @@ def generate(
     """Answer a prompt about images, keeping vision KV as capsules."""
     if max_new_tokens < 1:
         raise OptionError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
-    way = check_decode(decode)
+    way = None if decode is None else check_decode(decode)
     if capsule == "none" and (retained, bits) != (None, None):
         raise OptionError("--capsule none is the full cache; leave out --retained and --bits")
     images = tuple(open_image(path) for path in image or ())
