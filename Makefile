@@ -57,7 +57,7 @@ train-reference: setup  ## train the reference VLM from nothing (resumes; writes
 
 fit-reference: setup  ## fit the capsule and the head map that ship with the reference VLM
 	$(BIN)/capsight fit --model reference --out src/capsight/reference/weights/capsule
-	$(BIN)/capsight calibrate --model reference --samples 96 --tolerance 0.005 \
+	$(BIN)/capsight calibrate --model reference \
 		--out src/capsight/reference/weights/head_map
 	rm src/capsight/reference/weights/head_map/head_map.png
 

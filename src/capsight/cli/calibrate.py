@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from capsight.blindsight import BlindSight, HeadMap, MaskOptions
-from capsight.blindsight.calibrate.run import HOLD_EVERY, TOLERANCE, check_options
+from capsight.blindsight.calibrate.run import TOLERANCE, check_options
 from capsight.blindsight.draw import draw_head_map
 from capsight.cli.fit import calibration_items
 from capsight.cli.models import REFERENCE, load_model
@@ -32,7 +32,13 @@ def calibrate(
             help="JSONL of {images, question}, two images or more a line; the reference task has its own."
         ),
     ] = None,
-    criterion: Annotated[str, typer.Option(help="output, mass or distribution.")] = "output",
+    criterion: Annotated[
+        str,
+        typer.Option(
+            help="distribution, output or mass. distribution judges best and prefills a prompt once for "
+            "every head and category: with a large model take --unit kv_group or layer, or output."
+        ),
+    ] = "distribution",
     unit: Annotated[str, typer.Option(help="What has one category: head, kv_group or layer.")] = "head",
     alpha: Annotated[
         str | None,
@@ -44,7 +50,8 @@ def calibrate(
     tolerance: Annotated[float, typer.Option(help="Share of held-out answers that may change.")] = TOLERANCE,
     sink_tokens: Annotated[int, typer.Option(help="Vision tokens of an image that are sinks.")] = 1,
     own_window: Annotated[int, typer.Option(help="How far Sink heads see into their own image.")] = 32,
-    samples: Annotated[int, typer.Option(help="Calibration prompts; every fourth is held out.")] = 48,
+    samples: Annotated[int, typer.Option(help="Calibration prompts that the categories are taken from.")] = 8,
+    held_out: Annotated[int, typer.Option(help="Others that measure how many answers change.")] = 24,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
 ) -> None:
@@ -52,9 +59,8 @@ def calibrate(
     check_options(criterion, unit, tolerance)
     options, ends = MaskOptions(sink_tokens=sink_tokens, own_window=own_window), _alpha(alpha)
     vlm, processor = load_model(model, dtype, device)
-    items = [item for item in _items(model, data, samples) if len(item.images) > 1]
-    held = items[HOLD_EVERY - 1 :: HOLD_EVERY]
-    voting = [item for index, item in enumerate(items) if index % HOLD_EVERY != HOLD_EVERY - 1]
+    items = [item for item in _items(model, data, samples, held_out) if len(item.images) > 1]
+    voting, held = split(items, samples, held_out)
     began = time.perf_counter()
     head_map = BlindSight.calibrate(
         vlm,
@@ -75,12 +81,20 @@ def calibrate(
     Console().print(f"{said}\n{_summary(head_map)}", soft_wrap=True)
 
 
-def _items(model: str, data: Path | None, samples: int) -> list[Item]:
+def split(items: list[Item], samples: int, held_out: int) -> tuple[list[Item], list[Item]]:
+    """Items that vote, and items held out, in this proportion, both spread evenly over all of them."""
+    total = samples + held_out
+    held = [(i + 1) * held_out // total > i * held_out // total for i in range(len(items))]
+    sides = list(zip(items, held, strict=True))
+    return [item for item, aside in sides if not aside], [item for item, aside in sides if aside]
+
+
+def _items(model: str, data: Path | None, samples: int, held_out: int) -> list[Item]:
+    if samples < 1 or held_out < 1:
+        raise OptionError(f"samples is {samples} and held-out {held_out}; both must be at least 1")
     if model != REFERENCE or data is not None:
-        return calibration_items(model, data, samples)
-    if samples < 1:
-        raise OptionError(f"samples is {samples}; it must be at least 1")
-    each = -(-samples // len(REFERENCE_IMAGES))
+        return calibration_items(model, data, samples + held_out)
+    each = -(-(samples + held_out) // len(REFERENCE_IMAGES))
     return [item for count in REFERENCE_IMAGES for item in reference_items("calibration", count, each)]
 
 

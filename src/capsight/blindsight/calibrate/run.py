@@ -32,7 +32,7 @@ ALPHAS: dict[str, float] = {"mass": 0.1, "output": 0.1, "distribution": 0.001}
 """Default alpha where there is no tolerance: share of attention, relative change of the output, nats."""
 
 TOLERANCE = 0.02
-"""Default share of held-out answers that may change: with the 72 that `capsight calibrate` holds out, one."""
+"""Default share of held-out answers that may change: two of the 144 that `capsight calibrate` holds out."""
 
 HOLD_EVERY = 4
 """Every so many prompts, one does not vote but measures the drop."""
@@ -43,7 +43,7 @@ def calibrate(
     processor: Any,
     samples: Iterable[Sample],
     *,
-    criterion: CriterionName = "output",
+    criterion: CriterionName = "distribution",
     alpha: float | tuple[float, float] | None = None,
     gamma_d: float = 0.1,
     gamma_s: float = 0.9,
@@ -65,7 +65,8 @@ def calibrate(
         processor: its processor; used for samples that are not processor outputs yet, else None will do.
         samples: processor outputs, or keyword arguments for the processor (`text=`, `images=`). Read
             once, one at a time; those without a second image do not vote.
-        criterion: what a head is judged by: "mass", "output" or "distribution".
+        criterion: what a head is judged by: "distribution" (the best judge; one prefill of the text part per
+            head and category), "output" or "mass" (one in all).
         alpha: what a category may lose, in the criterion's unit: one number, or two for the first and
             the last layer, linear in between. None: as much as the tolerance allows (`loosest`), or
             `ALPHAS` where there is no tolerance.
