@@ -1,9 +1,11 @@
-"""Time of one decode step's attention over capsules (`latent`) against SDPA on the full cache; one layer.
+"""Time of one decode step's attention over capsules, as they are, against SDPA on the full cache; one layer.
 
     python benchmarks/decode_attention.py --json benchmarks/results/decode_attention.json
 
-Every row of the batch has so many vision tokens in capsules, some exact text tokens and one new token. The
-full cache holds what the capsules stand for, so both outputs must agree; by how much they differ is reported.
+Every row of the batch has so many vision tokens in capsules, some exact text tokens and one new token. Two
+kinds of capsules: *heads*, where each KV head reads the tokens that it kept, and *adaptive*, where all others
+follow from those kept, without being rebuilt. By how much their outputs differ from SDPA under a mask and from
+SDPA over what the capsules stand for is reported.
 The baseline is SDPA as transformers calls it (`enable_gqa`) and SDPA with the query heads of a KV head as
 its rows, which reads each key once; speedup is over the faster of the two, measured in the same run, all
 taking turns. Making the latent form of a capsule from what the cache stores is part of each latent run.
@@ -14,6 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -24,7 +27,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from capsight.kvcapsule.codecs import AdaptiveCodec, Payload
+from capsight.kvcapsule.codecs import AdaptiveCodec, HeadsCodec, Payload
 from capsight.kvcapsule.latent import BlockRows, latent_attention
 from capsight.kvcapsule.latent.choice import Kind, reason_against
 from capsight.kvcapsule.moments import LayerMoments
@@ -50,9 +53,9 @@ class Cache(NamedTuple):
 
     full: tuple[Tensor, Tensor]
     exact: tuple[Tensor, Tensor]  # [B, H, X, D]
-    codec: AdaptiveCodec
-    payload: Payload
+    capsules: dict[str, tuple[AdaptiveCodec | HeadsCodec, Payload]]
     rows: BlockRows
+    hidden: Tensor  # bool [B, H, S], what `heads` evicted
 
 
 def smooth(shape: Shape, generator: torch.Generator) -> Tensor:
@@ -70,12 +73,14 @@ def cache_of(
     keys, values = smooth(shape, generator), smooth(shape, generator)
     moments = LayerMoments(shape.kv_heads, BLOCK, shape.head_dim)
     moments.update(keys, values)
-    codec = AdaptiveCodec.fit(moments, round(retained * BLOCK), weights="stored").to(device)
-    some = codec.encode(keys.to(device, dtype), values.to(device, dtype))
-    blocks = tokens // BLOCK
+    kept, blocks = round(retained * BLOCK), tokens // BLOCK
+    codec = AdaptiveCodec.fit(moments, kept, weights="stored").to(device)
+    heads = HeadsCodec.fit(moments, kept).to(device)
+    some, own = (each.encode(keys.to(device, dtype), values.to(device, dtype)) for each in (codec, heads))
     rows = torch.arange(batch, device=device).repeat_interleave(blocks)
     ranks = torch.arange(blocks, device=device).repeat(batch)
-    payload = some.select((ranks + 7 * rows) % DISTINCT)
+    drawn = (ranks + 7 * rows) % DISTINCT
+    capsules = {"heads": (heads, own.select(drawn)), "adaptive": (codec, some.select(drawn))}
     text = (batch, shape.kv_heads, TEXT_TOKENS, shape.head_dim)
     exact = [torch.randn(text, generator=generator).to(device, dtype) for _ in range(2)]
     decoded = codec.decode(some.select(torch.arange(DISTINCT, device=device)))  # [DISTINCT, H, N, D]
@@ -87,7 +92,11 @@ def cache_of(
             order = (ranks[:blocks] + 7 * row) % DISTINCT
             made[row, :, TEXT_TOKENS:] = known[order].transpose(0, 1).flatten(1, 2)
         full.append(made)
-    return Cache((full[0], full[1]), (exact[0], exact[1]), codec, payload, BlockRows(rows, ranks, blocks))
+    evicted = ~own.select(drawn).mask(BLOCK)  # [M, H, N]
+    hidden = evicted.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2)
+    hidden = torch.nn.functional.pad(hidden, (TEXT_TOKENS, 0), value=False)
+    where = BlockRows(rows, ranks, blocks)
+    return Cache((full[0], full[1]), (exact[0], exact[1]), capsules, where, hidden)
 
 
 def at_size(
@@ -100,34 +109,36 @@ def at_size(
     query = torch.randn(batch, shape.heads, 1, shape.head_dim, generator=generator).to(device, dtype)
     scaling = shape.head_dim**-0.5
 
-    def latent() -> Tensor:
-        blocks = cache.codec.latent(cache.payload)
-        return latent_attention(query, *cache.exact, blocks, cache.rows, None, scaling)
+    def capsules(name: str) -> Tensor:
+        codec, payload = cache.capsules[name]
+        return latent_attention(query, *cache.exact, codec.latent(payload), cache.rows, None, scaling)
 
-    def grouped() -> Tensor:
+    def grouped(mask: Tensor | None = None) -> Tensor:
         wide = query.view(batch, shape.kv_heads, -1, shape.head_dim)
-        return scaled_dot_product_attention(wide, *cache.full).view(query.shape)
+        return scaled_dot_product_attention(wide, *cache.full, attn_mask=mask).view(query.shape)
 
     runs: dict[str, Run] = {
-        "latent": latent,
+        **{name: partial(capsules, name) for name in cache.capsules},
         "sdpa": lambda: scaled_dot_product_attention(query, *cache.full, enable_gqa=True),
         "sdpa, grouped": grouped,
     }
-    difference = (latent().transpose(1, 2) - grouped()).abs().max().item()
+    expected = {"heads": grouped(~cache.hidden[:, :, None]), "adaptive": grouped()}
+    differences = {n: (capsules(n).transpose(1, 2) - x).abs().max().item() for n, x in expected.items()}
     seconds = measure(runs, repeats, device)
-    reason = reason_against(Kind.of(query, cache.payload.tensors["keys"]))
+    best = min(seconds[name] for name in runs if name not in cache.capsules)
+    reason = reason_against(Kind.of(query, cache.capsules["adaptive"][1].tensors["keys"]))
     full, held = (sum(x.nbytes for x in pair) for pair in (cache.full, cache.exact))
     return {
         "tokens": tokens,
         "batch": batch,
         "dtype": dtype_name,
+        "retained": retained,
         "repeats": repeats,
-        "implementation": f"torch: {reason}" if reason else "triton",
+        "adaptive_by": f"torch: {reason}" if reason else "triton",
         "seconds": seconds,
-        "speedup": min(seconds[name] for name in runs if name != "latent") / seconds["latent"],
-        "speedup_over": {name: seconds[name] / seconds["latent"] for name in runs if name != "latent"},
-        "bytes": {"full": full, "latent": held + cache.payload.nbytes},
-        "largest_difference": difference,
+        "speedup": {name: best / seconds[name] for name in cache.capsules},
+        "bytes": {"full": full, **{n: held + payload.nbytes for n, (_, payload) in cache.capsules.items()}},
+        "largest_difference": differences,
     }
 
 
@@ -140,16 +151,16 @@ def needed(tokens: int, batch: int, dtype: str, shape: Shape) -> int:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table."""
     names = list(rows[0]["seconds"]) if rows else []
+    fast = list(rows[0]["speedup"]) if rows else []
+    heads = [*(f"{name}, ms" for name in names), *(f"{name}, faster" for name in fast)]
     lines = [
-        "| vision tokens | batch | dtype | "
-        + " | ".join(f"{name}, ms" for name in names)
-        + " | speedup | bytes |",
-        "|--:|--:|---|" + "--:|" * (len(names) + 2),
+        "| vision tokens | batch | dtype | retained | " + " | ".join(heads) + " |",
+        "|--:|--:|---|--:|" + "--:|" * len(heads),
     ]
     for row in rows:
-        cells = [str(row["tokens"]), str(row["batch"]), row["dtype"]]
+        cells = [str(row["tokens"]), str(row["batch"]), row["dtype"], f"{row['retained']:g}"]
         cells += [f"{row['seconds'][name] * 1e3:.2f}" for name in names]
-        cells += [f"{row['speedup']:.2f}", f"{row['bytes']['full'] / row['bytes']['latent']:.2f} x smaller"]
+        cells += [f"{row['speedup'][name]:.2f}x" for name in fast]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -161,7 +172,7 @@ def main(
     heads: Annotated[int, typer.Option(help="Query heads.")] = 28,
     kv_heads: Annotated[int, typer.Option(help="Key-value heads.")] = 4,
     head_dim: Annotated[int, typer.Option(help="Channels per head.")] = 128,
-    retained: Annotated[float, typer.Option(help="Fraction of each block that is kept.")] = 0.4,
+    retained: Annotated[str, typer.Option(help="Retained fractions, comma-separated.")] = "0.4,0.15",
     repeats: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 7,
     memory_gb: Annotated[float, typer.Option("--memory", help="Leave out sizes that take more GB.")] = 12,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -172,25 +183,27 @@ def main(
     rows: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
     sizes = [
-        (int(n), int(b), dtype)
+        (int(n), int(b), dtype, float(rho))
+        for rho in retained.split(",")
         for n in tokens.split(",")
         for b in batches.split(",")
         for dtype in dtypes.split(",")
     ]
     with torch.inference_mode():
-        for n, batch, dtype in sizes:
+        for n, batch, dtype, rho in sizes:
             size, bound = {"tokens": n, "batch": batch, "dtype": dtype}, needed(n, batch, dtype, shape)
             if bound > memory_gb * 1e9:
                 left_out.append({**size, "reason": f"may take {bound / 1e9:.1f} GB of {memory_gb:g} GB"})
                 print(f"{n} tokens, batch {batch}, {dtype}: left out, {left_out[-1]['reason']}", flush=True)
                 continue
-            rows.append(at_size(n, batch, dtype, device, shape, retained, repeats))
+            rows.append(at_size(n, batch, dtype, device, shape, rho, repeats))
             print(
-                f"{n} tokens, batch {batch}, {dtype}: {time.perf_counter() - began:.0f} s so far", flush=True
+                f"{n} tokens, batch {batch}, {dtype}, {rho:g}: {time.perf_counter() - began:.0f} s so far",
+                flush=True,
             )
     Console().print(markdown(rows), soft_wrap=True, highlight=False)
     if json_file is not None:
-        setup = {**shape._asdict(), "retained": retained, "text_tokens": TEXT_TOKENS, "device": device}
+        setup = {**shape._asdict(), "text_tokens": TEXT_TOKENS, "device": device}
         report = {"machine": machine(device), "setup": setup, "rows": rows, "left_out": left_out}
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=1) + "\n")
