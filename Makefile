@@ -13,10 +13,10 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 # What `make bench` compares; the first one is tested against the others. TIMED ones are timed, too.
-METHODS := adaptive evict cur uniform streaming-llm snapkv vl-cache merge kvzip feature-pca \
+METHODS := heads adaptive evict cur uniform streaming-llm snapkv vl-cache merge kvzip feature-pca \
 	quanto-int4 quanto-int2
-SHARED := adaptive-shared adaptive evict-shared cur adaptive-shared-int8 adaptive-shared-int4
-TIMED := adaptive adaptive-int8
+BITS := heads heads-int8 heads-int4
+TIMED := heads heads-int8 heads-int4 adaptive
 
 .PHONY: help setup demo test lint docs train-reference fit-reference accuracy bench test-triton test-matrix clean
 
@@ -65,18 +65,15 @@ accuracy: setup  ## accuracy of the reference VLM on its test split, full cache 
 	@mkdir -p benchmarks/results
 	$(BIN)/capsight eval $(METHODS:%=--method %) --retained 0.6 --retained 0.4 --retained 0.2 --retained 0.1 \
 		--images 1,4,8 --samples 34 --json benchmarks/results/accuracy.json
-	$(BIN)/capsight eval --dtype bfloat16 --method adaptive --method adaptive-int8 --method adaptive-int4 \
-		--retained 0.6 --retained 0.4 --retained 0.3 --retained 0.2 --retained 0.1 \
+	$(BIN)/capsight eval --dtype bfloat16 $(BITS:%=--method %) --retained 0.6 --retained 0.4 --retained 0.2 \
+		--retained 0.15 --retained 0.1 --retained 0.07 --retained 0.05 \
 		--images 1,4,8 --samples 34 --json benchmarks/results/bits.json
-	$(BIN)/capsight eval --dtype bfloat16 $(SHARED:%=--method %) \
-		--retained 0.4 --retained 0.3 --retained 0.2 --retained 0.1 \
-		--images 1,4,8 --samples 34 --json benchmarks/results/shared.json
 	$(BIN)/python benchmarks/write_pages.py
 
 bench: accuracy  ## every figure of the README: accuracy, speed, prefill attention, the demo
 	$(BIN)/capsight bench $(TIMED:%=--method %) --retained 0.4 --batch 1,8 --images 8 --json benchmarks/results/bench.json
-	$(BIN)/python benchmarks/prefill_attention.py --head-map reference --lengths 4096,36864 \
-		--json benchmarks/results/prefill.json
+	$(BIN)/python benchmarks/prefill_attention.py --head-map reference --lengths 36864 --dtypes bfloat16 \
+		--json benchmarks/results/prefill_longest.json
 	@mkdir -p out
 	$(BIN)/capsight demo --png out/demo.png --json benchmarks/results/demo.json
 	$(BIN)/python benchmarks/write_pages.py

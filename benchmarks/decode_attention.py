@@ -3,9 +3,9 @@
     python benchmarks/decode_attention.py --json benchmarks/results/decode_attention.json
 
 Every row of the batch has so many vision tokens in capsules, some exact text tokens and one new token. Two
-kinds of capsules: *heads*, where each KV head reads the tokens that it kept, and *adaptive*, where all others
-follow from those kept, without being rebuilt. By how much their outputs differ from SDPA under a mask and from
-SDPA over what the capsules stand for is reported.
+kinds of capsules: *heads*, where each KV head reads the tokens that it kept, and *adaptive*, where all
+others follow from those kept, without being rebuilt. By how much their outputs differ from SDPA under a mask
+and from SDPA over what the capsules stand for is reported.
 The baseline is SDPA as transformers calls it (`enable_gqa`) and SDPA with the query heads of a KV head as
 its rows, which reads each key once; speedup is over the faster of the two, measured in the same run, all
 taking turns. Making the latent form of a capsule from what the cache stores is part of each latent run.
@@ -197,10 +197,8 @@ def main(
                 print(f"{n} tokens, batch {batch}, {dtype}: left out, {left_out[-1]['reason']}", flush=True)
                 continue
             rows.append(at_size(n, batch, dtype, device, shape, rho, repeats))
-            print(
-                f"{n} tokens, batch {batch}, {dtype}, {rho:g}: {time.perf_counter() - began:.0f} s so far",
-                flush=True,
-            )
+            so_far = f"{time.perf_counter() - began:.0f} s so far"
+            print(f"{n} tokens, batch {batch}, {dtype}, {rho:g}: {so_far}", flush=True)
     Console().print(markdown(rows), soft_wrap=True, highlight=False)
     if json_file is not None:
         setup = {**shape._asdict(), "text_tokens": TEXT_TOKENS, "device": device}

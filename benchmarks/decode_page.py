@@ -26,10 +26,10 @@ def page(report: Report) -> str:
         f"medians of {report['rows'][0]['repeats']} runs, all taking turns. *sdpa* reads the full cache as "
         "transformers does (`enable_gqa`), *sdpa, grouped* with the query heads of a KV head as rows; "
         "*heads*: each KV head reads the tokens that it kept. *adaptive*: scores and sums over all tokens "
-        "follow from those over the kept ones, with stored weights. *faster* is against the faster of the two, "
-        "*smaller* the bytes of keys and values against the full cache's. The largest difference of an output "
-        f"from SDPA under a mask, or over rebuilt tokens, is {_largest(report, 'float32'):.0e} in float32 and "
-        f"{_largest(report, 'bfloat16'):.0e} in bfloat16. "
+        "follow from those over the kept ones, with stored weights. *faster* is against the faster of the "
+        "two, *smaller* the bytes of keys and values against the full cache's. The largest difference of an "
+        f"output from SDPA under a mask, or over rebuilt tokens, is {_largest(report, 'float32'):.0e} in "
+        f"float32 and {_largest(report, 'bfloat16'):.0e} in bfloat16. "
         f"Measured on {where['gpu'] or where['cpu']}, {where['threads']} threads, torch {where['torch']}. "
         "`python benchmarks/decode_attention.py` measures it.",
         "",

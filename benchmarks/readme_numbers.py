@@ -79,7 +79,11 @@ def prefill_rows(report: Report) -> list[Row]:
 def lines(results: Path) -> list[str]:
     """Everything between the markers."""
     made: list[Row] = []
-    for name, rows in (("demo.json", demo_rows), ("bench.json", bench_rows), ("prefill.json", prefill_rows)):
+    for name, rows in (
+        ("demo.json", demo_rows),
+        ("bench.json", bench_rows),
+        ("prefill_longest.json", prefill_rows),
+    ):
         report = load(results, name)
         made += rows(report) if report is not None else []
     accuracy = load(results, "accuracy.json")

@@ -111,7 +111,9 @@ def tables_are_square(text):
 
 
 def test_everything(root):
-    readme = write(root, accuracy=accuracy(), bench=bench(), prefill=prefill(), demo=demo())
+    readme = write(
+        root, accuracy=accuracy(), bench=bench(), prefill=prefill(), prefill_longest=prefill(), demo=demo()
+    )
     assert "old" not in readme
     assert readme.startswith("a\n<!-- numbers")
     assert readme.endswith("<!-- /numbers -->\nb\n")
