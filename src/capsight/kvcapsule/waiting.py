@@ -11,8 +11,6 @@ from torch import Tensor
 from capsight.kvcapsule.codecs import BlockCodec, Payload
 from capsight.kvcapsule.plan import Run
 
-_LAYERS = 8  # that wait at most: encoding many is hardly slower than encoding one, but they stay whole
-
 
 @dataclass(slots=True, eq=False)
 class Waiting:
@@ -32,8 +30,7 @@ class Waiting:
 class EncodeQueue:
     """Layers whose blocks lie at the same places and were not encoded yet.
 
-    What is encoded per block is little work in many steps, so it costs nearly the same for one layer
-    as for eight.
+    A codec says of how many layers blocks may wait (`layers_together`); they stay whole meanwhile.
     """
 
     def __init__(self) -> None:
@@ -48,7 +45,7 @@ class EncodeQueue:
         self._runs = tuple(runs)
         waiting = Waiting(codec, (keys, values))
         self._waiting.append(waiting)
-        if len(self._waiting) == _LAYERS:
+        if len(self._waiting) >= codec.layers_together:
             self.flush()
         return waiting
 

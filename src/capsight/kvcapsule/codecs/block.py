@@ -43,9 +43,11 @@ class BlockCodec(nn.Module, ABC):
     Attributes:
         name: the name by which options, files and messages call the codec.
         block_size: tokens in a block (N).
+        layers_together: how many layers are best encoded in one go.
     """
 
     name: ClassVar[str]
+    layers_together: int = 1
 
     def __init__(self, block_size: int) -> None:
         """Set the block size."""

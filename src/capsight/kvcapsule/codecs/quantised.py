@@ -42,7 +42,7 @@ class QuantisedCodec(BlockCodec):
         """
         super().__init__(inner.block_size)
         check_bits(bits)
-        self.inner, self.bits = inner, bits
+        self.inner, self.bits, self.layers_together = inner, bits, inner.layers_together
 
     def encode_runs(self, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> Payload:
         """Make capsules of blocks `[M, H, N, D]` and quantise them."""
