@@ -1,8 +1,9 @@
-"""Attention over tokens that each KV head keeps for itself: nothing is padded, copied or rebuilt.
+"""Attention over tokens that each KV head keeps for itself: nothing is rebuilt.
 
 What a head keeps of a row is one piece of memory, but pieces differ in length. Each is attended to on its
 own, in as many parts as there are threads, the exact tokens of all rows and heads together; parts are then
-added up by the logs of their normalisers, as in Flash-Decoding.
+added up by the logs of their normalisers, as in Flash-Decoding. Only where pieces are many and short are they
+copied side by side, since calls would cost more than that.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from capsight.kvcapsule.latent.blocks import BlockRows, KeptTokens
 
 _SHORTEST = 256
 """Tokens that are worth a thread of their own."""
+
+_MANY, _SMALL = 8, 2**20
+"""Pieces that are too many for a call each, if their keys take so few bytes when they are padded."""
 
 
 def attend(
@@ -52,10 +56,15 @@ def _over_kept(q: Tensor, kept: KeptTokens, rows: BlockRows, scaling: float) -> 
         return None
     sizes = kept.sizes(rows)  # [H][rows that have some]
     each = [size for own in sizes for size in own]
-    heads = q[list(spans)].transpose(0, 1).flatten(0, 1).split(1)  # [1, C, D], of one head of one row
-    parts = zip(heads, kept.keys.split(each), kept.values.split(each), strict=True)
-    found = [_over_segment(query[None], k, v, scaling) for query, k, v in parts]
-    outs, lses = (torch.cat([pair[i] for pair in found]).unflatten(0, (q.shape[1], -1)) for i in (0, 1))
+    queries = q[list(spans)].transpose(0, 1).flatten(0, 1)[:, None]  # [pieces, 1, C, D]
+    padded = len(each) * max(each) * kept.keys.shape[1] * kept.keys.element_size()
+    if len(each) > _MANY and padded < _SMALL:
+        outs, lses = _side_by_side(queries, kept, each, scaling)
+    else:
+        pieces = zip(queries.split(1), kept.keys.split(each), kept.values.split(each), strict=True)
+        found = [_over_piece(query, k, v, scaling) for query, k, v in pieces]
+        outs, lses = (torch.cat([pair[i] for pair in found]) for i in (0, 1))
+    outs, lses = (x.unflatten(0, (q.shape[1], -1)) for x in (outs, lses))  # [H, rows that have some, ...]
     if len(spans) == len(q):
         return outs.transpose(0, 1), lses.transpose(0, 1)
     out, lse = outs.new_zeros(q.shape), lses.new_full(q.shape[:3], -torch.inf)
@@ -63,7 +72,21 @@ def _over_kept(q: Tensor, kept: KeptTokens, rows: BlockRows, scaling: float) -> 
     return out, lse
 
 
-def _over_segment(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def _side_by_side(
+    queries: Tensor, kept: KeptTokens, sizes: list[int], scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Attention of queries `[S, 1, C, D]` over their pieces, padded: `[S, C, D]` and `[S, C]`."""
+    lengths = torch.tensor(sizes, device=queries.device)[:, None]
+    place = torch.arange(max(sizes), device=queries.device)
+    index = (lengths.cumsum(0) - lengths + place.minimum(lengths - 1)).flatten()
+    shape = (len(sizes), 1, len(place), -1)
+    k, v = (x.index_select(0, index).view(shape) for x in (kept.keys, kept.values))
+    mask = (place < lengths)[:, None, None].expand(-1, -1, queries.shape[2], -1)
+    out, lse = partial_attention(queries, k, v, mask, scaling)
+    return out[:, 0], lse[:, 0]
+
+
+def _over_piece(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """Attention of queries `[1, 1, C, D]` over tokens `[L, D]`: `[1, C, D]` and `[1, C]`."""
     threads = torch.get_num_threads() if query.device.type == "cpu" else 1
     parts = min(threads, len(keys) // _SHORTEST)
