@@ -79,8 +79,8 @@ def build_report(material: Material, method: str = "heads") -> str:
 
 _WHAT = (
     '<p class="lead">A vision-language model remembers every image it has read as keys and values, the KV '
-    "cache. It fills GPU memory and is read for every new word. capsight keeps a part of it and rebuilds the "
-    "rest when it is needed, without retraining the model.</p>"
+    "cache. It fills GPU memory and is read for every new word. capsight keeps the part of it "
+    "that stands out, without retraining the model.</p>"
 )
 
 
