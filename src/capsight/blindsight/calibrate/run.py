@@ -31,8 +31,8 @@ Unit = Literal["head", "kv_group", "layer"]
 ALPHAS: dict[str, float] = {"mass": 0.1, "output": 0.1, "distribution": 0.001}
 """Default alpha where there is no tolerance: share of attention, relative change of the output, nats."""
 
-TOLERANCE = 0.02
-"""Default share of held-out answers that may change: two of the 144 that `capsight calibrate` holds out."""
+TOLERANCE = 0.01
+"""Default share of held-out answers that may change: one of the 144 that `capsight calibrate` holds out."""
 
 HOLD_EVERY = 4
 """Every so many prompts, one does not vote but measures the drop."""
