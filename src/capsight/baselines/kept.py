@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from capsight.kvcapsule.codecs import BlockCodec, Payload, RaggedPayload
+from capsight.kvcapsule.latent import KeptTokens
 from capsight.kvcapsule.plan import Run
 
 
@@ -48,6 +49,10 @@ class KeptCodec(BlockCodec):
         """Kept tokens in their places, zeros elsewhere."""
         assert isinstance(payload, KeptPayload)
         return payload.spread("keys", self.block_size), payload.spread("values", self.block_size)
+
+    def latent(self, payload: Payload) -> KeptTokens:
+        """The kept tokens as they lie in memory."""
+        return KeptTokens(*(payload.tensors[name] for name in ("keys", "values", "counts")))
 
     def bias(self, payload: Payload) -> Tensor | None:
         """Minus infinity for evicted tokens: float32 `[M, H, N]`; None where nothing was evicted."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Self
 
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -28,6 +29,15 @@ class ScoredBaseline(Baseline):
             values: `[M, H, N, D]`.
             runs: where the runs lie, ascending by row, then position.
         """
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether there is more to attend to than what is stored: no."""
+        return False
+
+    def for_latent(self) -> Self:
+        """The method as it is: attention can read what each head kept."""
+        return self
 
     def budgets(self, runs: Sequence[Run]) -> dict[int, int]:
         """Tokens to keep of all runs of a row together, by row."""

@@ -42,7 +42,10 @@ def bench_command(
     retained: Annotated[list[float] | None, typer.Option(help="Retained fractions.")] = None,
     decode: Annotated[
         list[str] | None,
-        typer.Option(help="materialise or latent, of methods with capsules; give the option for each."),
+        typer.Option(
+            help="materialise or latent, of methods with capsules; give the option for each. By default what "
+            "suits the method."
+        ),
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,4",
     images: Annotated[str, typer.Option(help="Image counts, comma-separated.")] = "1,8",

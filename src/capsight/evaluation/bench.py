@@ -32,7 +32,7 @@ class Variant:
     Attributes:
         label: of the method, such as "heads 0.4".
         method: None is the full cache.
-        decode: how attention gets at capsules; None where there are none.
+        decode: how attention gets at capsules; None for what suits the method.
     """
 
     label: str
@@ -41,14 +41,14 @@ class Variant:
 
     def enabled(self, model: Any) -> AbstractContextManager[FastModel]:
         """The model with this method."""
-        return enable(model, capsule=self.method, decode=self.decode or "materialise")
+        return enable(model, capsule=self.method, decode=self.decode)
 
 
 def variants(methods: Mapping[str, CacheMethod], decodes: Sequence[Decode]) -> list[Variant]:
-    """The full cache, then every method, once for each way to decode if it has capsules."""
+    """The full cache, then every method, once for each way to decode that is given if it has capsules."""
     found = [Variant(FULL)]
     for label, method in methods.items():
-        if not isinstance(method, LatentMethod):
+        if not decodes or not isinstance(method, LatentMethod):
             found.append(Variant(label, method))
             continue
         for way in decodes:

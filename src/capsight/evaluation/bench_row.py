@@ -25,7 +25,7 @@ class BenchRow:
             so what the method adds to the prefill ("full": a copy); None where it was not measured.
         peak_bytes: most memory that generation held beyond what was held before it; None where it was not
             measured.
-        decode: how attention gets at capsules, "materialise" or "latent"; None where there are none.
+        decode: how attention gets at capsules, "materialise" or "latent"; None for what suits the method.
     """
 
     method: str
