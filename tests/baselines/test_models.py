@@ -31,6 +31,21 @@ def test_everything_retained_is_the_full_cache(family):
             assert_same(greedy(fast.generate, **inputs), full)
 
 
+@pytest.mark.parametrize("family", FEW)
+@pytest.mark.parametrize("name", ["uniform", "streaming-llm", "cur"])
+def test_what_scores_kept_is_read_as_it_is_or_rebuilt(family, name):
+    vlm, found, held = FAMILIES[family](), [], []
+    inputs = mixed_batch(vlm)
+    for decode in (None, "materialise"):
+        with capsight.enable(vlm.model, capsule=method(name, vlm, 0.25), decode=decode) as fast:
+            cache = fast.encapsulate(**inputs)
+            held.append(cache.nbytes)
+            found.append(greedy(fast.generate, past_key_values=cache, **inputs))
+            assert fast.decode == (decode or "latent")
+    assert_same(*found)
+    assert held[0] == held[1]
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "smolvlm"])
 @pytest.mark.parametrize("retained", [0.25, 0.4])
 def test_methods_take_the_same_bytes(family, retained):

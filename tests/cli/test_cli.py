@@ -7,9 +7,10 @@ import sys
 import pytest
 from PIL import Image
 
-from capsight.cli import bench
+from capsight.cli import bench, demo
 from capsight.cli.app import main
 from capsight.cli.output import parse_bytes
+from capsight.kvcapsule import KVCapsule
 from capsight.reference import load_reference_vlm
 
 
@@ -35,10 +36,23 @@ def test_demo_writes_table_json_and_picture(monkeypatch, capsys, tmp_path):
     full, ours = figures["sides"].values()
     assert full["kv_bytes"] > ours["kv_bytes"] > 0
     assert len(figures["questions"]) == len(full["answers"]) == 3
+    assert "decode, latent" not in out  # the shipped capsule rebuilds nothing: there is one way
+    assert not {"latent", "materialise"} & set(ours)
+    assert Image.open(tmp_path / "demo.png").width > 800
+
+
+def test_demo_times_both_ways_where_there_are_two(monkeypatch, capsys, tmp_path):
+    capsule = KVCapsule.from_pretrained("reference").with_codec("adaptive")
+    monkeypatch.setattr(demo, "chosen_capsule", lambda *_: capsule)
+    code, out, _ = run(
+        monkeypatch, capsys, "demo", "--images", 1, "--questions", 1,
+        "--json", tmp_path / "demo.json", "--png", tmp_path / "demo.png",
+    )  # fmt: skip
+    assert code == 0
+    full, ours = json.loads((tmp_path / "demo.json").read_text())["sides"].values()
     assert "decode, latent" in out
     assert ours["latent"]["tokens_per_s"] > 0
-    assert full["kv_bytes"] > ours["latent"]["kv_bytes"] >= ours["kv_bytes"]
-    assert Image.open(tmp_path / "demo.png").width > 800
+    assert full["kv_bytes"] > ours["latent"]["kv_bytes"] > ours["kv_bytes"]
 
 
 def test_generate(monkeypatch, capsys, tmp_path):
@@ -55,17 +69,21 @@ def test_generate(monkeypatch, capsys, tmp_path):
         assert out.strip()
         assert "KV cache" in err
     said = {}
-    latent = ("--decode", "latent")
-    shared = ("--share", "prompt", *latent)
-    for options in (("--bits", 16), latent, shared, ("--bits", 8), ("--bits", 4, *latent)):
+    latent, rebuilt = ("--decode", "latent"), ("--decode", "materialise")
+    KVCapsule.from_pretrained("reference").with_codec("adaptive").save_pretrained(tmp_path / "adaptive")
+    adaptive = ("--capsule", tmp_path / "adaptive")
+    for options in (
+        ("--bits", 16), latent, rebuilt, ("--bits", 8), ("--bits", 4, *latent), adaptive, (*adaptive, *latent)
+    ):  # fmt: skip
         code, _, err = run(
             monkeypatch, capsys, "generate", "--image", tmp_path / "a.png",
             "--prompt", prompt.questions[0].text, "--max-new-tokens", 1, *options,
         )  # fmt: skip
         assert code == 0
         said[options] = parse_bytes(err.split("KV cache ")[1].split(",")[0])
-    assert said["--bits", 8] < said["--bits", 16] <= said[shared] < said[latent]
-    assert said["--bits", 4, *latent] < said[latent]
+    assert said["--bits", 4, *latent] < said["--bits", 8] < said["--bits", 16]
+    assert said["--bits", 16] == said[latent] == said[rebuilt]
+    assert said[adaptive] < said[*adaptive, *latent]  # its weights are stored, too
 
 
 def test_fit_then_inspect_then_eval(monkeypatch, capsys, tmp_path):
@@ -75,13 +93,16 @@ def test_fit_then_inspect_then_eval(monkeypatch, capsys, tmp_path):
     assert "break-even" in out
     code, out, _ = run(monkeypatch, capsys, "inspect", folder, "--json", tmp_path / "i.json")
     assert code == 0
-    assert json.loads((tmp_path / "i.json").read_text())["retained"] == 0.5
+    facts = json.loads((tmp_path / "i.json").read_text())
+    assert (facts["codec"], facts["retained"]) == ("heads", 0.5)
     code, out, _ = run(
-        monkeypatch, capsys, "eval", "--capsule", folder, "--method", "adaptive", "--retained", 0.5,
-        "--images", "2", "--samples", 2, "--json", tmp_path / "e.json",
+        monkeypatch, capsys, "eval", "--capsule", folder, "--method", "heads-int8", "--method", "adaptive",
+        "--retained", 0.5, "--images", "2", "--samples", 2, "--json", tmp_path / "e.json",
     )  # fmt: skip
     assert code == 0
-    assert set(json.loads((tmp_path / "e.json").read_text())["methods"]) == {"full", "adaptive 0.5"}
+    assert set(json.loads((tmp_path / "e.json").read_text())["methods"]) == {
+        "full", "heads-int8 0.5", "adaptive 0.5"
+    }  # fmt: skip
     assert not (tmp_path / "e.json.partial").exists()
 
 
@@ -111,7 +132,7 @@ def test_bench(monkeypatch, capsys, tmp_path):
     code, out, _ = run(
         monkeypatch, capsys, "bench", "--batch", "1,2", "--images", "1", "--new-tokens", 3, "--runs", 1,
         "--retained", 0.25, "--threads", 1, "--kv-budget", "64MB", "--calibrate", 2,
-        "--method", "adaptive", "--method", "adaptive-int4", "--method", "uniform",
+        "--method", "heads", "--method", "adaptive", "--method", "adaptive-int4", "--method", "uniform",
         "--decode", "materialise", "--decode", "latent",
         "--json", tmp_path / "b.json",
     )  # fmt: skip
@@ -119,33 +140,42 @@ def test_bench(monkeypatch, capsys, tmp_path):
     assert "adaptive 0.25" in out
     assert "64MB" in out
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
-    names = ["full", "adaptive 0.25", "adaptive 0.25 latent", "adaptive-int4 0.25",
-             "adaptive-int4 0.25 latent", "uniform 0.25"]  # fmt: skip
+    methods = ("heads", "adaptive", "adaptive-int4", "uniform")
+    names = ["full", *(f"{method} 0.25{way}" for method in methods for way in ("", " latent"))]
     assert [(r["name"], r["batch"]) for r in rows] == [(name, batch) for batch in (1, 2) for name in names]
     assert all(r["ttft_s"] > 0 and r["tokens_per_s"] > 0 and r["encode_s"] > 0 for r in rows)
     assert rows[1]["largest_batch"] >= rows[0]["largest_batch"] > 0
     assert rows[0]["ratios"]["bytes"] == 1.0
     fits = json.loads((tmp_path / "b.json").read_text())["calibration"]
-    assert [(f["method"], f["prompts"]) for f in fits] == [("adaptive", 2), ("adaptive-int4", 2)]
-    assert rows[3]["kv_bytes"] < rows[1]["kv_bytes"] < rows[2]["kv_bytes"] < rows[0]["kv_bytes"]
+    assert [(f["method"], f["prompts"]) for f in fits] == [
+        (name, 2) for name in ("heads", "adaptive", "adaptive-int4")
+    ]
+    held = {row["name"]: row["kv_bytes"] for row in rows[: len(names)]}
+    assert held["heads 0.25"] == held["heads 0.25 latent"] < held["full"]
+    assert held["adaptive-int4 0.25"] < held["adaptive 0.25"] < held["adaptive 0.25 latent"] < held["full"]
 
 
 def test_bench_fits_what_another_model_has_no_file_of(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(bench, "load_model", lambda *_: load_reference_vlm())
     code, out, _ = run(
-        monkeypatch, capsys, "bench", "--model", "another", "--method", "adaptive",
+        monkeypatch, capsys, "bench", "--model", "another", "--method", "heads", "--method", "adaptive",
         "--method", "feature-pca", "--batch", 1, "--images", 1, "--new-tokens", 2, "--runs", 1,
+        "--threads", 1,
     )  # fmt: skip
     assert code == 0
+    assert "heads 0.4" in out
     assert "adaptive 0.4" in out
     assert "feature-pca 0.4" in out
 
 
 def test_calibrate_then_attention(monkeypatch, capsys, tmp_path):
     folder = tmp_path / "map"
-    code, out, _ = run(monkeypatch, capsys, "calibrate", "--out", folder, "--samples", 16, "--tolerance", 0.5)
+    code, out, _ = run(
+        monkeypatch, capsys, "calibrate", "--out", folder, "--samples", 2, "--held-out", 2,
+        "--unit", "layer", "--tolerance", 0.5,
+    )  # fmt: skip
     assert code == 0
-    assert "prompts" in out
+    assert "2 prompts voted, 2 were held out" in out
     assert Image.open(folder / "head_map.png").width > 100
     code, _, _ = run(
         monkeypatch, capsys, "attention", "--head-map", folder, "--head", "1,2", "--out", tmp_path / "a.png"
@@ -177,7 +207,7 @@ def test_fit_on_a_folder_of_pictures(monkeypatch, capsys, tmp_path):
         (["generate", "--prompt", "x", "--decode", "fused"], "decode"),
         (["generate", "--prompt", "x", "--bits", "5"], "5"),
         (["generate", "--prompt", "x", "--capsule", "none", "--bits", "8"], "full cache"),
-        (["generate", "--prompt", "x", "--capsule", "none", "--share", "block"], "full cache"),
+        (["generate", "--prompt", "x", "--capsule", "none", "--retained", "0.5"], "full cache"),
         (["generate", "--prompt", "x", "--capsule", "none", "--decode", "latent"], "capsule="),
         (["demo", "--decode", "fused"], "decode"),
         (["bench", "--decode", "fused"], "decode"),

@@ -25,9 +25,9 @@ def calibrated(tmp_path):
 def test_calibrate_with_every_option_then_inspect(monkeypatch, capsys, tmp_path):
     folder = tmp_path / "map"
     code, out, _ = run(
-        monkeypatch, capsys, "calibrate", "--out", folder, "--samples", 8, "--tolerance", 0.9,
-        "--criterion", "mass", "--unit", "layer", "--alpha", "0.5,0.9", "--sink-tokens", 2,
-        "--own-window", 16,
+        monkeypatch, capsys, "calibrate", "--out", folder, "--samples", 6, "--held-out", 2,
+        "--tolerance", 0.9, "--criterion", "mass", "--unit", "layer", "--alpha", "0.5,0.9",
+        "--sink-tokens", 2, "--own-window", 16,
     )  # fmt: skip
     assert code == 0
     assert "6 prompts voted, 2 were held out" in out
@@ -83,6 +83,7 @@ def test_no_shipped_head_map_is_no_error(monkeypatch, tmp_path):
         (["calibrate", "--out", "x", "--unit", "model"], "unit"),
         (["calibrate", "--out", "x", "--sink-tokens", "-1"], "sink_tokens"),
         (["calibrate", "--out", "x", "--samples", "0"], "samples"),
+        (["calibrate", "--out", "x", "--held-out", "0"], "held-out 0"),
         (["inspect", "/no/such/head_map.json"], "/no/such/head_map.json"),
     ],
 )

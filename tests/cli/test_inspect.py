@@ -29,12 +29,16 @@ def capsule():
     return KVCapsule(found.codecs, replace(found.info, needs=needs, budget="uniform"))
 
 
+def test_the_shipped_capsule(tmp_path):
+    _, facts = inspected("reference", tmp_path)
+    assert (facts["codec"], facts["retained"], facts["weights"]) == ("heads", 0.4062, "none")
+
+
 def test_budget_bits_and_weights(capsule, tmp_path):
-    filled = capsule.with_budget("water-filled").with_bits(8).with_weights("stored")
+    filled = capsule.with_codec("adaptive").with_budget("water-filled").with_bits(8).with_weights("stored")
     filled.save_pretrained(tmp_path / "filled")
     text, facts = inspected(tmp_path / "filled", tmp_path)
     assert (facts["budget"], facts["bits"], facts["weights"]) == ("water-filled", 8, "stored")
-    assert facts["share"] == "block"
     rows = facts["per_layer"]
     assert [row["kept"] for row in rows] == [layer.kept for layer in filled.info.layers]
     assert rows[-1]["kept"] > rows[0]["kept"]
@@ -47,12 +51,9 @@ def test_budget_bits_and_weights(capsule, tmp_path):
 
 
 def test_a_capsule_without_needs(capsule, tmp_path):
-    old = (
-        KVCapsule(capsule.codecs, replace(capsule.info, needs=None)).with_codec("evict").with_share("prompt")
-    )
+    old = KVCapsule(capsule.codecs, replace(capsule.info, needs=None)).with_codec("evict")
     old.save_pretrained(tmp_path / "old")
     text, facts = inspected(tmp_path / "old", tmp_path)
     assert (facts["budget"], facts["bits"], facts["weights"]) == ("uniform", "as in the cache", "none")
-    assert facts["share"] == "prompt"
     assert {row["error"] for row in facts["per_layer"]} == {None}
     assert len({line.count("█") for line in text.splitlines() if "█" in line}) == 1

@@ -16,24 +16,17 @@ def made(*names):
 
 
 def test_capsules_in_few_bits():
-    methods = made("adaptive", "adaptive-int8", "adaptive-int4", "evict")
-    assert list(methods)[2:4] == ["adaptive-int8 0.5", "adaptive-int8 0.25"]
-    assert [m.info.bits for m in methods.values()] == [None, None, 8, 8, 4, 4, None, None]
-    assert [m.retained for m in methods.values()] == [0.5, 0.25] * 4
-    assert [m.name for m in methods.values()][::2] == ["adaptive", "adaptive-int8", "adaptive-int4", "evict"]
-
-
-def test_capsules_that_share_their_tokens():
-    names = ["adaptive-shared", "evict-shared", "adaptive-shared-int4", "adaptive"]
+    names = ["heads", "adaptive", "heads-int8", "adaptive-int8", "heads-int4", "adaptive-int4", "evict"]
     methods = made(*names)
+    assert list(methods)[4:6] == ["heads-int8 0.5", "heads-int8 0.25"]
+    assert [m.info.bits for m in methods.values()][::2] == [None, None, 8, 8, 4, 4, None]
+    assert [m.retained for m in methods.values()] == [0.5, 0.25] * len(names)
     assert [m.name for m in methods.values()][::2] == names
-    assert [m.info.share for m in methods.values()][::2] == ["prompt"] * 3 + ["block"]
-    assert [m.info.bits for m in methods.values()][::2] == [None, None, 4, None]
 
 
 def test_names_are_unique_and_others_are_refused():
     assert len(set(METHOD_NAMES)) == len(METHOD_NAMES)
-    for name in ("int8", "adaptive-int2", "static-int8"):
+    for name in ("int8", "adaptive-int2", "static-int8", "evict-int8"):
         with pytest.raises(OptionError, match="no method"):
             made(name)
 

@@ -21,7 +21,7 @@ def test_ask_says_what_generate_says(monkeypatch, capsys, tmp_path, pictures):
     prompt, (first, second) = pictures
     file = tmp_path / "images.safetensors"
     images = ("--image", first, "--image", second)
-    for options in ((), ("--retained", 0.5, "--bits", 8, "--share", "prompt")):
+    for options in ((), ("--retained", 0.5, "--bits", 8)):
         code, out, _ = run(monkeypatch, capsys, "encapsulate", *images, "--out", file, *options)
         assert code == 0
         assert "2 images" in out
@@ -36,7 +36,7 @@ def test_ask_says_what_generate_says(monkeypatch, capsys, tmp_path, pictures):
                 assert answer == direct
     code, _, err = run(monkeypatch, capsys, "ask", file, "--prompt", "what?")
     assert code == 2
-    assert "another capsule (adaptive-shared-int8, 0.5 retained" in err
+    assert "another capsule (heads-int8, 0.5 retained" in err
     file.write_bytes(file.read_bytes()[:-1])
     code, _, err = run(monkeypatch, capsys, "ask", file, "--prompt", "what?")
     assert code == 2
@@ -50,7 +50,6 @@ def test_ask_says_what_generate_says(monkeypatch, capsys, tmp_path, pictures):
         (["encapsulate", "--image", "none.png", "--out", "/no/such/folder/x"], "does not exist"),
         (["ask", "none.safetensors", "--prompt", "x"], "missing"),
         (["ask", "none.safetensors", "--prompt", "x", "--bits", "3"], "8 or 4 bits"),
-        (["ask", "none.safetensors", "--prompt", "x", "--share", "row"], "['block', 'prompt']"),
         (["ask", "none.safetensors", "--prompt", "x", "--max-new-tokens", "0"], "at least 1"),
     ],
 )

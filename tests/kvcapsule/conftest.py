@@ -9,8 +9,10 @@ import torch
 from hypothesis import strategies as st
 
 from capsight.kvcapsule import KVCapsule
-from capsight.kvcapsule.codecs import CODECS, LayerCodec
+from capsight.kvcapsule.codecs import CODECS, LayerCodec, Payload, RaggedPayload
+from capsight.kvcapsule.codecs.learnt import LearntCodec
 from capsight.kvcapsule.moments import LayerMoments
+from capsight.kvcapsule.plan import Run
 from capsight.layout import PromptLayout, RowLayout, VisionBlock
 from tiny import FAMILIES, TinyVLM
 
@@ -37,6 +39,42 @@ def codec(
     name: str, kept: int, heads: int = 2, size: int = 8, head_dim: int = 4, **options: Any
 ) -> LayerCodec:
     return CODECS[name].fit(moments(heads, size, head_dim), kept, **options)
+
+
+def precision(fitted: LearntCodec) -> torch.Tensor:
+    """What Mahalanobis distances are taken with, of keys and values: float64 [2, H, D, D]."""
+    kinds, heads, size = fitted.mean.shape
+    low = torch.zeros(kinds, heads, size, size, dtype=torch.float64)
+    rows, cols = torch.tril_indices(size, size)
+    low[:, :, rows, cols] = fitted.whitening.double()
+    return low.mT @ low
+
+
+def runs(*sizes: int) -> list[Run]:
+    """Runs of so many blocks in each row."""
+    return [Run(row, 100 * start) for row, size in enumerate(sizes) for start in range(size)]
+
+
+def entries(payload: Payload) -> list[list[tuple[list[int], torch.Tensor, torch.Tensor]]]:
+    """Positions, keys and values that each head of each block keeps: [M][H]."""
+    assert isinstance(payload, RaggedPayload)
+    keys, values, kept, counts = (payload.tensors[name] for name in ("keys", "values", "kept", "counts"))
+    found: list[list[Any]] = [[None] * counts.shape[1] for _ in range(len(counts))]
+    start = 0
+    for head in range(counts.shape[1]):
+        for block in range(len(counts)):
+            own = slice(start, start := start + int(counts[block, head]))
+            found[block][head] = kept[own].tolist(), keys[own], values[own]
+    assert start == len(keys) == len(values) == len(kept)
+    return found
+
+
+def equal(a: Payload, b: Payload) -> bool:
+    """Whether two payloads are the same, bit for bit."""
+    same = type(a) is type(b) and a.tensors.keys() == b.tensors.keys()
+    return same and all(
+        x.dtype == b.tensors[name].dtype and torch.equal(x, b.tensors[name]) for name, x in a.tensors.items()
+    )
 
 
 def row(length: int, pad: int, *spans: tuple[int, int]) -> RowLayout:

@@ -17,7 +17,8 @@ from kvcapsule.conftest import codec, layouts, row
 
 N, H, D = 8, 2, 4
 CONFIG = Qwen2Config(num_hidden_layers=2)
-CODECS = {name: {kept: codec(name, kept) for kept in (3, 8)} for name in ("adaptive", "static", "evict")}
+NAMES = ["adaptive", "static", "evict", "heads"]
+CODECS = {name: {kept: codec(name, kept) for kept in (3, 8)} for name in NAMES}
 
 
 def cache_for(layout: PromptLayout, name: str = "adaptive", kept: int = 3) -> CapsuleCache:
@@ -32,21 +33,25 @@ class Plain:
     def __init__(self, layout: PromptLayout, name: str, kept: int) -> None:
         self.plan, self.codec, self.done = CapsulePlan.from_layout(layout, N), CODECS[name][kept], set()
         self.kv = torch.zeros(2, layout.batch_size, H, 0, D)
-        self.hidden = torch.zeros(layout.batch_size, 0, dtype=torch.bool)
+        self.hidden = torch.zeros(layout.batch_size, H, 0, dtype=torch.bool)
 
     def update(self, new: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.kv = torch.cat([self.kv, new], 3)
         self.hidden = torch.nn.functional.pad(self.hidden, (0, new.shape[3]))
         returned = self.kv.clone(), self.hidden.clone()
-        for row_index, start in self.plan.complete(self.kv.shape[3]):
-            if (row_index, start) not in self.done:
-                self.done.add((row_index, start))
-                part = self.kv[:, row_index, :, start : start + N]
-                payload = self.codec.encode(part[0][None], part[1][None])
-                part.copy_(torch.cat(self.codec.decode(payload)))
-                missing = self.codec.missing(payload)
-                if missing is not None:
-                    self.hidden[row_index, start : start + N] = missing[0]
+        for row_index in range(len(self.kv[0])):  # what a row completes at once is encoded together
+            complete = self.plan.complete(self.kv.shape[3])
+            starts = [start for row, start in complete if row == row_index and (row, start) not in self.done]
+            if not starts:
+                continue
+            self.done |= {(row_index, start) for start in starts}
+            places = [(slice(None), row_index, slice(None), slice(at, at + N)) for at in starts]
+            payload = self.codec.encode(*torch.stack([self.kv[place] for place in places], 1))
+            decoded, bias = torch.stack(self.codec.decode(payload)), self.codec.bias(payload)
+            for block, place in enumerate(places):
+                self.kv[place] = decoded[:, block]
+                if bias is not None:
+                    self.hidden[place[1:]] = bias[block] < 0
         return returned
 
 
@@ -62,7 +67,7 @@ def real(layout: PromptLayout, length: int) -> torch.Tensor:
 
 
 @settings(max_examples=80, deadline=None)
-@given(layouts(), st.sampled_from(["adaptive", "static", "evict"]), st.sampled_from([3, 8]), st.data())
+@given(layouts(), st.sampled_from(NAMES), st.sampled_from([3, 8]), st.data())
 def test_what_update_returns(layout, name, kept, data):
     cuts = data.draw(st.lists(st.integers(1, layout.length), max_size=4))
     edges = sorted({0, *cuts, layout.length}) + [layout.length + i for i in (1, 2, 5, 6)]
@@ -81,12 +86,13 @@ def test_what_update_returns(layout, name, kept, data):
         if bias is None:
             assert not hidden.any()
         else:
-            assert torch.equal(bias[:, 0, 0] < 0, hidden)
+            assert torch.equal((bias[:, :, 0] < 0).expand_as(hidden), hidden)
             assert bias.min() in (0, torch.finfo(torch.float32).min)
         # independent count of what has to be stored
         runs = len(plain.done)
         tokens = int(real(layout, end).sum())
-        capsule = 2 * kept * H * D * 4 + (0 if name == "static" else kept)
+        positions = {"static": 0, "heads": H * (kept + 1)}.get(name, kept)
+        capsule = 2 * kept * H * D * 4 + positions
         stored = 2 * (runs * capsule + (tokens - runs * N) * 2 * H * D * 4)
         assert sum(cache.layer_nbytes) == stored
         assert cache.nbytes_full == 2 * tokens * 2 * H * D * 4
@@ -94,12 +100,12 @@ def test_what_update_returns(layout, name, kept, data):
 
 
 @settings(max_examples=30, deadline=None)
-@given(layouts(), st.data())
-def test_moving_rows_equals_feeding_the_moved_rows(layout, data):
+@given(layouts(), st.sampled_from(["adaptive", "heads"]), st.data())
+def test_moving_rows_equals_feeding_the_moved_rows(layout, name, data):
     rows = data.draw(st.lists(st.integers(0, layout.batch_size - 1), min_size=1, max_size=4))
     first, more = torch.randn(2, layout.batch_size, H, layout.length, D), torch.randn(2, len(rows), H, 1, D)
     step = torch.randn(2, layout.batch_size, H, 1, D)
-    moved, fresh = cache_for(layout), cache_for(layout.select(rows))
+    moved, fresh = cache_for(layout, name), cache_for(layout.select(rows), name)
     for new in (first, step):
         feed(moved, new)
         feed(fresh, new[:, rows])
@@ -170,11 +176,12 @@ def test_reset_starts_over_also_after_beams():
     assert torch.equal(feed(cache, new)[0], new)
 
 
-def test_a_later_turn_may_bring_images():
+@pytest.mark.parametrize("name", ["adaptive", "heads"])
+def test_a_later_turn_may_bring_images(name):
     one = PromptLayout((row(20, 2, (3, 12)), row(20, 0, (4, 6))))
     two = PromptLayout((row(40, 2, (3, 12), (25, 35)), row(40, 0, (4, 6), (22, 40))))
     new = torch.randn(2, 2, H, 40, D)
-    cache, plain = cache_for(one), Plain(two, "adaptive", 3)
+    cache, plain = cache_for(one, name), Plain(two, name, 3)
     feed(cache, new[:, :, :, :20])
     plain.update(new[:, :, :, :20])
     cache.extend_layout(two)
@@ -193,14 +200,15 @@ def test_a_later_turn_may_bring_images():
             cache.extend_layout(bad)
 
 
-def test_evict_needs_attention_that_hides_evicted_tokens():
+@pytest.mark.parametrize("name", ["evict", "heads"])
+def test_what_rebuilds_nothing_needs_attention_that_hides_evicted_tokens(name):
     layout = PromptLayout((row(20, 0, (2, 18)),))
-    cache, new = cache_for(layout, "evict"), torch.randn(2, 1, H, 20, D)
+    cache, new = cache_for(layout, name), torch.randn(2, 1, H, 20, D)
     cache.honours_key_bias = False
     feed(cache, new)
-    with pytest.raises(CapsightError, match="evict"):
+    with pytest.raises(CapsightError, match=rf"{name} codec needs .*capsight\.enable"):
         feed(cache, new[:, :, :, :1])
-    cache = cache_for(layout, "evict", 8)  # nothing is evicted
+    cache = cache_for(layout, name, 8)  # nothing is evicted
     cache.honours_key_bias = False
     feed(cache, new)
     feed(cache, new[:, :, :, :1])

@@ -26,7 +26,7 @@ def capsule(qwen):
     return fitted(qwen)
 
 
-@pytest.mark.parametrize("codec", ["adaptive", "static", "evict"])
+@pytest.mark.parametrize("codec", ["adaptive", "static", "evict", "heads"])
 def test_save_and_load(qwen, tmp_path, codec):
     inputs = qwen.inputs([([qwen.picture(0)], "hi")])
     capsule = fitted(qwen, codec=codec, ridge=0.02)
@@ -150,20 +150,23 @@ def test_with_retained_equals_a_fit_and_with_codec_is_the_control(qwen, capsule)
     for a, b in (
         (capsule.with_retained(0.75), fitted(qwen, 0.75)),
         (capsule.with_codec("evict"), fitted(qwen, codec="evict")),
+        (capsule.with_codec("heads"), fitted(qwen, codec="heads")),
+        (capsule.with_codec("heads").with_retained(0.75), fitted(qwen, 0.75, codec="heads")),
     ):
         assert a.info == b.info
         assert a.retained == b.retained
         for index in a.codecs:
             assert type(a.codecs[index]) is type(b.codecs[index])
             assert torch.equal(a.codecs[index].packed, b.codecs[index].packed)
-    assert capsule.with_codec("evict").with_codec("adaptive").info == capsule.info
+    for other in ("evict", "heads"):
+        assert capsule.with_codec(other).with_codec("adaptive").info == capsule.info
     with pytest.raises(OptionError, match="share"):
         capsule.with_codec("static")
     with pytest.raises(OptionError, match="fit again"):
         fitted(qwen, codec="static").with_retained(0.5)
 
 
-@pytest.mark.parametrize("codec", ["adaptive", "static"])
+@pytest.mark.parametrize("codec", ["adaptive", "static", "heads"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_break_even_by_counting_up(qwen, codec, batch):
     capsule = fitted(qwen, 0.4, codec=codec)
@@ -172,12 +175,26 @@ def test_break_even_by_counting_up(qwen, codec, batch):
         tokens += BLOCK
         runs = tokens // BLOCK * batch
         full = runs * BLOCK * 3 * 2 * 2 * 16 * 4  # 3 layers, K and V, 2 heads of 16, float32
-        small = runs * (3 * 6 * (2 * 2 * 16 * 4 + (codec == "adaptive")) + 16)
+        positions = {"adaptive": 6, "heads": 2 * (6 + 1)}.get(codec, 0)  # of each head, and their number
+        small = runs * (3 * (6 * 2 * 2 * 16 * 4 + positions) + 16)
         if small + capsule.module_nbytes < full:
             break
     assert capsule.break_even_tokens(batch) == tokens
     assert capsule.break_even_tokens() >= capsule.break_even_tokens(100)
     assert fitted(qwen, 1.0).break_even_tokens() is None
+
+
+def test_heads_is_the_default_and_rebuilds_nothing(qwen):
+    samples = [qwen.inputs([([qwen.picture(0)], "hi")])]
+    capsule = KVCapsule.fit(qwen.model, None, samples, block_size=BLOCK, progress=False)
+    assert (capsule.info.codec, capsule.name, capsule.with_bits(4).name) == ("heads", "heads", "heads-int4")
+    for codec, rebuilds in (("heads", False), ("evict", False), ("adaptive", True)):
+        other = capsule.with_codec(codec)
+        assert (other.rebuilds, other.needs_attention) == (rebuilds, not rebuilds)
+    with pytest.raises(OptionError, match="no prediction weights"):
+        capsule.with_weights("stored")
+    assert capsule.for_latent() is capsule
+    assert capsule.with_codec("adaptive").for_latent().codecs[0].weights == "stored"
 
 
 def test_where_the_model_was_loaded_from_is_not_stored(qwen):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from capsight.errors import OptionError
 from capsight.kvcapsule.codecs import CODECS, StaticCodec
 from capsight.kvcapsule.kriging import pivoted_cholesky, with_nugget
-from kvcapsule.conftest import blocks, codec, moments
+from kvcapsule.conftest import blocks, codec, moments, precision
 
 NAMES = sorted(CODECS)
 ADAPTIVE_PAIR = ["adaptive", "evict"]
@@ -55,12 +55,7 @@ def test_kept_tokens_are_worst_predicted_by_mahalanobis_distance(heads, size, he
     fitted = codec("adaptive", kept, heads, size, head_dim, joint=joint)
     keys, values = (x.double() for x in pair(2, heads, size, head_dim, seed))
     found = fitted.encode(keys.float(), values.float()).tensors["kept"]
-    precision = torch.zeros(2, heads, head_dim, head_dim, dtype=torch.float64)
-    for kind in range(2):
-        for head in range(heads):
-            low = torch.zeros(head_dim, head_dim, dtype=torch.float64)
-            low[tuple(torch.tril_indices(head_dim, head_dim))] = fitted.whitening[kind, head].double()
-            precision[kind, head] = low.T @ low
+    metric = precision(fitted)
     c = fitted.covariance().double()[[0, -1]]
     for block in range(2):
         chosen: list[int] = []
@@ -71,7 +66,7 @@ def test_kept_tokens_are_worst_predicted_by_mahalanobis_distance(heads, size, he
                     centred = x[block, head] - fitted.mean[kind, head]
                     maps = c[kind][:, chosen] @ torch.linalg.inv(c[kind][chosen][:, chosen])
                     wrong = centred - maps @ centred[chosen]
-                    energy += ((wrong @ precision[kind, head]) * wrong).sum(1)
+                    energy += ((wrong @ metric[kind, head]) * wrong).sum(1)
             energy[chosen] = -1
             chosen.append(int(energy.argmax()))
         assert found[block].tolist() == sorted(chosen)
@@ -125,7 +120,7 @@ def test_keeping_everything_is_bitwise_exact(name, dtype):
     fitted = codec(name, 8)
     for found, x in zip(fitted.decode(fitted.encode(keys, values)), (keys, values), strict=True):
         assert torch.equal(found.contiguous().view(torch.uint8), x.contiguous().view(torch.uint8))
-    assert fitted.missing(fitted.encode(keys, values)) is None
+    assert fitted.bias(fitted.encode(keys, values)) is None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -134,7 +129,7 @@ def test_payload_bytes_dtype_select_and_join(name, dtype):
     keys, values = (x.to(dtype) for x in pair())
     fitted = codec(name, 3)
     payload = fitted.encode(keys, values)
-    positions = 3 if name in ADAPTIVE_PAIR else 0
+    positions = {"adaptive": 3, "evict": 3, "heads": 2 * (3 + 1)}.get(name, 0)  # of heads with their number
     assert payload.nbytes == 5 * (2 * 3 * 2 * 4 * dtype.itemsize + positions)
     assert payload.nbytes == 5 * fitted.payload_nbytes(2, 4, dtype.itemsize)
     index = torch.tensor([3, 0])
@@ -207,7 +202,7 @@ def test_options_out_of_range_are_refused():
 
 def test_resized_equals_a_fit_at_that_size():
     keys, values = pair()
-    for name in ADAPTIVE_PAIR:
+    for name in (*ADAPTIVE_PAIR, "heads"):
         a, b = codec(name, 3).resized(5), codec(name, 5)
         for x, y in zip(a.decode(a.encode(keys, values)), b.decode(b.encode(keys, values)), strict=True):
             assert torch.equal(x, y)

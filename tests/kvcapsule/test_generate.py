@@ -54,7 +54,7 @@ def asked(vlm: TinyVLM, sequences: torch.Tensor, text: str) -> torch.Tensor:
     return torch.cat([sequences, ids.expand(len(sequences), -1)], 1)
 
 
-@pytest.mark.parametrize("codec", ["adaptive", "static"])
+@pytest.mark.parametrize("codec", ["adaptive", "static", "heads"])
 def test_retaining_everything_is_the_full_cache(vlm, codec):
     inputs = batch(vlm)
     capsule = fitted(vlm, 1.0, codec=codec)

@@ -85,8 +85,10 @@ def compare(caches: tuple[CapsuleCache, CapsuleCache], count: int, masked: bool 
     mask = mask & real(layout, seen)[:, None, None]
     for layer in (0, 1):
         keys, values = plain.update(new[0], new[1], layer)
-        bias = plain.key_bias(layer)
-        expected = attend(query, keys, values, mask if bias is None else mask & (bias == 0))
+        bias, shown = plain.key_bias(layer), mask
+        if bias is not None:
+            shown = mask & (bias == 0).repeat_interleave(GROUP * H // bias.shape[1], 1)
+        expected = attend(query, keys, values, shown)
         with cache.leaving_capsules():
             keys, values = cache.update(new[0], new[1], layer)
             left = cache.take_latent()
@@ -102,31 +104,35 @@ def compare(caches: tuple[CapsuleCache, CapsuleCache], count: int, masked: bool 
     return left is not None
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     layouts(),
-    st.sampled_from(["adaptive", "static", "evict"]),
+    st.sampled_from(["adaptive", "static", "evict", "heads"]),
     st.sampled_from([3, 8]),
+    st.booleans(),
     st.booleans(),
     st.lists(st.integers(1, 4), min_size=1, max_size=4),
 )
-def test_capsules_left_as_they_are_equal_capsules_rebuilt(layout, name, kept, stored, steps):
-    options = {"weights": "stored", "joint": kept != 3} if stored and name == "adaptive" else {}
+def test_capsules_left_as_they_are_equal_capsules_rebuilt(layout, name, kept, joint, stored, steps):
+    options: dict[str, Any] = {} if name == "static" else {"joint": joint}
+    if stored and name == "adaptive":
+        options["weights"] = "stored"
     caches = pair(layout, name, kept, **options)
     for count in steps:
         assert compare(caches, count) == any(layer.payload for layer in caches[1].capsule_layers.values())
 
 
-def test_rows_of_different_images_without_padding_need_no_mask():
+@pytest.mark.parametrize("name", ["adaptive", "heads"])
+def test_rows_of_different_images_without_padding_need_no_mask(name):
     layout = PromptLayout((row(30, 0, (4, 22)), row(30, 0, (1, 9), (10, 18), (19, 28)), row(30, 0)))
-    caches = pair(layout, "adaptive", 3)
+    caches = pair(layout, name, 3)
     for count in (1, 3, 1):
         assert compare(caches, count, masked=False)
 
 
-@pytest.mark.parametrize("options", [{"weights": "stored"}, {"share": "prompt"}], ids=str)
-def test_crop_moved_rows_and_new_images(options):
-    caches = pair(LAYOUT, "adaptive", 3, **options)
+@pytest.mark.parametrize(("name", "options"), [("adaptive", {"weights": "stored"}), ("heads", {})])
+def test_crop_moved_rows_and_new_images(name, options):
+    caches = pair(LAYOUT, name, 3, **options)
     assert compare(caches, 5)
     for cache in caches:
         cache.crop(-6)
@@ -140,12 +146,12 @@ def test_crop_moved_rows_and_new_images(options):
     assert compare(caches, 2)
     layer = caches[1].capsule_layers[0]
     assert len(layer.placement.runs) == 3 + 3 + 2 + 4
-    if "share" in options:  # the new images share among themselves
+    if name == "heads":  # the new images share among themselves
         new = layer.placement.run_starts >= 35
         for row_of_batch in range(4):
             for own in (new, ~new):
                 own = own & (layer.placement.run_rows == row_of_batch)
-                assert layer.payload.lengths[own].sum() == 3 * own.sum()
+                assert layer.payload.tensors["counts"][own].sum() == 3 * H * own.sum()
 
 
 def test_long_turns_are_attended_in_parts(monkeypatch):

@@ -8,13 +8,12 @@ import torch
 from capsight.errors import CapsuleFileError, OptionError
 from capsight.kvcapsule import KVCapsule
 from capsight.kvcapsule.codecs import CODECS, QuantisedCodec
-from capsight.kvcapsule.plan import Run
-from kvcapsule.conftest import BLOCK, blocks, codec, fitted
+from kvcapsule.conftest import BLOCK, blocks, codec, fitted, runs
 from kvcapsule.test_generate import batch, full_cache, run
 from kvcapsule.test_store import edit_header
 
 NAMES = sorted(CODECS)
-RUNS = [Run(0, 8 * i) for i in range(5)]
+RUNS = runs(5)
 
 
 def pair(count: int = 5, size: int = 8, head_dim: int = 4):
@@ -77,7 +76,7 @@ def test_no_blocks_and_several_layers_at_once(name, bits):
     keys, values = pair()
     codecs = [
         QuantisedCodec(codec(name, 3, joint=j), bits)
-        for j in ((True, False) if name in ("adaptive", "evict") else ())
+        for j in ((True, False) if name in ("adaptive", "evict", "heads") else ())
     ]
     codecs = codecs or [QuantisedCodec(codec(name, 3), bits)]
     together = QuantisedCodec.encode_layers(codecs, [keys] * len(codecs), [values] * len(codecs), RUNS)
@@ -121,12 +120,13 @@ def test_a_file_without_bits_is_one_of_plain_numbers(qwen, tmp_path):
     assert KVCapsule.from_pretrained(tmp_path).info.bits is None
 
 
-def test_eight_bits_of_everything_are_close_to_the_full_cache(vlm):
+@pytest.mark.parametrize("codec", ["adaptive", "heads"])
+def test_eight_bits_of_everything_are_close_to_the_full_cache(vlm, codec):
     inputs, options = batch(vlm), {"min_new_tokens": 3, "max_new_tokens": 3}
     full = run(vlm, inputs, full_cache(vlm), **options)
     apart, sizes = [], []
     for bits in (None, 8, 4):
-        cache = fitted(vlm, 1.0).with_bits(bits).cache(inputs)
+        cache = fitted(vlm, 1.0, codec=codec).with_bits(bits).cache(inputs)
         found = run(vlm, inputs, cache, **options)
         same = (found.sequences == full.sequences).all(1)
         apart.append((found.logits[1] - full.logits[1])[same].norm() / full.logits[1][same].norm())

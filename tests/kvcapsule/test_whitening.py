@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capsight.kvcapsule.whitening import RIDGE, is_whitening, whitened, whitening
+from capsight.kvcapsule.whitening import RIDGE, deviation, is_whitening, whitened, whitening
 
 
 @settings(max_examples=30, deadline=None)
@@ -25,6 +25,8 @@ def test_whitened_channels_are_white(heads, size, seed):
     expected = torch.linalg.solve(low, torch.linalg.solve(low, covariance).mT)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     assert (found.diagonal(dim1=1, dim2=2) <= 1 + 1e-4).all()
+    usual = (covariance.diagonal(dim1=1, dim2=2) + nugget[:, None]).sqrt()
+    torch.testing.assert_close(deviation(packed, size).double(), usual, atol=0, rtol=1e-4)
 
 
 def test_a_dead_head_stays_finite():

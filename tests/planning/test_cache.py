@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+import capsight
 from capsight.kvcapsule import KVCapsule
 from capsight.layout import build_layout
 from capsight.planning import ModelShape
@@ -24,9 +25,9 @@ def prompt(tiny: TinyVLM):
     return tiny.inputs([([tiny.picture(0), tiny.picture(1)], "what is the difference?")])
 
 
-def fill(tiny: TinyVLM, cache, inputs):
+def fill(model, cache, inputs):
     """Prefill, then `NEW` tokens."""
-    tiny.model.generate(
+    model.generate(
         **inputs, past_key_values=cache, max_new_tokens=NEW + 1, min_new_tokens=NEW + 1, do_sample=False
     )
     return cache
@@ -39,7 +40,7 @@ def stored(cache) -> int:
 def test_full_cache(vlm):
     inputs, shape = prompt(vlm), ModelShape.of(vlm.config)
     length = inputs["input_ids"].shape[1]
-    cache = fill(vlm, DynamicCache(config=vlm.config), inputs)
+    cache = fill(vlm.model, DynamicCache(config=vlm.config), inputs)
     assert full_kv_bytes(shape, length + NEW, itemsize=4) == stored(cache)
 
 
@@ -59,15 +60,18 @@ def test_grouped_queries_store_kv_heads_only(vlm):
 def test_capsule_cache(vlm, retained):
     inputs, shape = prompt(vlm), ModelShape.of(vlm.config)
     fitted = KVCapsule.fit(vlm.model, vlm.processor, [inputs], retained, block_size=BLOCK, progress=False)
-    cache = fill(vlm, fitted.cache(inputs), inputs)
-    planned = planned_capsule(shape, retained, 4, BLOCK)
-    layout = build_layout(inputs, vlm.config)
-    assert capsule_kv_bytes(shape, layout, NEW, 4, planned) == cache.nbytes
-    assert planned.module_nbytes == fitted.module_nbytes == cache.module_nbytes
+    planned, layout = planned_capsule(shape, retained, 4, BLOCK), build_layout(inputs, vlm.config)
+    scratch = {}
+    for decode in ("latent", "materialise"):
+        with capsight.enable(vlm.model, capsule=fitted, decode=decode) as fast:
+            fill(fast, None, inputs)
+        assert capsule_kv_bytes(shape, layout, NEW, 4, planned) == fast.cache.nbytes
+        assert planned.module_nbytes == fitted.module_nbytes == fast.cache.module_nbytes
+        scratch[decode] = next(iter(fast.cache.capsule_layers.values()))._ledger.scratch.nbytes
     for batch in (1, 4):
         assert planned.break_even_tokens(batch) == fitted.break_even_tokens(batch)
-    real = sum(layer._ledger.scratch.nbytes for layer in list(cache.capsule_layers.values())[:1])
-    assert real <= scratch_bytes(shape, layout.length + NEW, 4) <= real * 1.3
+    planned_scratch = scratch_bytes(shape, layout.length + NEW, 4)
+    assert scratch["latent"] < scratch["materialise"] <= planned_scratch <= scratch["materialise"] * 1.3
 
 
 def test_batch_of_left_padded_rows(vlm):

@@ -23,7 +23,7 @@ def everything(tmp_path: Path) -> Material:
         read_bench(samples.write(tmp_path, "bench", samples.bench_json())),
         read_demo(samples.write(tmp_path, "demo", samples.demo_json())),
         HeadMap.random(8, 8, counts, 0),
-        CapsuleInfo("adaptive", 64, 4, layers, {}, "", {}, 1),
+        CapsuleInfo("heads", 64, 4, layers, {}, "", {}, 1),
         read_errors(samples.write(tmp_path, "errors", samples.errors_json())),
         (read_picture(samples.picture(tmp_path)),),
     )

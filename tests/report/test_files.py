@@ -90,11 +90,11 @@ def test_pictures_of_others_are_refused(tmp_path):
 
 def test_reads_what_eval_writes(tmp_path):
     outcomes = [Outcome("a", "plate", 2, right, True, 0.1) for right in (True, False)]
-    results = {name: MethodResult(list(outcomes), 100, 200) for name in (FULL, "adaptive 0.4")}
+    results = {name: MethodResult(list(outcomes), 100, 200) for name in (FULL, "heads 0.4")}
     values = {"model": "m", "protocol": "after", "methods": summary(results), "machine": {}}
     found = read_eval(samples.write(tmp_path, "e", values))
-    assert [row.name for row in found.methods] == [FULL, "adaptive 0.4"]
-    assert (found.methods[1].method, found.methods[1].retained) == ("adaptive", 0.4)
+    assert [row.name for row in found.methods] == [FULL, "heads 0.4"]
+    assert (found.methods[1].method, found.methods[1].retained) == ("heads", 0.4)
     assert found.full.by["images"]["2"].questions == 2
 
 

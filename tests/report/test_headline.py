@@ -16,17 +16,17 @@ def evaluation(tmp_path):
 
 def test_the_smallest_row_within_a_point_speaks(evaluation):
     file = evaluation(samples.eval_json())
-    assert chosen_row(file, "adaptive").name == "adaptive 0.4"
+    assert chosen_row(file, "heads").name == "heads 0.4"
     assert chosen_row(file, "snapkv").name == "snapkv 0.6"  # none is within a point: the least drop
     assert chosen_row(file, "magic") is None
 
 
 def test_gain_and_cost_with_speed(evaluation, tmp_path):
     bench = read_bench(samples.write(tmp_path, "b", samples.bench_json()))
-    found = headline(evaluation(samples.eval_json()), bench, None, "adaptive")
+    found = headline(evaluation(samples.eval_json()), bench, None, "heads")
     sentence = found.sentence.replace("\xa0", " ")
     assert sentence == (
-        "With adaptive, keeping 40 % of each image's keys and values: you gain a KV cache 2.3x smaller and "
+        "With heads, keeping 40 % of each image's keys and values: you gain a KV cache 2.3x smaller and "
         "1.08x the decode speed; it costs 0.9 points of right answers (95.0 % against 95.9 %, could be "
         "chance) and 1.03x the time to the first token."
     )
@@ -35,11 +35,11 @@ def test_gain_and_cost_with_speed(evaluation, tmp_path):
 
 def test_a_better_answer_is_a_gain_and_a_slower_decode_a_cost(evaluation, tmp_path):
     values, timings = samples.eval_json(), samples.bench_json()
-    values["methods"]["adaptive 0.4"] |= {"drop": -0.4}
+    values["methods"]["heads 0.4"] |= {"drop": -0.4}
     for row in timings["rows"]:
         row["tokens_per_s"] = 100 if row["method"] == "full" else 70
     bench = read_bench(samples.write(tmp_path, "b", timings))
-    sentence = headline(evaluation(values), bench, None, "adaptive").sentence
+    sentence = headline(evaluation(values), bench, None, "heads").sentence
     gains, costs = sentence.split("; it costs ")
     assert "0.4 points of right answers" in gains
     assert "0.70x the decode speed" in costs
@@ -47,8 +47,8 @@ def test_a_better_answer_is_a_gain_and_a_slower_decode_a_cost(evaluation, tmp_pa
 
 def test_no_difference_is_called_none(evaluation):
     values = samples.eval_json()
-    values["methods"]["adaptive 0.4"] |= {"drop": 0.0, "exact_match": 95.9, "p_value": 1.0}
-    found = headline(evaluation(values), None, None, "adaptive")
+    values["methods"]["heads 0.4"] |= {"drop": 0.0, "exact_match": 95.9, "p_value": 1.0}
+    found = headline(evaluation(values), None, None, "heads")
     assert "it costs no right answers (95.9" in found.sentence
     assert found.tiles[1].value == "0.0"
 
@@ -60,6 +60,6 @@ def test_demo_and_bench_alone(tmp_path):
     faster = [row | {"decode": "latent", "tokens_per_s": 1e6} for row in values["rows"] if row["retained"]]
     values["rows"] += faster  # with other bytes than those of the evaluation: not for the headline
     bench = read_bench(samples.write(tmp_path, "b", values))
-    assert "1.08x the decode speed" in headline(None, bench, None, "adaptive").sentence
-    assert bench.names() == ["full", "adaptive 0.4", "adaptive 0.4 latent"]
+    assert "1.08x the decode speed" in headline(None, bench, None, "heads").sentence
+    assert bench.names() == ["full", "heads 0.4", "heads 0.4 latent"]
     assert headline(None, bench, None, "magic") is None

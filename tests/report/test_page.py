@@ -119,5 +119,5 @@ def test_an_evaluation_of_the_full_cache_alone_beside_a_demo(everything, tmp_pat
 def test_nothing_to_report(everything):
     with pytest.raises(OptionError, match="nothing to report"):
         build_report(Material(head_map=everything.head_map))
-    with pytest.raises(OptionError, match=r"'magic'.*adaptive"):
+    with pytest.raises(OptionError, match=r"'magic'.*adaptive.*heads"):
         build_report(Material(evaluations=everything.evaluations), method="magic")

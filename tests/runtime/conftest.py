@@ -11,10 +11,10 @@ from tiny.base import TinyVLM
 
 
 @cache
-def fitted(name: str, retained: float) -> KVCapsule:
+def fitted(name: str, retained: float, codec: str = "heads") -> KVCapsule:
     vlm = FAMILIES[name]()
     samples = [vlm.inputs([([vlm.picture(seed), vlm.picture(seed + 1)], "what")]) for seed in range(0, 6, 2)]
-    return KVCapsule.fit(vlm.model, None, samples, retained=retained, progress=False)
+    return KVCapsule.fit(vlm.model, None, samples, retained=retained, codec=codec, progress=False)
 
 
 @pytest.fixture(params=sorted(FAMILIES))

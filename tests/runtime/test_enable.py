@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ from capsight.layout import build_layout
 from tiny import FAMILIES
 
 from .conftest import fitted
+
+both_codecs = pytest.mark.parametrize("codec", ["heads", "adaptive"])
 
 
 def mixed_batch(vlm):
@@ -34,18 +38,20 @@ def assert_same(ours, theirs):
         assert (a - b).abs().max() <= 1e-4
 
 
-def test_all_retained_is_the_full_cache(vlm):
+@both_codecs
+def test_all_retained_is_the_full_cache(vlm, codec):
     inputs = mixed_batch(vlm)
     full = greedy(vlm.model.generate, **inputs)
-    with capsight.enable(vlm.model, capsule=fitted(vlm.name, 1.0)) as fast:
+    with capsight.enable(vlm.model, capsule=fitted(vlm.name, 1.0, codec)) as fast:
         ours = greedy(fast.generate, **inputs)
     assert_same(ours, full)
 
 
-def test_encapsulated_images_then_question(vlm):
+@both_codecs
+def test_encapsulated_images_then_question(vlm, codec):
     inputs = mixed_batch(vlm)
     full = greedy(vlm.model.generate, **inputs)
-    with capsight.enable(vlm.model, capsule=fitted(vlm.name, 1.0)) as fast:
+    with capsight.enable(vlm.model, capsule=fitted(vlm.name, 1.0, codec)) as fast:
         cache = fast.encapsulate(**inputs)
         assert cache.get_seq_length() == build_layout(inputs, vlm.config).last_vision_end
         ours = greedy(fast.generate, past_key_values=cache, **inputs)
@@ -64,19 +70,22 @@ def test_encapsulated_without_capsule_is_the_full_cache(qwen):
 def test_evicting_differs_from_rebuilding_and_from_full(qwen):
     inputs = qwen.inputs([([qwen.picture(1), qwen.picture(2)], "compare"), ([qwen.picture(3)], "what is it")])
     capsule = fitted("qwen2_5_vl", 0.25)
+    adaptive, evict = (capsule.with_codec(codec) for codec in ("adaptive", "evict"))
     logits = {}
-    for name, used in (("full", None), ("rebuilt", capsule), ("evicted", capsule.with_codec("evict"))):
+    for name, used in (("full", None), ("rebuilt", adaptive), ("evicted", evict), ("by head", capsule)):
         with capsight.enable(qwen.model, capsule=used) as fast:
             cache = fast.encapsulate(**inputs)
             logits[name] = greedy(fast.generate, past_key_values=cache, **inputs).logits[0]
-    assert not torch.allclose(logits["rebuilt"], logits["full"], atol=1e-5)
-    assert not torch.allclose(logits["evicted"], logits["rebuilt"], atol=1e-5)
+    for a, b in itertools.combinations(logits.values(), 2):
+        assert not torch.allclose(a, b, atol=1e-5)
 
 
-def test_evicting_everything_kept_is_the_full_cache(qwen):
+@pytest.mark.parametrize("codec", ["evict", "heads"])
+def test_evicting_everything_kept_is_the_full_cache(qwen, codec):
     inputs = mixed_batch(qwen)
     full = greedy(qwen.model.generate, **inputs)
-    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 1.0).with_codec("evict")) as fast:
+    capsule = fitted("qwen2_5_vl", 1.0, codec)
+    with capsight.enable(qwen.model, capsule=capsule, decode="materialise") as fast:
         assert_same(greedy(fast.generate, **inputs), full)
 
 
@@ -93,7 +102,7 @@ def test_model_is_what_it_was(qwen):
         )
 
     before = state()
-    for codec in ("adaptive", "evict"):
+    for codec in ("adaptive", "evict", "heads"):
         with capsight.enable(model, capsule=capsule.with_codec(codec)) as fast:
             fast.generate(**mixed_batch(qwen), max_new_tokens=2)
         assert state() == before
@@ -110,24 +119,26 @@ def test_model_is_restored_after_an_error(qwen):
     assert text._attn_implementation == before
 
 
-def test_second_turn_on_the_same_cache(qwen):
+@both_codecs
+def test_second_turn_on_the_same_cache(qwen, codec):
     pictures = [[qwen.picture(1)], [qwen.picture(2)]]
     first = qwen.inputs([(p, "what is it") for p in pictures])
     texts = [qwen.prompt(p, "what is it") + "yes<|im_end|>\n<|im_start|>user\nand now?" for p in pictures]
     second = qwen.process(texts, pictures)
     assert torch.equal(second["input_ids"][:, : first["input_ids"].shape[1]], first["input_ids"])
     full = greedy(qwen.model.generate, **second)
-    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 1.0)) as fast:
+    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 1.0, codec)) as fast:
         fast.generate(**first, max_new_tokens=1)
         ours = greedy(fast.generate, past_key_values=fast.cache, **second)
     assert_same(ours, full)
 
 
-def test_interleaved_conversations_keep_their_positions(qwen):
+@both_codecs
+def test_interleaved_conversations_keep_their_positions(qwen, codec):
     a = qwen.inputs([([qwen.picture(1), qwen.picture(2)], "compare")])
     b = qwen.inputs([([qwen.picture(3, qwen.other_size)], "what is it")])
     full = greedy(qwen.model.generate, **a)
-    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 1.0)) as fast:
+    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 1.0, codec)) as fast:
         cache = fast.encapsulate(**a)
         fast.generate(**b, max_new_tokens=2)
         ours = greedy(fast.generate, past_key_values=cache, **a)
@@ -144,11 +155,12 @@ def test_sampling_with_a_seed_repeats(qwen):
     assert torch.equal(*runs)
 
 
-def test_beams_and_return_sequences(qwen):
+@both_codecs
+def test_beams_and_return_sequences(qwen, codec):
     inputs = mixed_batch(qwen)
     options = {"max_new_tokens": 4, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
     full = qwen.model.generate(**inputs, **options)
-    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 1.0)) as fast:
+    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 1.0, codec)) as fast:
         assert torch.equal(fast.generate(**inputs, **options), full)
 
 

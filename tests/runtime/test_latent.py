@@ -25,27 +25,30 @@ def both_ways(vlm, capsule, **inputs):
     return found
 
 
-def test_equals_materialise(vlm):
-    a, b = both_ways(vlm, fitted(vlm.name, 0.4).with_weights("stored"), **mixed_batch(vlm))
+@pytest.mark.parametrize("codec", ["heads", "adaptive"])
+def test_equals_materialise(vlm, codec):
+    a, b = both_ways(vlm, fitted(vlm.name, 0.4, codec).for_latent(), **mixed_batch(vlm))
     assert_same(b, a)
     assert a.nbytes == b.nbytes
 
 
-def test_all_retained_is_the_full_cache(vlm):
+@pytest.mark.parametrize("codec", ["heads", "adaptive"])
+def test_all_retained_is_the_full_cache(vlm, codec):
     inputs = mixed_batch(vlm)
     full = greedy(vlm.model.generate, **inputs)
-    with capsight.enable(vlm.model, capsule=fitted(vlm.name, 1.0), decode="latent") as fast:
+    with capsight.enable(vlm.model, capsule=fitted(vlm.name, 1.0, codec), decode="latent") as fast:
         assert_same(greedy(fast.generate, **inputs), full)
         cache = fast.encapsulate(**inputs)
         assert_same(greedy(fast.generate, past_key_values=cache, **inputs), full)
 
 
-@pytest.mark.parametrize("share", ["block", "prompt"])
-@pytest.mark.parametrize("codec", ["adaptive", "evict"])
-def test_with_and_without_sharing(qwen, codec, share):
-    capsule = fitted("qwen2_5_vl", 0.4).with_codec(codec).with_share(share)
-    a, b = both_ways(qwen, capsule, **mixed_batch(qwen))
-    assert_same(b, a)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("codec", ["heads", "adaptive"])
+def test_few_bits(qwen, codec, bits):
+    a, b = both_ways(qwen, fitted("qwen2_5_vl", 0.4, codec).with_bits(bits), **mixed_batch(qwen))
+    assert torch.equal(a.sequences, b.sequences)
+    for x, y in zip(a.logits, b.logits, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-3 if codec == "heads" else 2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("codec", ["evict", "static"])
@@ -60,15 +63,17 @@ def test_other_codecs(qwen, codec):
     assert_same(b, a)
 
 
-def test_text_alone(qwen):
+@pytest.mark.parametrize("codec", ["heads", "adaptive"])
+def test_text_alone(qwen, codec):
     inputs = qwen.inputs([([], "just words"), ([], "and fewer")])
     full = greedy(qwen.model.generate, **inputs)
-    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 0.4), decode="latent") as fast:
+    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 0.4, codec), decode="latent") as fast:
         assert_same(greedy(fast.generate, **inputs), full)
 
 
-def test_a_cache_may_change_between_the_two_ways(qwen):
-    inputs, capsule = mixed_batch(qwen), fitted("qwen2_5_vl", 0.4).with_weights("stored")
+@pytest.mark.parametrize("codec", ["heads", "adaptive"])
+def test_a_cache_may_change_between_the_two_ways(qwen, codec):
+    inputs, capsule = mixed_batch(qwen), fitted("qwen2_5_vl", 0.4, codec).for_latent()
     found = []
     for first, second in (
         ("materialise", "materialise"),
@@ -88,18 +93,20 @@ def test_a_cache_may_change_between_the_two_ways(qwen):
     assert_same(found[2], found[0])
 
 
-def test_beams(qwen):
+@pytest.mark.parametrize("codec", ["heads", "adaptive"])
+def test_beams(qwen, codec):
     inputs = mixed_batch(qwen)
     options = {"max_new_tokens": 4, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
     full = qwen.model.generate(**inputs, **options)
-    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 1.0), decode="latent") as fast:
+    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 1.0, codec), decode="latent") as fast:
         assert torch.equal(fast.generate(**inputs, **options), full)
 
 
 def test_weights_are_stored_unless_told_otherwise(qwen, tmp_path):
-    capsule = fitted("qwen2_5_vl", 0.4)
+    capsule = fitted("qwen2_5_vl", 0.4, "adaptive")
     solved = capsule.with_weights("solved")
-    for given, stored in ((capsule, True), (solved, False), (capsule.with_codec("evict"), False)):
+    evict, heads = (capsule.with_codec(codec) for codec in ("evict", "heads"))
+    for given, stored in ((capsule, True), (solved, False), (evict, False), (heads, False)):
         with capsight.enable(qwen.model, capsule=given, decode="latent") as fast:
             cache = fast.encapsulate(**qwen.inputs([([qwen.picture(1)], "what is it")]))
         payload = next(iter(cache.capsule_layers.values())).payload
@@ -111,12 +118,31 @@ def test_weights_are_stored_unless_told_otherwise(qwen, tmp_path):
     assert again.with_codec("evict").with_codec("adaptive").codecs[0].weights == "solved"
 
 
+def test_how_to_decode_unless_told(qwen):
+    """What rebuilds nothing is read as it is; the others leave the model's own attention in place."""
+    text, capsule = qwen.config.get_text_config(), fitted("qwen2_5_vl", 0.4)
+    before = text._attn_implementation
+    for used, decode, attention in (
+        (None, "materialise", before),
+        (capsule, "latent", "capsight"),
+        (capsule.with_bits(8), "latent", "capsight"),
+        (capsule.with_codec("evict"), "latent", "capsight"),
+        (capsule.with_codec("adaptive"), "materialise", before),
+        (METHODS["uniform"](0.4), "latent", "capsight"),
+        (METHODS["snapkv"](0.4), "materialise", "capsight"),
+    ):
+        with capsight.enable(qwen.model, capsule=used) as fast:
+            assert (fast.decode, text._attn_implementation) == (decode, attention)
+    with capsight.enable(qwen.model, capsule=capsule, decode="materialise") as fast:
+        assert (fast.decode, text._attn_implementation) == ("materialise", "capsight")
+
+
 def test_refused(qwen):
     text = qwen.config.get_text_config()
     before = text._attn_implementation
     for capsule, decode, match in (
         (None, "latent", "KVCapsule"),
-        (METHODS["uniform"](0.4), "latent", "KVCapsule"),
+        (METHODS["snapkv"](0.4), "latent", "KVCapsule"),
         (fitted("qwen2_5_vl", 0.4), "fused", "one of"),
     ):
         with (

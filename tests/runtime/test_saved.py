@@ -28,10 +28,10 @@ def text_after(inputs, vlm, cut, text):
     }
 
 
-@pytest.mark.parametrize("bits", [None, 4])
-def test_a_loaded_cache_goes_on_with_the_same_logits(vlm, tmp_path, bits):
+@pytest.mark.parametrize(("codec", "bits"), [("heads", 8), ("adaptive", None), ("adaptive", 4)])
+def test_a_loaded_cache_goes_on_with_the_same_logits(vlm, tmp_path, codec, bits):
     inputs = mixed_batch(vlm)  # left padding, and a row of text alone
-    capsule = fitted(vlm.name, 0.4).with_bits(bits)
+    capsule = fitted(vlm.name, 0.4, codec).with_bits(bits)
     cut = build_layout(inputs, vlm.config).last_vision_end
     question = text_after(inputs, vlm, cut, "and what colour is it?")
     path = tmp_path / "images.safetensors"
@@ -57,9 +57,10 @@ def test_a_loaded_cache_goes_on_with_the_same_logits(vlm, tmp_path, bits):
         assert all(torch.equal(x, y) for x, y in zip(a.logits, b.logits, strict=True))
 
 
-def test_a_later_turn_goes_on_after_loading(qwen, tmp_path):
+@pytest.mark.parametrize("codec", ["heads", "adaptive"])
+def test_a_later_turn_goes_on_after_loading(qwen, tmp_path, codec):
     inputs = mixed_batch(qwen)
-    capsule = fitted("qwen2_5_vl", 0.4)
+    capsule = fitted("qwen2_5_vl", 0.4, codec)
     results = []
     for save in (False, True):
         with capsight.enable(qwen.model, capsule=capsule) as fast:
@@ -78,10 +79,11 @@ def test_a_later_turn_goes_on_after_loading(qwen, tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(results[0].logits, results[1].logits, strict=True))
 
 
-@pytest.mark.parametrize(("bits", "share"), [(None, "block"), (8, "block"), (8, "prompt")])
-def test_a_cache_saved_by_one_decode_serves_the_other(qwen, tmp_path, bits, share):
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("codec", ["heads", "adaptive"])
+def test_a_cache_saved_by_one_decode_serves_the_other(qwen, tmp_path, codec, bits):
     inputs, found = mixed_batch(qwen), {}
-    capsule = fitted("qwen2_5_vl", 0.4).with_bits(bits).with_share(share)
+    capsule = fitted("qwen2_5_vl", 0.4, codec).with_bits(bits)
     for decode in ("latent", "materialise"):
         with capsight.enable(qwen.model, capsule=capsule, decode=decode) as fast:
             fast.encapsulate(**inputs)
@@ -99,8 +101,9 @@ def test_a_cache_saved_by_one_decode_serves_the_other(qwen, tmp_path, bits, shar
         torch.testing.assert_close(other.logits[0], found[decode, decode].logits[0], atol=2e-2, rtol=0)
 
 
-def test_text_alone_and_repeated_rows(qwen, tmp_path):
-    capsule = fitted("qwen2_5_vl", 0.4)
+@pytest.mark.parametrize("codec", ["heads", "adaptive"])
+def test_text_alone_and_repeated_rows(qwen, tmp_path, codec):
+    capsule = fitted("qwen2_5_vl", 0.4, codec)
     with capsight.enable(qwen.model, capsule=capsule) as fast:
         words = qwen.inputs([([], "just words"), ([], "few")])
         cache = fast.encapsulate(**{k: v[:, :8] for k, v in words.items()})
@@ -118,14 +121,15 @@ def test_text_alone_and_repeated_rows(qwen, tmp_path):
         assert torch.equal(a.logits[0], b.logits[0])
 
 
+@pytest.mark.parametrize("codec", ["heads", "adaptive"])
 @pytest.mark.parametrize("rows", [[1, 0, 2], [2, 1], [0, 0, 1, 2]])
-def test_rows_that_have_moved_go_on_and_are_saved(qwen, tmp_path, rows):
+def test_rows_that_have_moved_go_on_and_are_saved(qwen, tmp_path, rows, codec):
     """Prompt and M-RoPE offset move with the rows; the rows have different ones of both."""
     inputs = mixed_batch(qwen)
     cut = build_layout(inputs, qwen.config).last_vision_end
     asked = text_after(inputs, qwen, cut, "and what colour is it?")
     moved = {name: value[rows] for name, value in asked.items()}
-    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 0.4)) as fast:
+    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 0.4, codec)) as fast:
         fast.encapsulate(**inputs)
         expected = greedy(fast.generate, past_key_values=fast.cache, **asked)
         fast.encapsulate(**inputs)
@@ -160,11 +164,11 @@ def test_another_capsule_model_or_dtype_is_refused(qwen, saved):
         capsule.with_retained(0.5),
         capsule.with_bits(8),
         capsule.with_codec("evict"),
-        capsule.with_share("prompt"),
+        capsule.with_codec("adaptive"),
     ):
         with (
             capsight.enable(qwen.model, capsule=other) as fast,
-            pytest.raises(ModelMismatchError, match=r"another capsule \(adaptive, 0.406"),
+            pytest.raises(ModelMismatchError, match=r"another capsule \(heads, 0.406"),
         ):
             fast.load(path)
     vl = FAMILIES["qwen2_vl"]()

@@ -102,11 +102,12 @@ def in_chunks(fast, inputs, chunk):
     return torch.cat(pieces, 1), cache
 
 
+@pytest.mark.parametrize("codec", ["heads", "adaptive"])
 @pytest.mark.parametrize("chunk", [20, 37])
-def test_chunks_that_latent_decoding_could_answer_follow_the_head_map(qwen, chunk):
+def test_chunks_that_latent_decoding_could_answer_follow_the_head_map(qwen, chunk, codec):
     """A chunk without a whole run (text, part of an image) is no step of decoding."""
     inputs = qwen.inputs([([qwen.picture(1), qwen.picture(2)], "which one is it")])
-    capsule = fitted("qwen2_5_vl", 0.4).with_weights("stored")
+    capsule = fitted("qwen2_5_vl", 0.4, codec).for_latent()
     head_map = HeadMap.uniform(Category.SINK, *size_of(qwen), OPTIONS)
     found = {}
     for decode in ("materialise", "latent"):
