@@ -169,6 +169,7 @@ def test_bench_fits_what_another_model_has_no_file_of(monkeypatch, capsys, tmp_p
 
 
 def test_calibrate_then_attention(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("capsight.cli.calibrate.REFERENCE_IMAGES", (2,))  # short prompts
     folder = tmp_path / "map"
     code, out, _ = run(
         monkeypatch, capsys, "calibrate", "--out", folder, "--samples", 2, "--held-out", 2,

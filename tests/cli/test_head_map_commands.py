@@ -23,6 +23,7 @@ def calibrated(tmp_path):
 
 
 def test_calibrate_with_every_option_then_inspect(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("capsight.cli.calibrate.REFERENCE_IMAGES", (2, 3))  # short prompts
     folder = tmp_path / "map"
     code, out, _ = run(
         monkeypatch, capsys, "calibrate", "--out", folder, "--samples", 6, "--held-out", 2,

@@ -99,8 +99,9 @@ def _over_piece(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> 
     if middle < len(keys):
         rest = partial_attention(query, keys[None, None, middle:], values[None, None, middle:], None, scaling)
         out, lse = torch.cat([out, rest[0]], 1), torch.cat([lse, rest[1]], 1)
-    shares = lse.softmax(1)[..., None]  # [1, parts, C, 1]
-    return (out * shares).sum(1), lse.logsumexp(1)
+    shares = (lse - lse.amax(1, keepdim=True)).exp_()  # softmax would wake all threads for so little
+    out = (out * (shares / shares.sum(1, keepdim=True))[..., None]).sum(1)
+    return out, lse.amax(1) + shares.sum(1).log_()
 
 
 def partial_attention(
