@@ -40,8 +40,8 @@ from capsight.layout import PromptLayout
 LAYERS = 28
 """Layers that share the masks of a prompt (as many as Qwen2.5-VL-7B has)."""
 
-REPEATS = {4096: 7, 8192: 7, 16384: 5}
-"""Timed runs up to so many tokens; longer prompts are timed three times."""
+REPEATS = {4096: 9, 8192: 9}
+"""Timed runs up to so many tokens; longer prompts are timed five times."""
 
 Categories = tuple[Category, ...]
 
@@ -63,7 +63,7 @@ def building(layout: PromptLayout, categories: Categories, query: torch.Tensor) 
     start = time.perf_counter()
     for category in set(categories):
         work = Work(layout.rows[0], category, MaskOptions(), CAUSAL, whole(layout.rows[0]))
-        plan = flex_plan if choose(work, query[0]) is flex_or_segments else segment_plan
+        plan = flex_plan if choose(work, query) is flex_or_segments else segment_plan
         plan.__wrapped__(work, query.device)
     return time.perf_counter() - start
 
@@ -89,8 +89,8 @@ def at_length(
         f"{dtype}, sdpa causal": lambda: scaled_dot_product_attention(query, *wide, is_causal=True),
         f"{dtype}, flex causal": sparse((Category.DENSE,) * heads, "flex"),
     }
-    repeats = next((n for limit, n in REPEATS.items() if length <= limit), 3)
-    seconds = measure(runs | baselines, repeats, device)
+    repeats = next((n for limit, n in REPEATS.items() if length <= limit), 5)
+    seconds = measure(runs | baselines, repeats, device, baselines)
     best = min(seconds[name] for name in baselines)
     plans = {name: building(layout, categories, query) for name, categories in maps.items()}
     return {

@@ -10,7 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from blindsight.layouts import CATEGORIES, layouts, options, prompt
 from capsight.blindsight import BaseRule, Category, MaskOptions, sparse_attention
-from capsight.blindsight.attention import flex
+from capsight.blindsight.attention import flex, segments
+from capsight.blindsight.attention import segment_plan as planning
 from capsight.blindsight.attention.flex_plan import TILE, flex_plan
 from capsight.blindsight.attention.segment_plan import segment_plan
 from capsight.blindsight.attention.work import Work
@@ -29,15 +30,17 @@ def qkv(batch, heads, kv_heads, queries, keys, seed=0, dtype=torch.float32):
     return [torch.randn(batch, h, n, D, generator=generator).to(dtype) for h, n in shapes]
 
 
-def check(layout, categories, chosen, rule, implementation, prefix=0, kv_heads=2, forget=0):
+def check(layout, categories, chosen, rule, implementation, prefix=0, kv_heads=2, forget=0, grad=False):
     forget = min(forget, prefix)
     keys = layout.length - forget
     q, k, v = qkv(layout.batch_size, len(categories), kv_heads, layout.length - prefix, keys)
     given = {"options": chosen, "rule": rule, "prefix": prefix}
+    q.requires_grad_(grad)
     expected = sparse_attention(q, k, v, layout, categories, implementation="reference", **given)
     found = sparse_attention(q, k, v, layout, categories, implementation=implementation, **given)
     assert expected.isfinite().all()
     assert (found - expected).abs().max() <= 1e-4
+    assert found.requires_grad == grad
 
 
 @settings(max_examples=60, deadline=None)
@@ -45,6 +48,31 @@ def check(layout, categories, chosen, rule, implementation, prefix=0, kv_heads=2
 def test_segments_equal_the_reference(layout, categories, chosen, rule, data):
     prefix = data.draw(st.integers(0, layout.length - 1))
     check(layout, categories, chosen, rule, "segments", prefix, forget=data.draw(st.integers(0, prefix)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts(), st.lists(st.sampled_from(CATEGORIES), min_size=4, max_size=4), options(), RULES, st.data())
+def test_calls_without_a_mask_for_keys_that_all_see(layout, categories, chosen, rule, data):
+    """Sizes from which a segment is cut in two are thousands of tokens; here they are small."""
+    cut = {"SEEN": st.integers(1, 5), "MASKED": st.sampled_from([4, 40]), "SMALL": st.sampled_from([2, 9])}
+    sizes = {name: data.draw(size, name) for name, size in cut.items()}
+    prefix = data.draw(st.integers(0, layout.length - 1))
+    forget, grad = data.draw(st.integers(0, prefix)), data.draw(st.booleans())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, size in sizes.items():
+            patch.setattr(planning, name, size)
+        patch.setattr(segments, "segment_plan", segment_plan.__wrapped__)  # remembered ones have other sizes
+        check(layout, categories, chosen, rule, "segments", prefix, forget=forget, grad=grad)
+
+
+def test_a_question_after_long_context_has_a_mask_for_itself_only():
+    row = prompt(1500, 1500, tail=200)
+    work = Work(row, Category.INTRA_IMAGE_SINK, MaskOptions(), BaseRule(), whole(row))
+    question = segment_plan(work, torch.device("cpu")).segments[-3]
+    first = row.length - 202  # with the delimiter before it, and one token between
+    assert (question.rows, question.seen) == (slice(first, row.length), (0, first))
+    assert question.own == (first, row.length)
+    assert question.mask.shape == (202, 202)
 
 
 @pytest.mark.slow

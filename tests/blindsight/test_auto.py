@@ -39,15 +39,15 @@ def qkv(dtype=torch.float32):
 
 
 def test_the_table_is_followed(table):
-    query = torch.zeros(1, ROW.length, 8)
+    query = torch.zeros(1, 1, ROW.length, 8)
     assert auto.choose(work(Category.DENSE), query) is segments.attend
     assert auto.choose(work(Category.INTRA_IMAGE), query) is auto.flex_or_segments
     assert auto.choose(work(Category.SINK), query) is auto.flex_or_segments
-    assert auto.choose(work(Category.SINK), query[:, :100]) is segments.attend
+    assert auto.choose(work(Category.SINK), query[:, :, :100]) is segments.attend
     short = Chunk(0, 0, 299)
-    assert auto.choose(work(Category.INTRA_IMAGE, short), query[:, :299]) is segments.attend
+    assert auto.choose(work(Category.INTRA_IMAGE, short), query[:, :, :299]) is segments.attend
     later = Chunk(0, 10, ROW.length)
-    assert auto.choose(work(Category.DENSE, later), query[:, 10:]) is auto.flex_or_segments
+    assert auto.choose(work(Category.DENSE, later), query[:, :, 10:]) is auto.flex_or_segments
     assert auto.choose(work(Category.DENSE, rule=BaseRule(50)), query) is auto.flex_or_segments
 
 

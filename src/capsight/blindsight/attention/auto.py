@@ -23,13 +23,13 @@ def choose(work: Work, query: Tensor) -> Attend:
 
     Args:
         work: what is to be attended to.
-        query: `[H, S, D]`.
+        query: `[N, G, S, D]`.
     """
     keys = work.chunk.end - work.chunk.first_key
     name = fastest(query.device, query.dtype, kind_of(work), keys)
     if name == "segments_float32":
         return in_float32
-    few = query.shape[1] < FEW_ROWS or (query.device.type, query.dtype) in _WITHOUT_FLEX
+    few = query.shape[2] < FEW_ROWS or (query.device.type, query.dtype) in _WITHOUT_FLEX
     return flex_or_segments if name == "flex" and not few else segments.attend
 
 

@@ -46,8 +46,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, work: Work, scaling: float
     if reason:
         raise FlexUnavailableError(f'{reason}; use implementation="segments"')
     plan = flex_plan(work, query.device)
-    q = query.index_select(1, plan.rows)[:, None]  # [H, 1, Q, D]
-    k, v = (x.index_select(1, plan.keys)[:, None] for x in (key, value))  # [H, 1, K, D]
+    q = query.flatten(0, 1).index_select(1, plan.rows)[:, None]  # [H, 1, Q, D], H = N G
+    k, v = (  # [H, 1, K, D]
+        x.index_select(1, plan.keys)[:, None].repeat_interleave(query.shape[1], 0) for x in (key, value)
+    )
     tiles = (plan.partial_count, plan.partial, plan.full_count, plan.full)
     try:
         with torch.no_grad(), _LOCK, _config():
@@ -62,7 +64,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, work: Work, scaling: float
             f'FlexAttention does not compile here ({error}); use implementation="segments"'
         ) from error
     out = query.new_zeros(query.shape)
-    return out.index_copy_(1, plan.targets, found[:, 0].index_select(1, plan.slots))
+    found = found[:, 0].index_select(1, plan.slots)  # [H, S', D]
+    return out.index_copy_(2, plan.targets, found.unflatten(0, query.shape[:2]))
 
 
 @contextmanager

@@ -16,8 +16,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, work: Work, scaling: float
     mask = mask[work.first_row : chunk.end, chunk.first_key : chunk.end].to(query.device)
     out = query.new_zeros(query.shape)
     if mask.shape[0]:
-        rows = scaled_dot_product_attention(
-            query[None, :, skip:], key[None], value[None], attn_mask=mask, scale=scaling
-        )
-        out[:, skip:] = rows[0]
+        k, v = (x[:, None].expand(-1, query.shape[1], -1, -1) for x in (key, value))  # [N, G, T, D]
+        rows = scaled_dot_product_attention(query[:, :, skip:], k, v, attn_mask=mask, scale=scaling)
+        out[:, :, skip:] = rows
     return out

@@ -24,16 +24,23 @@ WINDOW_PIECE = 128
 SMALL = 128
 """Runs of fewer rows share a call with their neighbours, at the price of a mask."""
 
+MASKED = 2**18
+"""Entries of the mask of scattered text (delimiters), at most: wider calls have keys that few rows see."""
+
+SEEN = 1024
+"""So many keys that all rows of a segment see are worth a call of their own, without a mask."""
+
 CAUSAL_SLACK = 1.2
 """A causal segment may have this many times its queries in keys before them, each an empty query more."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Segment:
-    """One SDPA call.
+    """One SDPA call, or two whose results are added up.
 
     Attributes:
         rows: which queries, counted from the first: a slice, or int64 `[n]`.
+        seen: keys at these positions are seen by all rows, and are not among the following; may be empty.
         context: so many of the first front keys come first.
         own: then the keys at these positions.
         mask: bool `[n, m]` for those keys, or None where all is seen (or `causal` says what).
@@ -41,6 +48,7 @@ class Segment:
     """
 
     rows: slice | Tensor
+    seen: Span
     context: int
     own: Span
     mask: Tensor | None
@@ -86,6 +94,7 @@ def _plan(work: Work, device: torch.device) -> SegmentPlan:
     moved = tuple(
         Segment(
             s.rows.to(device) if isinstance(s.rows, Tensor) else s.rows,
+            s.seen,
             s.context,
             s.own,
             None if s.mask is None else s.mask.to(device),
@@ -145,6 +154,14 @@ def _keys(found: Intervals, rows: slice | Tensor) -> tuple[int, Span]:
     return context, (start, int(found.last[rows].max()) + 1)
 
 
+def _seen_by_all(found: Intervals, rows: slice | Tensor, own: Span) -> Span:
+    """The first own keys, if all rows see them and they are many; never the last key that a row sees."""
+    starts = torch.maximum(found.lo[rows], found.split[rows])
+    end = int(found.last[rows].min())
+    many = end - own[0] >= SEEN and int(starts.max()) == own[0]
+    return own[0], end if many else own[0]
+
+
 def _merged(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
     """Small pieces put together, text with text and image with image, up to PIECE rows."""
     group: list[_Piece] = []
@@ -160,7 +177,7 @@ def _merged(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
 def _fits(group: list[_Piece], piece: _Piece) -> bool:
     rows = sum(p.span[1] - p.span[0] for p in (*group, piece))
     width = piece.span[1] - group[0].span[0]
-    near = piece.is_text or width <= rows + PIECE
+    near = rows * width <= MASKED if piece.is_text else width <= rows + PIECE
     alike = piece.is_text == group[0].is_text and not (piece.whole or group[-1].whole)
     return alike and near and rows <= PIECE
 
@@ -175,6 +192,8 @@ def _segment(work: Work, found: Intervals, pieces: list[_Piece]) -> Segment:
     context, own = _keys(found, rows)
     if pieces[0].whole:
         two_way = work.rule.bidirectional_images and not pieces[0].is_text
-        return Segment(rows, context, own, None, not two_way)
+        return Segment(rows, (own[0], own[0]), context, own, None, not two_way)
+    seen = _seen_by_all(found, rows, own)
+    own = seen[1], own[1]
     mask = found.seen(rows, torch.cat((found.front[:context], torch.arange(*own))))  # [n, m]
-    return Segment(rows, context, own, None if mask.all() else mask, False)
+    return Segment(rows, seen, context, own, None if mask.all() else mask, False)

@@ -40,7 +40,10 @@ class Work:
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Work, float], Tensor]
-"""`(query [H, S, D], key [H, T, D], value [H, T, D], work, scaling) -> [H, S, D]`, padding rows zero."""
+"""`(query [N, G, S, D], key [N, T, D], value [N, T, D], work, scaling) -> [N, G, S, D]`, padding rows zero.
+
+G query heads share each of the N KV heads.
+"""
 
 
 def attend_all(
@@ -78,12 +81,15 @@ def attend_all(
     for index, row in enumerate(layout.rows):
         for category, heads in groups:
             work = Work(row, _effective(row, category), options, rule, chunk)
-            q = _heads(query[index], heads)  # [H, S, D]
-            k, v = (_heads(x[index], [head // size for head in heads]) for x in (key, value))
-            found = choose(work, q)(q, k, v, work, scaling)
+            q, k, v = _grouped(query[index], key[index], value[index], heads, size)
+            found = choose(work, q)(q, k, v, work, scaling)  # [N, G, S, D]
             if out is None:
-                return found[None]
-            out[index, heads] = found
+                return found.flatten(0, 1)[None]
+            neighbours = _in_a_row(heads)
+            if neighbours:
+                out[index, neighbours].unflatten(0, found.shape[:2]).copy_(found)
+            else:
+                out[index, heads] = found.flatten(0, 1)
     assert out is not None
     return out
 
@@ -138,8 +144,36 @@ def _effective(row: RowLayout, category: Category) -> Category:
     return category
 
 
+def _grouped(
+    query: Tensor, key: Tensor, value: Tensor, heads: list[int], size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Some query heads of one row and the KV heads that they read, as `Attend` takes them.
+
+    Where the query heads share KV heads evenly, as all heads of a layer do, nothing is copied on a CPU. GPU
+    kernels were not tried on keys that heads share, so there each query head gets its own.
+
+    Args:
+        query: `[Hq, S, D]`.
+        key: `[Hkv, T, D]`.
+        value: `[Hkv, T, D]`.
+        heads: which query heads (H).
+        size: query heads that share a KV head.
+    """
+    read = [head // size for head in heads]
+    each = read.count(read[0]) if query.device.type == "cpu" else 1
+    if read != [head for head in read[::each] for _ in range(each)]:
+        each = 1
+    k, v = (_heads(x, read[::each]) for x in (key, value))
+    return _heads(query, heads).unflatten(0, (-1, each)), k, v
+
+
 def _heads(x: Tensor, heads: list[int]) -> Tensor:
-    """Heads of `[H, S, D]`, without a copy where they are all there in order."""
-    if heads == list(range(x.shape[0])):
-        return x
-    return x.index_select(0, torch.tensor(heads, device=x.device))
+    """Heads of `[H, S, D]`, without a copy where they lie in a row."""
+    neighbours = _in_a_row(heads)
+    return x[neighbours] if neighbours else x.index_select(0, torch.tensor(heads, device=x.device))
+
+
+def _in_a_row(heads: list[int]) -> slice | None:
+    """These heads as a slice, if they are one."""
+    first, end = heads[0], heads[-1] + 1
+    return slice(first, end) if heads == list(range(first, end)) else None

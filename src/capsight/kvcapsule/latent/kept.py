@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from capsight.kvcapsule.latent.blocks import BlockRows, KeptTokens
+from capsight.partial_attention import added_up, partial_attention
 
 _SHORTEST = 256
 """Tokens that are worth a thread of their own."""
@@ -39,10 +40,7 @@ def attend(
     out, lse = partial_attention(q, keys, values, mask, scaling)  # over exact tokens
     found = _over_kept(q, kept, rows, scaling)
     if found is not None:
-        top = torch.maximum(lse, found[1])
-        shares = [(x - top).exp_() for x in (lse, found[1])]  # [B, H, C]
-        total = shares[0] + shares[1]
-        out = out * (shares[0] / total)[..., None] + found[0] * (shares[1] / total)[..., None]
+        out = added_up((out, lse), found)
     return out.to(query.dtype).view(batch, query_heads, count, head_dim).transpose(1, 2)
 
 
@@ -102,33 +100,3 @@ def _over_piece(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> 
     shares = (lse - lse.amax(1, keepdim=True)).exp_()  # softmax would wake all threads for so little
     out = (out * (shares / shares.sum(1, keepdim=True))[..., None]).sum(1)
     return out, lse.amax(1) + shares.sum(1).log_()
-
-
-def partial_attention(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Attention over some of the tokens, and the log of the normaliser.
-
-    On CPUs it is the kernel behind torch's own `scaled_dot_product_attention`, which does not give the log.
-
-    Args:
-        query: `[B, H, C, D]`.
-        keys: `[B, H, X, D]`, X > 0.
-        values: `[B, H, X, D]`.
-        mask: bool or additive, `[B or 1, H or 1, C, X]`, or None; every query sees a token.
-        scaling: factor of the scores.
-
-    Returns:
-        `[B, H, C, D]` in the dtype of `query`, and float32 `[B, H, C]` (float64 of float64).
-    """
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-    if query.device.type == "cpu" and not (torch.is_grad_enabled() and query.requires_grad):
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, keys, values, attn_mask=mask, scale=scaling
-        )
-        return out, lse
-    work = torch.promote_types(query.dtype, torch.float32)
-    scores = query.to(work) @ keys.to(work).mT * scaling  # [B, H, C, X]
-    scores = scores if mask is None else scores + mask
-    return (scores.softmax(-1) @ values.to(work)).to(query.dtype), scores.logsumexp(-1)
