@@ -50,12 +50,11 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     out, lse = (x.unflatten(0, (kv_heads, each)) for x in found)  # [N, G, P, n, D] and [N, G, P, n]
     done = [out[:, :, 0]]
     for part in range(1, parts):
-        before = [x[None, :, : part * size] for x in (key, value)]
+        k, v = (x[None, :, : part * size] for x in (key, value))  # [1, N, m, D]
         folded = q[:, :, part].flatten(1, 2)[None]  # [1, N, G n, D]
-        other, of_other = (
-            x[0].unflatten(1, (each, size)) for x in partial_attention(folded, *before, None, scaling)
-        )
-        done.append(added_up((out[:, :, part], lse[:, :, part]), (other, of_other)))
+        other, of_other = partial_attention(folded, k, v, None, scaling)
+        seen = other[0].unflatten(1, (each, size)), of_other[0].unflatten(1, (each, size))
+        done.append(added_up((out[:, :, part], lse[:, :, part]), seen))
     if parts * size < count:
         rows = torch.arange(parts * size, count)
         mask = torch.arange(count) <= rows[:, None]  # [S % P, S]

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,6 +87,11 @@ class BlockRows:
         stops = torch.bincount(self.rows).cumsum(0).tolist()
         spans = zip([0, *stops], stops, strict=False)
         return {row: (start, stop) for row, (start, stop) in enumerate(spans) if start < stop}
+
+    @cached_property
+    def plans(self) -> WeakTensorKeyDictionary:
+        """What was worked out for these rows, by the counts of `KeptTokens`, as long as those are there."""
+        return WeakTensorKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

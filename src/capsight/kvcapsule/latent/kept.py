@@ -1,24 +1,21 @@
 """Attention over tokens that each KV head keeps for itself: nothing is rebuilt.
 
-What a head keeps of a row is one piece of memory, but pieces differ in length. Each is attended to on its
-own, in as many parts as there are threads, the exact tokens of all rows and heads together; parts are then
-added up by the logs of their normalisers, as in Flash-Decoding. Only where pieces are many and short are they
-copied side by side, since calls would cost more than that.
+What a head keeps of a row is one piece of memory, but pieces differ in length, and a call for each would cost
+more than the work. Where they are short they are copied side by side, after the exact tokens, for one call.
+Where they are long all that is kept is cut into chunks of equal length, where it lies: one call reads all
+chunks that are of one piece, and another the few tokens, copied, at the ends of pieces. The sums are then
+added up by the logs of their normalisers, as in Flash-Decoding.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from capsight.kvcapsule.latent.blocks import BlockRows, KeptTokens
-from capsight.partial_attention import added_up, partial_attention
-
-_SHORTEST = 256
-"""Tokens that are worth a thread of their own."""
-
-_MANY, _SMALL = 8, 2**20
-"""Pieces that are too many for a call each, if their keys take so few bytes when they are padded."""
+from capsight.kvcapsule.latent.pieces import Chunks, Runs, pieces_of
+from capsight.partial_attention import Partial, added_up, partial_attention
 
 
 def attend(
@@ -37,66 +34,60 @@ def attend(
     if mask is not None:
         mask = mask.unflatten(1, (heads if mask.shape[1] > 1 else 1, -1))  # [B or 1, H or 1, G or 1, Q, X]
         mask = mask.expand(-1, -1, query_heads // heads, -1, -1).flatten(2, 3)  # [B or 1, H or 1, C, X]
-    out, lse = partial_attention(q, keys, values, mask, scaling)  # over exact tokens
-    found = _over_kept(q, kept, rows, scaling)
-    if found is not None:
-        out = added_up((out, lse), found)
+    pieces = pieces_of(kept, rows, batch)
+    if isinstance(pieces, Runs):
+        out = _side_by_side(q, keys, values, kept, pieces, mask, scaling)
+    else:
+        exact = partial_attention(q, keys, values, mask, scaling)
+        out = exact[0] if pieces is None else added_up(exact, _over_chunks(q, kept, pieces, rows, scaling))
     return out.to(query.dtype).view(batch, query_heads, count, head_dim).transpose(1, 2)
 
 
-def _over_kept(q: Tensor, kept: KeptTokens, rows: BlockRows, scaling: float) -> tuple[Tensor, Tensor] | None:
+def _side_by_side(
+    q: Tensor, keys: Tensor, values: Tensor, kept: KeptTokens, runs: Runs, mask: Tensor | None, scaling: float
+) -> Tensor:
+    """Attention of queries `[B, H, C, D]` over exact tokens and copies of kept ones: `[B, H, C, D]`."""
+    sizes = q.shape[:2]
+    k, v = (
+        torch.cat((own, runs.gather(x).unflatten(0, sizes)), 2)
+        for own, x in ((keys, kept.keys), (values, kept.values))
+    )
+    shown = runs.shown.view(*sizes, 1, -1)  # [B, H, 1, W]
+    if mask is None:
+        whole = torch.nn.functional.pad(shown, (keys.shape[2], 0), value=True)
+    else:
+        if mask.dtype != torch.bool:
+            none = torch.zeros(shown.shape, dtype=q.dtype, device=q.device)
+            mask, shown = mask.to(q.dtype), none.masked_fill(~shown, -torch.inf)
+        every = (*sizes, mask.shape[2], -1)
+        whole = torch.cat((mask.expand(every), shown.expand(every)), 3)  # [B, H, C, X + W]
+    return scaled_dot_product_attention(q, k, v, attn_mask=whole, scale=scaling)
+
+
+def _over_chunks(q: Tensor, kept: KeptTokens, chunks: Chunks, rows: BlockRows, scaling: float) -> Partial:
     """Attention of queries `[B, H, C, D]` over kept tokens alone, as `partial_attention` gives it.
 
-    Rows without any have minus infinity for the log; None if no row has some.
+    Rows without any have minus infinity for the log.
     """
-    spans = rows.spans
-    if not spans:
-        return None
-    sizes = kept.sizes(rows)  # [H][rows that have some]
-    each = [size for own in sizes for size in own]
-    queries = q[list(spans)].transpose(0, 1).flatten(0, 1)[:, None]  # [pieces, 1, C, D]
-    padded = len(each) * max(each) * kept.keys.shape[1] * kept.keys.element_size()
-    if len(each) > _MANY and padded < _SMALL:
-        outs, lses = _side_by_side(queries, kept, each, scaling)
-    else:
-        pieces = zip(queries.split(1), kept.keys.split(each), kept.values.split(each), strict=True)
-        found = [_over_piece(query, k, v, scaling) for query, k, v in pieces]
-        outs, lses = (torch.cat([pair[i] for pair in found]) for i in (0, 1))
-    outs, lses = (x.unflatten(0, (q.shape[1], -1)) for x in (outs, lses))  # [H, rows that have some, ...]
-    if len(spans) == len(q):
-        return outs.transpose(0, 1), lses.transpose(0, 1)
-    out, lse = outs.new_zeros(q.shape), lses.new_full(q.shape[:3], -torch.inf)
-    out[list(spans)], lse[list(spans)] = outs.transpose(0, 1), lses.transpose(0, 1)
-    return out, lse
-
-
-def _side_by_side(
-    queries: Tensor, kept: KeptTokens, sizes: list[int], scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Attention of queries `[S, 1, C, D]` over their pieces, padded: `[S, C, D]` and `[S, C]`."""
-    lengths = torch.tensor(sizes, device=queries.device)[:, None]
-    place = torch.arange(max(sizes), device=queries.device)
-    index = (lengths.cumsum(0) - lengths + place.minimum(lengths - 1)).flatten()
-    shape = (len(sizes), 1, len(place), -1)
-    k, v = (x.index_select(0, index).view(shape) for x in (kept.keys, kept.values))
-    mask = (place < lengths)[:, None, None].expand(-1, -1, queries.shape[2], -1)
-    out, lse = partial_attention(queries, k, v, mask, scaling)
-    return out[:, 0], lse[:, 0]
-
-
-def _over_piece(query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """Attention of queries `[1, 1, C, D]` over tokens `[L, D]`: `[1, C, D]` and `[1, C]`."""
-    threads = torch.get_num_threads() if query.device.type == "cpu" else 1
-    parts = min(threads, len(keys) // _SHORTEST)
-    if parts < 2:
-        out, lse = partial_attention(query, keys[None, None], values[None, None], None, scaling)
-        return out[0], lse[0]
-    middle = len(keys) - len(keys) % parts
-    k, v = (x[:middle].view(1, parts, -1, x.shape[1]) for x in (keys, values))
-    out, lse = partial_attention(query.expand(-1, parts, -1, -1), k, v, None, scaling)
-    if middle < len(keys):
-        rest = partial_attention(query, keys[None, None, middle:], values[None, None, middle:], None, scaling)
-        out, lse = torch.cat([out, rest[0]], 1), torch.cat([lse, rest[1]], 1)
-    shares = (lse - lse.amax(1, keepdim=True)).exp_()  # softmax would wake all threads for so little
-    out = (out * (shares / shares.sum(1, keepdim=True))[..., None]).sum(1)
-    return out, lse.amax(1) + shares.sum(1).log_()
+    some = list(rows.spans)
+    asked = q[some].transpose(0, 1).flatten(0, 1)[chunks.piece]  # [n + R, C, D]
+    k, v = (chunks.where_they_lie(x)[None] for x in (kept.keys, kept.values))  # [1, n, size, D]
+    out, lse = (x[0] for x in partial_attention(asked[None, : chunks.count], k, v, None, scaling))
+    if chunks.rest is not None:
+        k, v = (chunks.rest.gather(x)[:, None] for x in (kept.keys, kept.values))  # [R, 1, W, D]
+        shown = chunks.rest.shown[:, None, None].expand(-1, -1, q.shape[2], -1)
+        more = partial_attention(asked[chunks.count :, None], k, v, shown, scaling)
+        out, lse = torch.cat((out, more[0][:, 0])), torch.cat((lse, more[1][:, 0]))
+    out = out.masked_fill(chunks.shared, 0)  # what is not finite in one piece must not reach another
+    logs = lse.T[:, None].masked_fill(chunks.others, -torch.inf)  # [C, P, n + R]
+    shares = logs.softmax(-1)[:, chunks.piece, torch.arange(len(out), device=q.device)].T  # [n + R, C]
+    summed = shares.new_zeros(logs.shape[1], *out.shape[1:]).index_add(
+        0, chunks.piece, out * shares[..., None]
+    )
+    pair = summed, logs.logsumexp(-1).T  # [P, C, D] and [P, C]
+    out, lse = (x.unflatten(0, (-1, len(some))).transpose(0, 1) for x in pair)
+    if len(some) == len(q):
+        return out, lse
+    outs, lses = out.new_zeros(q.shape), lse.new_full(q.shape[:3], -torch.inf)
+    outs[some], lses[some] = out, lse
+    return outs, lses

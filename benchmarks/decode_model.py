@@ -1,0 +1,158 @@
+"""Decode speed of a whole model whose images are long: tokens per second over full caches and over capsules.
+
+    python benchmarks/decode_model.py
+
+A model with random weights of the size of Qwen2.5-0.5B (see `ttft.py`) decodes after caches that are filled
+with random keys and values, since prefilling 32,768 tokens says nothing about decoding. The baselines are
+transformers' own caches, which grow by copying (`DynamicCache`) or have room for what comes (`StaticCache`);
+speedup is over the faster of the two in the same run, all taking turns.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import typer
+from attention_measuring import layout_of, machine
+from rich.console import Console
+from torch import Tensor
+from transformers import StaticCache
+from transformers.cache_utils import DynamicCache
+from ttft import large_model, prompt
+
+from capsight import KVCapsule, enable, load_reference_vlm
+from capsight.evaluation.asking import cache_nbytes, process
+from capsight.evaluation.timing import time_once
+from capsight.runtime import FastModel
+
+RESULT = Path(__file__).parent / "results" / "decode_model.json"
+IMAGE = 1024
+"""Vision tokens of an image."""
+
+BLOCK = 64
+"""Tokens over which random keys and values are alike."""
+
+
+class Variant(NamedTuple):
+    """A cache to decode over: a stock one, or that of a capsule."""
+
+    name: str
+    stock: str | None
+    capsule: KVCapsule | None
+
+
+def smooth(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
+    """Random `[B, H, S, D]` whose neighbouring tokens are alike; rows are the same numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    one = torch.randn(shape[1:], generator=generator)
+    steps = one.unflatten(1, (-1, BLOCK)).cumsum(2).flatten(1, 2) / BLOCK**0.5
+    return (steps + 0.2 * one).to(dtype).expand(shape)
+
+
+def fill(cache: Any, config: Any, batch: int, length: int, dtype: torch.dtype) -> None:
+    """Give every layer of an empty cache keys and values of so many tokens."""
+    head_dim, heads = config.hidden_size // config.num_attention_heads, config.num_key_value_heads
+    whole = -(-length // BLOCK) * BLOCK
+    for layer in range(config.num_hidden_layers):
+        pair = (smooth((batch, heads, whole, head_dim), 2 * layer + i, dtype)[:, :, :length] for i in (0, 1))
+        cache.update(*pair, layer)
+
+
+@contextmanager
+def filled(
+    model: Any, variant: Variant, tokens: int, batch: int, room: int
+) -> Iterator[tuple[FastModel, Any, dict[str, Tensor]]]:
+    """The model at work, a cache of `batch` prompts of `tokens` vision tokens, and inputs that go on."""
+    layout = layout_of(tokens + 256 + 2 * (tokens // IMAGE), tokens // IMAGE).repeat(batch)
+    ids = torch.full((batch, layout.length + 1), 5)
+    with enable(model, capsule=variant.capsule) as fast, torch.inference_mode():
+        if variant.capsule is not None:
+            cache: Any = variant.capsule.cache(layout, model.config)
+            cache.honours_key_bias = True
+        elif variant.stock == "static":
+            cache = StaticCache(config=model.config, max_cache_len=layout.length + room)
+        else:
+            cache = DynamicCache(config=model.config)
+        fill(cache, model.config.get_text_config(), batch, layout.length, model.dtype)
+        fast._deltas.put(torch.zeros(batch, 1, dtype=torch.int64))
+        fast._deltas.remember(cache)
+        yield fast, cache, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def tokens_per_second(
+    model: Any, variants: list[Variant], tokens: int, batch: int, new: int, runs: int
+) -> list[dict[str, Any]]:
+    """All variants at one size, taking turns; a run goes on from a cache that is filled anew."""
+    speeds: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    sizes: dict[str, int] = {}
+    for _ in range(runs):
+        for variant in variants:
+            with filled(model, variant, tokens, batch, 2 * new + 2) as (fast, cache, inputs):
+                sizes[variant.name], _ = cache_nbytes(cache)
+                timing = time_once(fast, {**inputs, "past_key_values": cache}, new)
+            speeds[variant.name].append(timing.tokens_per_s)
+    medians = {name: statistics.median(found) for name, found in speeds.items()}
+    best = max(medians[v.name] for v in variants if v.capsule is None)
+    return [
+        {
+            "tokens": tokens,
+            "batch": batch,
+            "variant": name,
+            "tokens_per_s": speed,
+            "speedup": speed / best,
+            "cache_nbytes": sizes[name],
+        }
+        for name, speed in medians.items()
+    ]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table."""
+    lines = ["| vision tokens | batch | cache | tokens/s | faster | cache, MB |", "|--:|--:|---|--:|--:|--:|"]
+    for row in rows:
+        cells = [str(row["tokens"]), str(row["batch"]), row["variant"], f"{row['tokens_per_s']:.2f}"]
+        cells += [f"{row['speedup']:.2f}x", f"{row['cache_nbytes'] / 1e6:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(
+    tokens: Annotated[str, typer.Option(help="Vision tokens of a row, comma-separated.")] = "8192,32768",
+    batches: Annotated[str, typer.Option(help="Rows, comma-separated.")] = "1,8",
+    retained: Annotated[str, typer.Option(help="Retained fractions, comma-separated.")] = "0.4,0.15",
+    new: Annotated[int, typer.Option(help="Tokens decoded in a run.")] = 9,
+    runs: Annotated[int, typer.Option(help="Timed runs of each; the median counts.")] = 3,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    json_file: Annotated[Path, typer.Option("--json", help="Write the numbers here.")] = RESULT,
+) -> None:
+    """Measure and print a table in markdown."""
+    reference, processor = load_reference_vlm()
+    model = large_model(reference.config, getattr(torch, dtype))
+    item = prompt(4, 0)
+    sample = process(processor, item, [item.asks[0].question])
+    capsule = KVCapsule.fit(model, None, [sample], progress=False)
+    variants = [Variant("full, DynamicCache", "dynamic", None), Variant("full, StaticCache", "static", None)]
+    for rho in retained.split(","):
+        variants.append(Variant(f"heads {float(rho):g}", None, capsule.with_retained(float(rho))))
+    size, began, rows = sum(p.numel() for p in model.parameters()), time.perf_counter(), []
+    for count in tokens.split(","):
+        for batch in batches.split(","):
+            rows += tokens_per_second(model, variants, int(count), int(batch), new, runs)
+            print(f"{count} tokens, batch {batch}: {time.perf_counter() - began:.0f} s so far", flush=True)
+    setup = {"parameters": size, "dtype": dtype, "new_tokens": new, "runs": runs, "image_tokens": IMAGE}
+    json_file.parent.mkdir(parents=True, exist_ok=True)
+    json_file.write_text(
+        json.dumps({"machine": machine("cpu"), "setup": setup, "rows": rows}, indent=1) + "\n"
+    )
+    Console().print(markdown(rows), soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,141 @@
+"""How pieces of memory that differ in length are cut, so that few calls of attention read them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from capsight.kvcapsule.latent.blocks import BlockRows, KeptTokens
+
+_CHUNKS = 1024, 512, 256, 128
+"""Tokens of a chunk: the first of these of which a piece has eight on average, or the last."""
+
+
+_SHORT = 3 * 2**20
+"""Bytes of keys, padded, that are better copied."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Runs:
+    """Runs of tokens, to be copied side by side.
+
+    Attributes:
+        index: int64 `[R * W]`, the tokens of R runs, each padded to the W of the longest.
+        shown: bool `[R, W]`, what is no padding.
+        none: bool `[R, 1, 1]`, which runs are empty; None if none is.
+    """
+
+    index: Tensor
+    shown: Tensor
+    none: Tensor | None
+
+    @classmethod
+    def of(cls, runs: Sequence[tuple[int, int]], device: torch.device) -> Runs:
+        """Runs from their first token to their last + 1; some may have none."""
+        start, end = torch.tensor(runs, device=device).T[..., None]  # [R, 1] each
+        place = torch.arange(max(last - first for first, last in runs), device=device)
+        index = (start + place).minimum(end - 1).clamp_min(0)
+        none = (start == end)[..., None] if any(first == last for first, last in runs) else None
+        return cls(index.flatten(), start + place < end, none)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """These of tokens `[E, D]`: `[R, W, D]`."""
+        found = x.index_select(0, self.index).unflatten(0, self.shown.shape)
+        # Padding repeats a run's last token; runs without any must not see, as nothing times NaN, another's.
+        return found.masked_fill(self.none, 0) if self.none is not None else found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunks:
+    """P pieces, one after another, cut into chunks of equal length where they lie.
+
+    Attributes:
+        size: tokens of a chunk.
+        count: chunks (n), from the first token on; what follows is less than a chunk.
+        rest: what lies in chunks of several pieces, or in none (R runs).
+        piece: int64 `[n + R]`, whose tokens they are; of a chunk that several share, whose the first is.
+        shared: bool `[n + R, 1, 1]`, which chunks several pieces share.
+        others: bool `[P, n + R]`, what does not count for a piece: all that is not its own alone.
+    """
+
+    size: int
+    count: int
+    rest: Runs | None
+    piece: Tensor
+    shared: Tensor
+    others: Tensor
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], device: torch.device) -> Chunks:
+        """Cut pieces of so many tokens, none of them 0."""
+        size = next((size for size in _CHUNKS if sum(sizes) >= 8 * size * len(sizes)), _CHUNKS[-1])
+        size, ends = min(size, sum(sizes)), list(accumulate(sizes))  # one chunk at least
+        firsts, whole = _first_pieces(ends, size)
+        rest = list(_rest(ends, size))
+        piece = torch.tensor([*firsts, *(run[0] for run in rest)], device=device)
+        shared = ~torch.tensor([*whole, *(True for _ in rest)], device=device)
+        others = (piece != torch.arange(len(sizes), device=device)[:, None]) | shared
+        runs = Runs.of([run[1:] for run in rest], device) if rest else None
+        return cls(size, len(firsts), runs, piece, shared[:, None, None], others)
+
+    def where_they_lie(self, x: Tensor) -> Tensor:
+        """All chunks of tokens `[E, D]`: `[n, size, D]`, no copy."""
+        return x[: self.count * self.size].unflatten(0, (self.count, self.size))
+
+
+def pieces_of(kept: KeptTokens, rows: BlockRows, batch: int) -> Runs | Chunks | None:
+    """How what B rows and H heads keep is best read; remembered, since no step of decoding changes it.
+
+    Returns:
+        B H runs, row by row, where they are short; else chunks of the pieces of all heads and rows that have
+        some, as they lie in memory. None if no row has any.
+    """
+    if not rows.spans:
+        return None
+    if kept.counts not in rows.plans:
+        rows.plans[kept.counts] = _pieces_of(kept, rows, batch)
+    found: Runs | Chunks = rows.plans[kept.counts]
+    return found
+
+
+def _pieces_of(kept: KeptTokens, rows: BlockRows, batch: int) -> Runs | Chunks:
+    sizes = [size for own in kept.sizes(rows) for size in own]  # head 0 of the rows that have some, ...
+    heads, device = kept.counts.shape[1], kept.keys.device
+    if batch * heads * max(sizes) * kept.keys[0].nbytes > _SHORT:
+        return Chunks.of(sizes, device)
+    own = list(pairwise(accumulate(sizes, initial=0)))
+    order = {row: place for place, row in enumerate(rows.spans)}
+    runs = [
+        own[head * len(order) + order[row]] if row in order else (0, 0)
+        for row in range(batch)
+        for head in range(heads)
+    ]
+    return Runs.of(runs, device)
+
+
+def _first_pieces(ends: Sequence[int], size: int) -> tuple[list[int], list[bool]]:
+    """For each chunk of so many tokens: the piece of its first token, and whether it has no other."""
+    pieces, whole, piece = [], [], 0
+    for start in range(0, ends[-1] - size + 1, size):
+        while ends[piece] <= start:
+            piece += 1
+        pieces.append(piece)
+        whole.append(ends[piece] >= start + size)
+    return pieces, whole
+
+
+def _rest(ends: Sequence[int], size: int) -> Iterator[tuple[int, int, int]]:
+    """What lies in chunks of several pieces, or in none: piece, start and end."""
+    for piece, (start, end) in enumerate(pairwise([0, *ends])):
+        first, last = -(-start // size) * size, end // size * size
+        if first > last:
+            yield piece, start, end
+            continue
+        if start < first:
+            yield piece, start, first
+        if last < end:
+            yield piece, last, end
