@@ -12,6 +12,9 @@ export KMP_BLOCKTIME ?= 0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
+# `capsight eval` shares prompts out over so many processes.
+WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
+
 # What `make bench` compares; the first one is tested against the others. TIMED ones are timed, too.
 METHODS := heads adaptive evict cur uniform streaming-llm snapkv vl-cache merge kvzip feature-pca \
 	quanto-int4 quanto-int2
@@ -64,10 +67,10 @@ fit-reference: setup  ## fit the capsule and the head map that ship with the ref
 accuracy: setup  ## accuracy of the reference VLM on its test split, full cache and every method
 	@mkdir -p benchmarks/results
 	$(BIN)/capsight eval $(METHODS:%=--method %) --retained 0.6 --retained 0.4 --retained 0.2 --retained 0.1 \
-		--images 1,4,8 --samples 34 --json benchmarks/results/accuracy.json
+		--images 1,4,8 --samples 34 --workers $(WORKERS) --json benchmarks/results/accuracy.json
 	$(BIN)/capsight eval --dtype bfloat16 $(BITS:%=--method %) --retained 0.6 --retained 0.4 --retained 0.2 \
 		--retained 0.15 --retained 0.1 --retained 0.07 --retained 0.05 \
-		--images 1,4,8 --samples 34 --json benchmarks/results/bits.json
+		--images 1,4,8 --samples 34 --workers $(WORKERS) --json benchmarks/results/bits.json
 	$(BIN)/python benchmarks/write_pages.py
 
 bench: accuracy  ## every figure of the README: accuracy, speed, prefill attention, the demo

@@ -1,25 +1,66 @@
-"""The page of decode attention, from the JSON of `decode_attention.py`."""
+"""The page of decode speed, from the JSONs of `decode_attention.py` and `decode_model.py`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from page_parts import GENERATED, table
+from page_parts import GENERATED, human_bytes, machine, table
 
 Report = dict[str, Any]
 
 
-def page(report: Report) -> str:
-    """The whole page."""
+def page(attention: Report | None, model: Report | None) -> str:
+    """The whole page, of what there is."""
+    lines = [GENERATED, "", "# Decode steps", ""]
+    for part, report in ((_attention, attention), (_model, model)):
+        lines += [] if report is None else part(report)
+    return "\n".join(lines)
+
+
+def _model(report: Report) -> list[str]:
+    setup = report["setup"]
+    heads = ["vision tokens", "batch", "cache", "tokens/s", "faster", "than the default", "KV"]
+    first: dict[tuple[int, int], float] = {}  # transformers' default comes first
+    for row in report["rows"]:
+        first.setdefault((row["tokens"], row["batch"]), row["tokens_per_s"])
+    rows = [
+        [
+            str(row["tokens"]),
+            str(row["batch"]),
+            row["variant"],
+            f"{row['tokens_per_s']:.2f}",
+            f"{row['speedup']:.2f}x",
+            f"{row['tokens_per_s'] / first[row['tokens'], row['batch']]:.2f}x",
+            human_bytes(row["cache_nbytes"]),
+        ]
+        for row in report["rows"]
+    ]
+    return [
+        "## A whole model",
+        "",
+        f"Tokens per second of a model with random weights ({setup['parameters'] / 1e9:.2f} B, the language "
+        f"model of Qwen2.5-0.5B, {setup['dtype']}) after prompts of images of {setup['image_tokens']} "
+        "tokens, all rows together: "
+        f"medians of {setup['runs']} runs of {setup['new_tokens'] - 1} steps, all taking turns. *faster* is "
+        "against the faster of transformers' own caches, *than the default* against `DynamicCache`, which "
+        "`generate` makes. What weights and other layers cost is in it, so at "
+        f"few tokens all are alike. {machine(report['machine'])} "
+        "`python benchmarks/decode_model.py` measures it.",
+        "",
+        *table(heads, rows, 3),
+        "",
+    ]
+
+
+def _attention(report: Report) -> list[str]:
+    """Of one layer."""
     setup, where = report["setup"], report["machine"]
     names = list(report["rows"][0]["seconds"])
     ours = list(report["rows"][0]["speedup"])
     heads = ["vision tokens", "batch", "dtype", "retained", *names]
     heads += [f"{name} {what}" for name in ours for what in ("faster", "smaller")]
-    lines = [
-        GENERATED,
-        "",
-        "# Attention of a decode step",
+    return [
+        "## Attention",
         "",
         f"One layer of {setup['heads']} query and {setup['kv_heads']} KV heads of {setup['head_dim']} "
         f"channels, {setup['text_tokens']} exact tokens a row; "
@@ -36,7 +77,6 @@ def page(report: Report) -> str:
         *table(heads, [_cells(row, names, ours) for row in report["rows"]]),
         "",
     ]
-    return "\n".join(lines)
 
 
 def _largest(report: Report, dtype: str) -> float:

@@ -40,8 +40,9 @@ def main(root: Path = ROOT) -> None:
     bench, prefill = load(results, "bench.json"), load(results, "prefill.json")
     if bench is not None or prefill is not None:
         write("speed", speed_page.page(bench, prefill))
-    if (decode := load(results, "decode_attention.json")) is not None:
-        write("decode", decode_page.page(decode))
+    decode = [load(results, f"decode_{name}.json") for name in ("attention", "model")]
+    if any(report is not None for report in decode):
+        write("decode", decode_page.page(*decode))
     maps = [load(results, f"{name}.json") for name in ("head_map_curve", "sink_choice", "ttft")]
     if any(report is not None for report in maps):
         write("head-maps", head_maps_page.page(*maps))

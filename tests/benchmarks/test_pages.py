@@ -110,6 +110,13 @@ def tables_are_square(text):
     return True
 
 
+def decode_model():
+    row = {"tokens": 8192, "batch": 1, "variant": "heads 0.4"}
+    row |= {"tokens_per_s": 7.5, "speedup": 1.25, "cache_nbytes": 44_000_000}
+    setup = {"parameters": 5.2e8, "dtype": "bfloat16", "new_tokens": 9, "runs": 3, "image_tokens": 1024}
+    return {"machine": MACHINE, "setup": setup, "rows": [row]}
+
+
 def test_everything(root):
     readme = write(
         root, accuracy=accuracy(), bench=bench(), prefill=prefill(), prefill_longest=prefill(), demo=demo()
@@ -142,6 +149,7 @@ def test_pages_of_what_is_run_by_hand(root):
         sink_choice=maps(),
         ttft=ttft(),
         decode_attention=decode(),
+        decode_model=decode_model(),
     )
     found = {path.stem: path.read_text() for path in (root / "docs" / "benchmarks").glob("*.md")}
     assert set(found) == {"bits", "head-maps", "decode"}
@@ -149,6 +157,8 @@ def test_pages_of_what_is_run_by_hand(root):
     assert "| tolerance | output, tolerance 2% | 50.0 | 50.0 | 95.0 | +1.0 | 98.0 |" in found["head-maps"]
     assert "| a VLM | calibrated | 700 | 8 | 250 ms | 1.50x | 50% | 10% |" in found["head-maps"]
     assert "| 8192 | 1 | float32 | 0.4 | 1.00 ms | 2.00 ms | 2.00x | 2.50x |" in found["decode"]
+    assert "| 8192 | 1 | heads 0.4 | 7.50 | 1.25x | 1.00x | 44.0 MB |" in found["decode"]
+    assert "medians of 3 runs of 8 steps" in found["decode"]
     assert all(tables_are_square(text) for text in found.values())
 
 

@@ -56,6 +56,9 @@ def evaluate_command(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    workers: Annotated[
+        int, typer.Option(help="Processes of one thread each that share the prompts (CPU); 1: none.")
+    ] = 1,
 ) -> None:
     """Exact match, agreement and KL against the full cache, and KV bytes."""
     check_out(json)
@@ -105,6 +108,7 @@ def evaluate_command(
             max_new_tokens,
             journal,
             lambda *_: progress.advance(bar),
+            workers,
         )
     report = summary(results)
     if not report["full"]["questions"]:

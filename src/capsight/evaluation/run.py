@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import tee
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from capsight.blindsight import HeadMap
 from capsight.evaluation.asking import Answers
 from capsight.evaluation.items import Item
 from capsight.evaluation.journal import Journal
+from capsight.evaluation.parallel import check_workers, in_order
 from capsight.evaluation.record import ItemRecord
 from capsight.evaluation.score import Outcome
 from capsight.evaluation.sharing import Asking
@@ -46,6 +48,7 @@ def evaluate(
     max_new_tokens: int = 24,
     journal: Journal | None = None,
     on_item: Callable[[Item, Mapping[str, Answers]], None] | None = None,
+    workers: int = 1,
 ) -> dict[str, MethodResult]:
     """Ask every question with the full cache and with every method.
 
@@ -59,31 +62,50 @@ def evaluate(
         max_new_tokens: most tokens of an answer.
         journal: takes every item as it is done; items that it holds are not asked again.
         on_item: called after each item, for progress bars and transcripts; without answers where the
-            item was in the journal.
+            item was in the journal, or another process had it.
+        workers: processes, of one thread each if there are several (CPU, Linux).
 
     Returns:
         Results by method name, "full" first.
 
     Raises:
-        OptionError: the protocol is unknown, or a method has a name that is taken.
+        OptionError: the protocol is unknown, a method has a name that is taken, or `workers` cannot be.
         CapsightError: a method or the head map does not fit the model.
     """
     asking = Asking(model, processor, methods, protocol, head_map, max_new_tokens)
+    check_workers(workers, model.device.type)
     results = {
         name: MethodResult(module_nbytes=methods[name].module_nbytes if name in methods else 0)
         for name in asking.names
     }
-    for item in items:
-        answers: dict[str, Answers] = {}
-        record = None if journal is None else journal.done.get(item.name)
-        if record is None:
-            with torch.no_grad():
-                answers = dict(asking.ask(item))
-            record = ItemRecord.of(item, answers)
-            if journal is not None:
-                journal.add(record)
+    done = {} if journal is None else journal.done
+    answers: dict[str, Answers] = {}
+
+    def ask(item: Item) -> ItemRecord:
+        with torch.no_grad():
+            answers.update(asking.ask(item))
+        return ItemRecord.of(item, answers)
+
+    for item, record in _records(ask, items, done, workers):
+        if journal is not None and item.name not in done:
+            journal.add(record)
         for name, result in results.items():
             result.add(record, name)
         if on_item is not None:
-            on_item(item, answers)
+            on_item(item, dict(answers))
+        answers.clear()
     return results
+
+
+def _records(
+    ask: Callable[[Item], ItemRecord], items: Iterable[Item], done: Mapping[str, ItemRecord], workers: int
+) -> Iterator[tuple[Item, ItemRecord]]:
+    """Every item and its record, from the journal where it is there."""
+    if workers == 1:
+        for item in items:
+            yield item, done[item.name] if item.name in done else ask(item)
+        return
+    taken, asked = tee(items)
+    found = in_order(ask, (item for item in asked if item.name not in done), workers)
+    for item in taken:
+        yield item, done[item.name] if item.name in done else next(found)
