@@ -10,6 +10,7 @@ from capsight.baselines import METHODS
 from capsight.blindsight import Category, HeadMap
 from capsight.errors import OptionError
 from capsight.evaluation import FULL, Ask, Item, ask_item, evaluate, reference_items
+from capsight.evaluation.prefill import Prefill
 from capsight.evaluation.sharing import FULL_SPARSE, Asking
 from capsight.runtime import enable
 from tiny import FAMILIES
@@ -122,3 +123,26 @@ def test_sharing_in_other_families(family, monkeypatch):
             own = alone(pair, chosen.get(name), item, protocol)
             assert (ours.first_logits - own.first_logits).abs().max() < 2e-3, (protocol, name)
             assert ours.texts == own.texts, (protocol, name)
+
+
+def test_one_second_reading_serves_all_budgets(reference, item, monkeypatch):
+    model, processor = reference
+    few, more = ({f"kvzip {rho}": METHODS["kvzip"](rho)} for rho in (0.1, 0.5))
+    read, original = [], Prefill._read_again
+
+    def noting(self, copy):
+        read.append(copy)
+        original(self, copy)
+
+    monkeypatch.setattr(Prefill, "_read_again", noting)
+    found = []
+    with torch.no_grad():
+        for methods in (few | more, few, more):
+            read.clear()
+            found.append(dict(Asking(model, processor, methods, max_new_tokens=12).ask(item)))
+            assert len(read) == 1
+    for alone in found[1:]:
+        for name in set(alone) - {FULL}:
+            assert alone[name].texts == found[0][name].texts
+            assert alone[name].nbytes == found[0][name].nbytes
+            assert torch.equal(alone[name].first_logits, found[0][name].first_logits)

@@ -32,6 +32,13 @@ def test_equals_materialise(vlm, codec):
     assert a.nbytes == b.nbytes
 
 
+@pytest.mark.parametrize("name", ["cur", "snapkv", "vl-cache", "kvzip"])
+def test_baselines_that_evict(qwen, name):
+    a, b = both_ways(qwen, METHODS[name](0.3), **mixed_batch(qwen))
+    assert_same(b, a)
+    assert a.nbytes == b.nbytes
+
+
 @pytest.mark.parametrize("codec", ["heads", "adaptive"])
 def test_all_retained_is_the_full_cache(vlm, codec):
     inputs = mixed_batch(vlm)
@@ -129,7 +136,8 @@ def test_how_to_decode_unless_told(qwen):
         (capsule.with_codec("evict"), "latent", "capsight"),
         (capsule.with_codec("adaptive"), "materialise", before),
         (METHODS["uniform"](0.4), "latent", "capsight"),
-        (METHODS["snapkv"](0.4), "materialise", "capsight"),
+        (METHODS["snapkv"](0.4), "latent", "capsight"),
+        (METHODS["merge"](0.4), "materialise", "capsight"),
     ):
         with capsight.enable(qwen.model, capsule=used) as fast:
             assert (fast.decode, text._attn_implementation) == (decode, attention)
@@ -142,7 +150,7 @@ def test_refused(qwen):
     before = text._attn_implementation
     for capsule, decode, match in (
         (None, "latent", "KVCapsule"),
-        (METHODS["snapkv"](0.4), "latent", "KVCapsule"),
+        (METHODS["merge"](0.4), "latent", "KVCapsule"),
         (fitted("qwen2_5_vl", 0.4), "fused", "one of"),
     ):
         with (

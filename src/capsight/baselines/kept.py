@@ -1,4 +1,4 @@
-"""`KeptPayload`: the tokens that eviction kept, packed; each KV head of each block may keep its own."""
+"""Eviction: the tokens that are kept, packed; each KV head of each block may keep its own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,28 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from capsight.baselines.base import Baseline
+from capsight.baselines.choice import runs_by_row
 from capsight.kvcapsule.codecs import BlockCodec, Payload, RaggedPayload
 from capsight.kvcapsule.latent import KeptTokens
 from capsight.kvcapsule.plan import Run
+
+
+class EvictingBaseline(Baseline):
+    """A baseline that drops tokens: there is no more to attend to than what its caches hold."""
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether there is more to attend to than what is stored: no."""
+        return False
+
+    def for_latent(self) -> Self:
+        """The method as it is: attention can read what each head kept."""
+        return self
+
+    def budgets(self, runs: Sequence[Run]) -> dict[int, int]:
+        """Tokens to keep of all runs of a row together, by row, in a layer on average."""
+        return {row: self.kept * len(indices) for row, indices in runs_by_row(runs).items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,19 +57,24 @@ class KVzipCache(ObservingCache):
 
     _waiting: dict[int, tuple[Run, ...]] | None = None  # in the copy that the repeat runs over
 
-    def repeat_context(self, run: Callable[[Cache], None]) -> None:
+    def repeat_context(self, run: Callable[[Cache], None], known: Any = None) -> Any:
         """Choose what to keep, by a second reading of the context over a copy of this cache."""
         layers = self.observing_layers
         if self._all_kept or not any(layer.pending for layer in layers.values()):
-            return
-        fork = copy.deepcopy(self)
+            return known
+        found: dict[int, Observation | None] = known or self._read(run)
+        for index, layer in layers.items():
+            layer.observed = found[index]
+        self._thin(list(layers.values()))
+        return found
+
+    def _read(self, run: Callable[[Cache], None]) -> dict[int, Observation | None]:
+        layers, fork = self.observing_layers, copy.deepcopy(self)
         fork._waiting = {index: layer.pending for index, layer in layers.items()}
         for layer in fork.observing_layers.values():
             layer.pending = ()
         run(fork)
-        for index, layer in layers.items():
-            layer.observed = fork.observing_layers[index].observed
-        self._thin(list(layers.values()))
+        return {index: layer.observed for index, layer in fork.observing_layers.items()}
 
     def observe(
         self, layer_idx: int, query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float

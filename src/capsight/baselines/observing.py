@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from capsight.baselines.base import Baseline
-from capsight.baselines.choice import runs_by_row
-from capsight.baselines.kept import KeptCodec, KeptPayload
+from capsight.baselines.kept import EvictingBaseline, KeptCodec, KeptPayload
 from capsight.baselines.seen import Seen
 from capsight.errors import CapsightError
 from capsight.kvcapsule.cache import CapsuleCache, full_attention_layers
@@ -35,7 +33,7 @@ class Observation:
     density: Tensor | None = None
 
 
-class ObservingBaseline(Baseline):
+class ObservingBaseline(EvictingBaseline):
     """Eviction by attention. Outside `capsight.enable` such a cache is refused after its prefill.
 
     Protocol `after` compresses before any question is there, so what these methods can look at is the
@@ -54,10 +52,6 @@ class ObservingBaseline(Baseline):
     @abstractmethod
     def choose(self, observed: Sequence[Observation], runs: Sequence[Run]) -> Sequence[Tensor]:
         """What to keep in each of the layers observed: bool `[M, H, N]` each."""
-
-    def budgets(self, runs: Sequence[Run]) -> dict[int, int]:
-        """Tokens to keep of all runs of a row together, by row, in a layer on average."""
-        return {row: self.kept * len(indices) for row, indices in runs_by_row(runs).items()}
 
     def _new_cache(self, layout: PromptLayout, config: PreTrainedConfig) -> ObservingCache:
         return ObservingCache(self, layout, config)

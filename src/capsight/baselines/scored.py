@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Self
 
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from capsight.baselines.base import Baseline
-from capsight.baselines.choice import runs_by_row, top_per_head
-from capsight.baselines.kept import KeptCodec
+from capsight.baselines.choice import top_per_head
+from capsight.baselines.kept import EvictingBaseline, KeptCodec
 from capsight.kvcapsule.cache import CapsuleCache, full_attention_layers
 from capsight.kvcapsule.plan import Run
 from capsight.layout import PromptLayout
 
 
-class ScoredBaseline(Baseline):
+class ScoredBaseline(EvictingBaseline):
     """Eviction by a score that needs no queries: tokens are dropped while the layer is prefilled."""
 
     @abstractmethod
@@ -29,19 +27,6 @@ class ScoredBaseline(Baseline):
             values: `[M, H, N, D]`.
             runs: where the runs lie, ascending by row, then position.
         """
-
-    @property
-    def rebuilds(self) -> bool:
-        """Whether there is more to attend to than what is stored: no."""
-        return False
-
-    def for_latent(self) -> Self:
-        """The method as it is: attention can read what each head kept."""
-        return self
-
-    def budgets(self, runs: Sequence[Run]) -> dict[int, int]:
-        """Tokens to keep of all runs of a row together, by row."""
-        return {row: self.kept * len(indices) for row, indices in runs_by_row(runs).items()}
 
     def _new_cache(self, layout: PromptLayout, config: PreTrainedConfig) -> CapsuleCache:
         codec = _ScoredCodec(self)

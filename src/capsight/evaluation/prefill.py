@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from capsight.blindsight import HeadMap
-from capsight.kvcapsule import CacheMethod, CapsuleCache, ContextRepeater, QueryObserver
+from capsight.kvcapsule import CacheMethod, CapsuleCache, ContextRepeater, LatentMethod, QueryObserver
 from capsight.layout import PromptLayout, build_layout
 from capsight.runtime.positions import RopeDeltas
 from capsight.runtime.prefill import SparsePrefill
@@ -66,6 +68,8 @@ class Prefill:
     _recorder: _Recorder
     _repeat: ContextRepeat
     _offsets: Any  # of M-RoPE, `[B, 1]`, or None
+    _lean: WeakSet[Any] = field(default_factory=WeakSet)  # caches whose capsules attention reads as they are
+    _read: dict[Any, Any] = field(default_factory=dict)  # what second readings showed, by kind of method
 
     @classmethod
     def record(
@@ -119,7 +123,10 @@ class Prefill:
                 query, mask, scaling = self._recorder.shown[index]
                 cache.observe(index, query, layer.keys, mask, scaling)
         if isinstance(cache, ContextRepeater):
-            cache.repeat_context(self._read_again)
+            alike = type(method), getattr(method, "block_size", None)
+            self._read[alike] = cache.repeat_context(self._read_again, self._read.get(alike))
+        if isinstance(method, LatentMethod) and not method.rebuilds:
+            self._lean.add(cache)
         return cache
 
     def generate(self, cache: Any, rows: Tensor | None = None, **inputs: Any) -> Any:
@@ -134,7 +141,8 @@ class Prefill:
         if rows is not None and offsets is not None and len(offsets) > 1:
             offsets = offsets[rows]
         RopeDeltas(self.model).put(offsets)
-        with running(RuntimeState(cache if isinstance(cache, CapsuleCache) else None)):
+        lean = cache.leaving_capsules() if cache in self._lean else nullcontext()
+        with running(RuntimeState(cache if isinstance(cache, CapsuleCache) else None)), lean:
             return self.model.generate(past_key_values=cache, **inputs)
 
     def _read_again(self, copy: Any) -> None:

@@ -88,10 +88,15 @@ class QueryObserver(Protocol):
 class ContextRepeater(Protocol):
     """A cache that is compressed after the model has read the whole context a second time."""
 
-    def repeat_context(self, run: Callable[[Cache], None]) -> None:
+    def repeat_context(self, run: Callable[[Cache], None], known: Any = None) -> Any:
         """Choose what to keep.
 
         Args:
             run: feeds the prefilled context once more, as new tokens, to a model with the given cache.
+            known: what the second reading showed for another budget of the same method, with the same
+                prompts; then there is none.
+
+        Returns:
+            What the second reading showed, for other budgets.
         """
         ...

@@ -217,7 +217,7 @@ class FastModel:
         if isinstance(cache, ContextRepeater):
 
             def run(copy: Any) -> None:
-                with self._running(copy):
+                with running(RuntimeState(copy)):  # it has to see all tokens, also those of capsules
                     repeat.run(copy, head.get("attention_mask", torch.ones_like(head["input_ids"])))
 
             cache.repeat_context(run)
