@@ -110,10 +110,10 @@ MASKS = [
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """Rows with different numbers of blocks, also none; heads that keep different numbers of tokens."""
+    """Rows with different numbers of blocks, also none; heads that keep different numbers of tokens, also none."""
     heads, group, queries, exact = draw(
         st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 4))
     )
-    block = st.lists(st.integers(1, 4), min_size=heads, max_size=heads)
+    block = st.lists(st.integers(0, 4), min_size=heads, max_size=heads)
     counts = draw(st.lists(st.lists(block, max_size=3), min_size=1, max_size=3))
     return problem(counts, group, queries, exact, draw(st.integers(0, 999)), draw(st.sampled_from(MASKS)))

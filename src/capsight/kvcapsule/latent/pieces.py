@@ -71,7 +71,7 @@ class Chunks:
 
     @classmethod
     def of(cls, sizes: Sequence[int], device: torch.device) -> Chunks:
-        """Cut pieces of so many tokens, none of them 0."""
+        """Cut pieces of so many tokens, of which some may have none, but not all."""
         size = next((size for size in _CHUNKS if sum(sizes) >= 8 * size * len(sizes)), _CHUNKS[-1])
         size, ends = min(size, sum(sizes)), list(accumulate(sizes))  # one chunk at least
         firsts, whole = _first_pieces(ends, size)
@@ -92,9 +92,9 @@ def pieces_of(kept: KeptTokens, rows: BlockRows, batch: int) -> Runs | Chunks | 
 
     Returns:
         B H runs, row by row, where they are short; else chunks of the pieces of all heads and rows that have
-        some, as they lie in memory. None if no row has any.
+        some, as they lie in memory. None if nothing is kept.
     """
-    if not rows.spans:
+    if not len(kept.keys):
         return None
     if kept.counts not in rows.plans:
         rows.plans[kept.counts] = _pieces_of(kept, rows, batch)
@@ -131,6 +131,8 @@ def _first_pieces(ends: Sequence[int], size: int) -> tuple[list[int], list[bool]
 def _rest(ends: Sequence[int], size: int) -> Iterator[tuple[int, int, int]]:
     """What lies in chunks of several pieces, or in none: piece, start and end."""
     for piece, (start, end) in enumerate(pairwise([0, *ends])):
+        if start == end:
+            continue
         first, last = -(-start // size) * size, end // size * size
         if first > last:
             yield piece, start, end
