@@ -110,7 +110,7 @@ MASKS = [
 
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
-    """Rows with different numbers of blocks, also none; heads that keep different numbers of tokens, also none."""
+    """Rows of different numbers of blocks, heads of different numbers of kept tokens; both may have none."""
     heads, group, queries, exact = draw(
         st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(0, 4))
     )
