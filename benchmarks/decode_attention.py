@@ -173,7 +173,7 @@ def main(
     kv_heads: Annotated[int, typer.Option(help="Key-value heads.")] = 4,
     head_dim: Annotated[int, typer.Option(help="Channels per head.")] = 128,
     retained: Annotated[str, typer.Option(help="Retained fractions, comma-separated.")] = "0.4,0.15",
-    repeats: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 7,
+    repeats: Annotated[int, typer.Option(help="Timed runs of each variant.")] = 15,
     memory_gb: Annotated[float, typer.Option("--memory", help="Leave out sizes that take more GB.")] = 12,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers here.")] = None,
