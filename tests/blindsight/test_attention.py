@@ -65,6 +65,21 @@ def test_calls_without_a_mask_for_keys_that_all_see(layout, categories, chosen, 
         check(layout, categories, chosen, rule, "segments", prefix, forget=forget, grad=grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("categories", [MIXED, [Category.DENSE], [Category.INTRA_IMAGE_SINK] * 2])
+@pytest.mark.parametrize("prefix", [0, 4100])
+def test_half_precision_stays_what_it_is(dtype, categories, prefix):
+    """Long enough for heads cut into parts, and for keys that all rows of a segment see."""
+    layout = PromptLayout((prompt(1500, 1500, 900, tail=250),))
+    heads = len(categories)
+    q, k, v = qkv(1, heads, 1, layout.length - prefix, layout.length)
+    given = {"layout": layout, "categories": categories, "prefix": prefix}
+    exact = sparse_attention(q, k, v, implementation="reference", **given)
+    found = sparse_attention(*(x.to(dtype) for x in (q, k, v)), implementation="segments", **given)
+    assert found.dtype == dtype
+    assert (found.float() - exact).abs().max() < 0.03
+
+
 def test_a_question_after_long_context_has_a_mask_for_itself_only():
     row = prompt(1500, 1500, tail=200)
     work = Work(row, Category.INTRA_IMAGE_SINK, MaskOptions(), BaseRule(), whole(row))

@@ -49,6 +49,16 @@ def test_parts_add_up_to_the_whole(kv_heads, each, count, parts, grad):
     assert (found - plain(query, key, value, 0.3)).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_what_it_is(dtype, monkeypatch):
+    monkeypatch.setattr(balanced, "LONG", 4)
+    monkeypatch.setattr(balanced, "parts_of", lambda heads, threads: 3)
+    exact = qkv(2, 2, 50)
+    found = balanced.causal(*(x.to(dtype) for x in exact), 0.3)
+    assert found.dtype == dtype
+    assert (found.float() - plain(*exact, 0.3)).abs().max() < 0.03
+
+
 def test_heads_are_cut_where_threads_would_wait(calls, monkeypatch):
     monkeypatch.setattr(balanced, "LONG", 64)
     threads = torch.get_num_threads()

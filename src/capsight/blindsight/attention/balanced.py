@@ -54,7 +54,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         folded = q[:, :, part].flatten(1, 2)[None]  # [1, N, G n, D]
         other, of_other = partial_attention(folded, k, v, None, scaling)
         seen = other[0].unflatten(1, (each, size)), of_other[0].unflatten(1, (each, size))
-        done.append(added_up((out[:, :, part], lse[:, :, part]), seen))
+        done.append(added_up((out[:, :, part], lse[:, :, part]), seen).to(query.dtype))
     if parts * size < count:
         rows = torch.arange(parts * size, count)
         mask = torch.arange(count) <= rows[:, None]  # [S % P, S]

@@ -49,7 +49,7 @@ def _over(
     out, lse = partial_attention(folded, before_k[None], before_v[None], None, scaling)
     before = out[0].unflatten(1, shape), lse[0].unflatten(1, shape)
     k, v = (_shared(x, query.shape[1]) for x in (k, v))
-    return added_up(before, partial_attention(query, k, v, segment.mask, scaling))
+    return added_up(before, partial_attention(query, k, v, segment.mask, scaling)).to(query.dtype)
 
 
 def _one_call(

@@ -14,7 +14,6 @@ from capsight.kvcapsule.latent.blocks import BlockRows, KeptTokens
 _CHUNKS = 1024, 512, 256, 128
 """Tokens of a chunk: the first of these of which a piece has eight on average, or the last."""
 
-
 _SHORT = 3 * 2**20
 """Bytes of keys, padded, that are better copied."""
 
