@@ -9,6 +9,8 @@ same work for every row.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
+from functools import cache
 
 import torch
 from torch import Tensor, cat
@@ -16,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from capsight.partial_attention import added_up, has_kernel, partial_attention
 
-LATE = 1.1
+LATE = Fraction(11, 10)
 """The last thread may have so many times its share."""
 
 PARTS = 4
@@ -63,6 +65,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     return cat(done, 2)
 
 
+@cache
 def parts_of(heads: int, threads: int) -> int:
     """How many parts each head is to be cut into; 1 where the last thread is hardly late.
 
@@ -70,11 +73,10 @@ def parts_of(heads: int, threads: int) -> int:
         heads: that are causal, over as many rows each.
         threads: that share their rows.
     """
-    share = heads / threads
 
-    def work(done: float) -> float:  # up to so many heads' rows, in heads
-        whole = math.floor(done)
-        return whole + (done - whole) ** 2
+    def work(thread: int) -> Fraction:  # of all threads before this one, in heads
+        whole, rest = divmod(thread * heads, threads)
+        return whole + Fraction(rest, threads) ** 2
 
-    last = max(work((thread + 1) * share) - work(thread * share) for thread in range(threads))
-    return min(threads // math.gcd(heads, threads), PARTS) if last > LATE * share else 1
+    last = max(work(thread + 1) - work(thread) for thread in range(threads))
+    return min(threads // math.gcd(heads, threads), PARTS) if last > LATE * Fraction(heads, threads) else 1
