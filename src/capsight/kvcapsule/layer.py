@@ -152,21 +152,19 @@ class CapsuleLayer(DynamicLayer):
 
     def _store(self, keys: Tensor, values: Tensor) -> None:
         """Keep all tokens seen, `[B, H, S, D]` (capsules as rebuilt); new runs become capsules."""
-        length = keys.shape[2]
-        runs = self._ledger.complete(length)
-        stored = () if self.placement is None else self.placement.runs
+        intake = self._ledger.intake(self.placement, keys.shape[2], keys.device)
         self._tail = keys.new_empty(2, keys.shape[0], 0, keys.shape[1], keys.shape[3])
-        placement = self._ledger.place(runs, length, keys.device)
-        known, slots = set(stored), placement.run_slots(length).view(len(runs), placement.block_size)
-        fresh = torch.tensor([run not in known for run in runs], dtype=torch.bool, device=keys.device)
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (keys, values)]  # [B * S, H, D]
-        if len(runs) > len(stored):
-            blocks = [x[slots[fresh]].transpose(1, 2) for x in flat]  # [M, H, N, D]
-            new_runs = [run for run in runs if run not in known]
-            self._waiting = self._ledger.queue.add(self.codec, blocks[0], blocks[1], new_runs), fresh
-        exact = placement.exact_slots(length)
-        self._packed = torch.stack([x[exact] for x in flat])
-        self.placement = placement
+        if intake.runs:
+            size = (len(intake.runs), self.codec.block_size)
+            taken = [x.index_select(0, intake.blocks).unflatten(0, size) for x in flat]  # [M, N, H, D]
+            new_keys, new_values = (x.transpose(1, 2) for x in taken)
+            self._waiting = (
+                self._ledger.queue.add(self.codec, new_keys, new_values, intake.runs),
+                intake.fresh,
+            )
+        self._packed = torch.stack([x.index_select(0, intake.exact) for x in flat])
+        self.placement = intake.placement
 
     def _grows(self, placement: Placement, new: int) -> bool:
         """Whether `new` more tokens go to the tail: none is padding, and they complete no run."""

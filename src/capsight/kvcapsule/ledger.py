@@ -9,6 +9,7 @@ from torch import Tensor
 
 from capsight.errors import LayoutError
 from capsight.kvcapsule.exact_rows import ExactRows
+from capsight.kvcapsule.intake import Intake
 from capsight.kvcapsule.latent import KeptTokens, LatentBlocks
 from capsight.kvcapsule.placement import Placement
 from capsight.kvcapsule.plan import CapsulePlan, Run
@@ -41,6 +42,7 @@ class Ledger:
         self.latent = False
         self.left: tuple[LatentBlocks | KeptTokens, ExactRows] | None = None
         self._exact: tuple[Placement, ExactRows] | None = None
+        self._intake: tuple[Placement | None, Intake] | None = None
 
     @property
     def layout(self) -> PromptLayout:
@@ -108,6 +110,17 @@ class Ledger:
             self._last = last
         return last
 
+    def intake(self, stored: Placement | None, length: int, device: torch.device) -> Intake:
+        """What becomes of rows of `length` tokens; worked out once for all layers that hold `stored`."""
+        placement = self.place(self.complete(length), length, device)
+        if (
+            self._intake is None
+            or self._intake[0] is not stored
+            or self._intake[1].placement is not placement
+        ):
+            self._intake = stored, Intake.build(placement, () if stored is None else stored.runs)
+        return self._intake[1]
+
     def exact_rows(self, placement: Placement) -> ExactRows:
         """The exact tokens of `placement` side by side; worked out once for all layers."""
         if self._exact is None or self._exact[0] is not placement:
@@ -115,7 +128,8 @@ class Ledger:
         return self._exact[1]
 
     def _set_layout(self, layout: PromptLayout) -> None:
-        self._layout, self._last, self._exact, self._complete = layout, None, None, (-1, ())
+        self._layout, self._last, self._exact, self._intake = layout, None, None, None
+        self._complete = (-1, ())
         self.plan = CapsulePlan.from_layout(layout, self._block_size)
 
     def full(self, role: str, length: int, like: Tensor) -> Tensor:

@@ -35,8 +35,13 @@ def whitening(covariance: Tensor) -> Tensor:
 
 
 def whitened(x: Tensor, packed: Tensor) -> Tensor:
-    """Tokens `[M, H, N, D]`, centred, times W^T: float32 `[M, H, N, D]`; `packed` is `[H, D (D + 1) / 2]`."""
-    return x.float() @ _square(packed, x.shape[-1]).mT
+    """Centred tokens `[M, H, N, D]` times W^T: float32 `[M, H, N, D]`, a view of `[H, M, N, D]`.
+
+    `packed` is `[H, D (D + 1) / 2]`. No copy where `x` is a view of `[M, N, H, D]`, as caches hold it.
+    """
+    tokens = x.float().transpose(0, 1).flatten(1, 2)  # [H, M N, D]
+    white = torch.bmm(tokens, _square(packed, x.shape[-1]).mT)
+    return white.unflatten(1, (len(x), -1)).transpose(0, 1)
 
 
 def deviation(packed: Tensor, size: int) -> Tensor:

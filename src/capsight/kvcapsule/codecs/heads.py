@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from capsight.kvcapsule.codecs.base import index_dtype
 from capsight.kvcapsule.codecs.block import Payload
@@ -56,9 +57,10 @@ class HeadsCodec(LearntCodec):
         # Row n of it, over its diagonal, takes from token n what the others predict.
         others = precision / precision.diagonal(dim1=-2, dim2=-1)[..., None]
         found = []
-        for x, own in ((self.whitened(0, keys), others[0]), (self.whitened(1, values), others[-1])):
-            found += [x.square().sum(-1), (own @ x).square().sum(-1)]
-        return torch.stack(found).log().mean(0).exp()
+        for kind, (x, own) in enumerate(((keys, others[0]), (values, others[-1]))):
+            white = self.whitened(kind, x).transpose(0, 1)  # [H, M, N, D], as it lies in memory
+            found += [vector_norm(white, dim=-1), vector_norm(own @ white, dim=-1)]
+        return torch.stack(found).log().mean(0).mul(2).exp().transpose(0, 1)
 
     def best(self, scores: Tensor, blocks: Sequence[int]) -> Tensor:
         """The tokens of each row with the highest scores, and the best one of every block and head.
@@ -73,7 +75,7 @@ class HeadsCodec(LearntCodec):
         scores = scores.scatter(2, scores.argmax(2, keepdim=True), torch.inf)
         keep = []
         for own in scores.split(list(blocks)):
-            chosen = own.flatten().topk(self.kept * own.shape[0] * own.shape[1]).indices
+            chosen = own.flatten().topk(self.kept * own.shape[0] * own.shape[1], sorted=False).indices
             none = torch.zeros(own.numel(), dtype=torch.bool, device=own.device)
             keep.append(none.scatter(0, chosen, True))
         return torch.cat(keep).view(scores.shape)

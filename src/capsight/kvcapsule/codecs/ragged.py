@@ -35,12 +35,17 @@ class RaggedPayload(Payload):
             keep: what to keep.
             counted: dtype of the counts.
         """
-        by_head = keep.transpose(0, 1)  # [H, M, N]
+        blocks, heads, size = keep.shape
+        entries = keep.transpose(0, 1).flatten().nonzero()[:, 0]  # [E], in [H, M, N]
+        tokens = entries % (blocks * size)
+        rows = tokens * heads + entries // (
+            blocks * size
+        )  # in [M, N, H], the order in which caches hold them
         return cls(
             {
-                "keys": keys.transpose(0, 1)[by_head],
-                "values": values.transpose(0, 1)[by_head],
-                "kept": by_head.nonzero()[:, 2].to(index_dtype(keep.shape[2])),
+                "keys": keys.transpose(1, 2).flatten(0, 2).index_select(0, rows),
+                "values": values.transpose(1, 2).flatten(0, 2).index_select(0, rows),
+                "kept": (tokens % size).to(index_dtype(size)),
                 "counts": keep.sum(2, dtype=counted),
             }
         )
