@@ -18,10 +18,11 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 # What `make bench` compares; the first one is tested against the others. TIMED ones are timed, too.
 METHODS := heads adaptive evict cur uniform streaming-llm snapkv vl-cache merge kvzip feature-pca \
 	quanto-int4 quanto-int2
+BUDGETS := 0.6 0.4 0.2 0.1
 BITS := heads heads-int8 heads-int4
 TIMED := heads heads-int8 heads-int4 adaptive
 
-.PHONY: help setup demo test lint docs train-reference fit-reference accuracy bench test-triton test-matrix clean
+.PHONY: help setup demo test lint docs train-reference fit-reference accuracy accuracy-more bench test-triton test-matrix clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -66,11 +67,17 @@ fit-reference: setup  ## fit the capsule and the head map that ship with the ref
 
 accuracy: setup  ## accuracy of the reference VLM on its test split, full cache and every method
 	@mkdir -p benchmarks/results
-	$(BIN)/capsight eval $(METHODS:%=--method %) --retained 0.6 --retained 0.4 --retained 0.2 --retained 0.1 \
-		--images 1,4,8 --samples 34 --workers $(WORKERS) --json benchmarks/results/accuracy.json
+	$(BIN)/capsight eval $(METHODS:%=--method %) $(BUDGETS:%=--retained %) --images 1,4,8 --samples 34 \
+		--workers $(WORKERS) --json benchmarks/results/accuracy.json
 	$(BIN)/capsight eval --dtype bfloat16 $(BITS:%=--method %) --retained 0.6 --retained 0.4 --retained 0.2 \
 		--retained 0.15 --retained 0.1 --retained 0.07 --retained 0.05 \
 		--images 1,4,8 --samples 34 --workers $(WORKERS) --json benchmarks/results/bits.json
+	$(BIN)/python benchmarks/write_pages.py
+
+accuracy-more: setup  ## the same table over five times as many prompts; takes three quarters of an hour
+	@mkdir -p benchmarks/results
+	$(BIN)/capsight eval $(METHODS:%=--method %) $(BUDGETS:%=--retained %) --images 1,4,8 --samples 170 \
+		--workers $(WORKERS) --json benchmarks/results/accuracy_more.json
 	$(BIN)/python benchmarks/write_pages.py
 
 bench: accuracy  ## every figure of the README: accuracy, speed, prefill attention, the demo

@@ -36,8 +36,10 @@ def budget_table(report: Report) -> list[str]:
     return lines
 
 
-def page(report: Report, title: str = "Accuracy against bytes", note: str = "") -> str:
-    """The whole page; `note` is a sentence about what is compared."""
+def page(
+    report: Report, title: str = "Accuracy against bytes", note: str = "", command: str = "make accuracy"
+) -> str:
+    """The whole page; `note` is a sentence about what is compared, `command` what measures it."""
     methods, full = report["methods"], report["methods"][FULL]
     counts = ", ".join(f"{cell['questions']} at {n}" for n, cell in full["by"]["images"].items())
     lines = [
@@ -49,8 +51,7 @@ def page(report: Report, title: str = "Accuracy against bytes", note: str = "") 
         f"Model `{report['model']}` in {report.get('dtype', 'its own dtype')}, "
         f"protocol [`{report['protocol']}`](../evaluation.md#protocols), "
         f"{full['questions']} questions (by image count: {counts}). {machine(report['machine'])}",
-        "`make accuracy` makes this page. "
-        "[How to read the columns](../evaluation.md#how-to-read-the-tables).",
+        f"`{command}` makes this page. [How to read the columns](../evaluation.md#how-to-read-the-tables).",
         "",
         *budget_table(report),
         "",

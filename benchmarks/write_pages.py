@@ -24,6 +24,11 @@ BITS = (
     "full cache too: bytes are shares of 16-bit ones."
 )
 
+MORE_PROMPTS = (
+    "The table of the [accuracy page](accuracy.md) again, over five times as many prompts, among them those of "
+    "that page."
+)
+
 
 def main(root: Path = ROOT) -> None:
     """Write README.md and docs/benchmarks/*.md below `root`."""
@@ -35,6 +40,8 @@ def main(root: Path = ROOT) -> None:
 
     if (accuracy := load(results, "accuracy.json")) is not None:
         write("accuracy", accuracy_page.page(accuracy))
+    if (more := load(results, "accuracy_more.json")) is not None:
+        write("accuracy-more", accuracy_page.page(more, "More prompts", MORE_PROMPTS, "make accuracy-more"))
     if (bits := load(results, "bits.json")) is not None:
         write("bits", accuracy_page.page(bits, "Stored bits", BITS))
     bench, prefill = load(results, "bench.json"), load(results, "prefill.json")

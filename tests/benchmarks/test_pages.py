@@ -117,6 +117,16 @@ def decode_model():
     return {"machine": MACHINE, "setup": setup, "rows": [row]}
 
 
+def test_more_prompts_have_a_page_of_their_own(root):
+    readme = write(root, accuracy_more=accuracy())
+    page = (root / "docs" / "benchmarks" / "accuracy-more.md").read_text()
+    assert page.count("# More prompts") == 1
+    assert "`make accuracy-more` makes this page" in page
+    assert "| `heads` | 97.5 (-2.5) | 75.0 (-25.0) |" in page
+    assert "97.5" not in readme
+    assert tables_are_square(page)
+
+
 def test_everything(root):
     readme = write(
         root, accuracy=accuracy(), bench=bench(), prefill=prefill(), prefill_longest=prefill(), demo=demo()

@@ -25,12 +25,12 @@ def test_chunks_of_a_prefill(qwen, category):
     inputs = mixed_batch(qwen)
     head_map = HeadMap.uniform(category, *size_of(qwen), OPTIONS)
     dense = greedy(qwen.model.generate, **inputs)
+    plain = greedy(qwen.model.generate, **inputs, prefill_chunk_size=37)
+    if not torch.equal(plain.sequences, dense.sequences):
+        pytest.skip("this transformers itself answers otherwise where a prompt with images comes in chunks")
     with capsight.enable(qwen.model, head_map=head_map) as fast:
         whole = greedy(fast.generate, **inputs)
-        try:
-            chunked = greedy(fast.generate, **inputs, prefill_chunk_size=37)
-        except ValueError as error:
-            pytest.skip(f"this transformers does not chunk prompts with images: {error}")
+        chunked = greedy(fast.generate, **inputs, prefill_chunk_size=37)
     assert_same(chunked, whole)
     assert not torch.allclose(whole.logits[0][0], dense.logits[0][0], atol=1e-4)
 
