@@ -25,8 +25,8 @@ BITS = (
 )
 
 MORE_PROMPTS = (
-    "The table of the [accuracy page](accuracy.md) again, over five times as many prompts, among them those of "
-    "that page."
+    "The table of the [accuracy page](accuracy.md) again, five times as many prompts, those of that page "
+    "among them."
 )
 
 
