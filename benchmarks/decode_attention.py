@@ -49,13 +49,33 @@ class Shape(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """One layer of a batch: full keys and values `[B, H, S, D]`, and the same as capsules."""
+    """One layer of a batch: exact keys and values `[B, H, X, D]`, and two kinds of capsules of the rest."""
 
-    full: tuple[Tensor, Tensor]
-    exact: tuple[Tensor, Tensor]  # [B, H, X, D]
+    exact: tuple[Tensor, Tensor]
     capsules: dict[str, tuple[AdaptiveCodec | HeadsCodec, Payload]]
     rows: BlockRows
-    hidden: Tensor  # bool [B, H, S], what `heads` evicted
+
+    def full(self, name: str) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, H, S, D]`: what these capsules stand for, after the exact ones."""
+        codec, payload = self.capsules[name]
+        keys, values = (
+            torch.cat((own, self._in_rows(x).flatten(2, 3)), 2)
+            for own, x in zip(self.exact, codec.decode(payload), strict=True)
+        )
+        return keys, values
+
+    def shown(self, name: str) -> Tensor | None:
+        """Which of them attention sees: bool `[B, H, 1, S]`, or None for all."""
+        codec, payload = self.capsules[name]
+        bias = codec.bias(payload)  # [M, H, N]
+        if bias is None:
+            return None
+        shown = self._in_rows(bias).flatten(2) == 0
+        return torch.nn.functional.pad(shown, (self.exact[0].shape[2], 0), value=True)[:, :, None]
+
+    def _in_rows(self, x: Tensor) -> Tensor:
+        """Blocks `[M, H, ...]`, row by row: `[B, H, M / B, ...]`."""
+        return x.unflatten(0, (len(self.exact[0]), -1)).transpose(1, 2)
 
 
 def smooth(shape: Shape, generator: torch.Generator) -> Tensor:
@@ -83,20 +103,7 @@ def cache_of(
     capsules = {"heads": (heads, own.select(drawn)), "adaptive": (codec, some.select(drawn))}
     text = (batch, shape.kv_heads, TEXT_TOKENS, shape.head_dim)
     exact = [torch.randn(text, generator=generator).to(device, dtype) for _ in range(2)]
-    decoded = codec.decode(some.select(torch.arange(DISTINCT, device=device)))  # [DISTINCT, H, N, D]
-    full = []
-    for x, known in zip(exact, decoded, strict=True):
-        made = x.new_empty(batch, shape.kv_heads, TEXT_TOKENS + tokens, shape.head_dim)
-        made[:, :, :TEXT_TOKENS] = x
-        for row in range(batch):
-            order = (ranks[:blocks] + 7 * row) % DISTINCT
-            made[row, :, TEXT_TOKENS:] = known[order].transpose(0, 1).flatten(1, 2)
-        full.append(made)
-    evicted = ~own.select(drawn).mask(BLOCK)  # [M, H, N]
-    hidden = evicted.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2)
-    hidden = torch.nn.functional.pad(hidden, (TEXT_TOKENS, 0), value=False)
-    where = BlockRows(rows, ranks, blocks)
-    return Cache((full[0], full[1]), (exact[0], exact[1]), capsules, where, hidden)
+    return Cache((exact[0], exact[1]), capsules, BlockRows(rows, ranks, blocks))
 
 
 def at_size(
@@ -105,6 +112,7 @@ def at_size(
     """All variants at one size."""
     dtype = getattr(torch, dtype_name)
     cache = cache_of(tokens, batch, dtype, device, shape, retained)
+    full = cache.full("adaptive")
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(batch, shape.heads, 1, shape.head_dim, generator=generator).to(device, dtype)
     scaling = shape.head_dim**-0.5
@@ -113,21 +121,24 @@ def at_size(
         codec, payload = cache.capsules[name]
         return latent_attention(query, *cache.exact, codec.latent(payload), cache.rows, None, scaling)
 
-    def grouped(mask: Tensor | None = None) -> Tensor:
+    def grouped(keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
         wide = query.view(batch, shape.kv_heads, -1, shape.head_dim)
-        return scaled_dot_product_attention(wide, *cache.full, attn_mask=mask).view(query.shape)
+        return scaled_dot_product_attention(wide, keys, values, attn_mask=mask).view(query.shape)
+
+    def difference(name: str) -> float:
+        expected = grouped(*cache.full(name), cache.shown(name))
+        return (capsules(name).transpose(1, 2) - expected).abs().max().item()
 
     runs: dict[str, Run] = {
         **{name: partial(capsules, name) for name in cache.capsules},
-        "sdpa": lambda: scaled_dot_product_attention(query, *cache.full, enable_gqa=True),
-        "sdpa, grouped": grouped,
+        "sdpa": lambda: scaled_dot_product_attention(query, *full, enable_gqa=True),
+        "sdpa, grouped": partial(grouped, *full),
     }
-    expected = {"heads": grouped(~cache.hidden[:, :, None]), "adaptive": grouped()}
-    differences = {n: (capsules(n).transpose(1, 2) - x).abs().max().item() for n, x in expected.items()}
+    differences = {name: difference(name) for name in cache.capsules}
     seconds = measure(runs, repeats, device)
     best = min(seconds[name] for name in runs if name not in cache.capsules)
     reason = reason_against(Kind.of(query, cache.capsules["adaptive"][1].tensors["keys"]))
-    full, held = (sum(x.nbytes for x in pair) for pair in (cache.full, cache.exact))
+    whole, held = (sum(x.nbytes for x in pair) for pair in (full, cache.exact))
     return {
         "tokens": tokens,
         "batch": batch,
@@ -137,7 +148,7 @@ def at_size(
         "adaptive_by": f"torch: {reason}" if reason else "triton",
         "seconds": seconds,
         "speedup": {name: best / seconds[name] for name in cache.capsules},
-        "bytes": {"full": full, **{n: held + payload.nbytes for n, (_, payload) in cache.capsules.items()}},
+        "bytes": {"full": whole, **{n: held + payload.nbytes for n, (_, payload) in cache.capsules.items()}},
         "largest_difference": differences,
     }
 
