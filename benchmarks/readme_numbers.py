@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_page import budget_table
-from page_parts import table
+from page_parts import human_bytes, table
+
+from capsight.baselines import METHODS
+from capsight.evaluation import FULL, split_label
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- numbers", "<!-- /numbers -->"
+SHARE = 0.2
+"""The retained fraction that the summary is about."""
+
+CLOSE = 1.0
+"""Points that the smallest cache of the summary may lose."""
 
 Report = dict[str, Any]
 Row = tuple[str, str, str]
@@ -20,6 +27,33 @@ def load(results: Path, name: str) -> Report | None:
     """One result file, or None where it has not been made."""
     path = results / name
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def summary_lines(accuracy: Report, bits: Report | None) -> list[str]:
+    """The README's first figures."""
+    right = {name: row["exact_match"] for name, row in accuracy["methods"].items()}
+    others = {name: right[name] for name in right if split_label(name)[0] in METHODS}
+    others = {name: value for name, value in others.items() if split_label(name)[1] == SHARE}
+    ours, floor = (f"{name} {SHARE:g}" for name in ("heads", "uniform"))
+    if ours not in right or floor not in others:
+        return []
+    best, questions = max(others, key=others.__getitem__), accuracy["methods"][FULL]["questions"]
+    lines = [
+        f"- Capsules that keep {100 * SHARE:.0f} % of the vision tokens answer **{right[ours]:.1f} %** "
+        f"of {questions} test questions right, the full cache {right[FULL]:.1f} %, the best other method "
+        f"of the same bytes (`{split_label(best)[0]}`) {right[best]:.1f} %, a uniform choice of tokens "
+        f"{right[floor]:.1f} %.",
+    ]
+    rows = {} if bits is None else {n: row for n, row in bits["methods"].items() if n != FULL}
+    close = {n: row["kv_bytes_full"] / row["kv_bytes"] for n, row in rows.items() if row["drop"] <= CLOSE}
+    if bits is not None and close:
+        smallest = max(close, key=close.__getitem__)
+        modules, found = human_bytes(rows[smallest]["module_bytes"]), rows[smallest]["exact_match"]
+        lines.append(
+            f"- The KV cache is **{close[smallest]:.1f} times smaller** than the full one in {bits['dtype']} "
+            f"at {found:.1f} % (`{smallest}`; modules, {modules} once per model, not counted)."
+        )
+    return lines
 
 
 def accuracy_lines(report: Report) -> list[str]:
@@ -95,11 +129,18 @@ def lines(results: Path) -> list[str]:
 
 def main(root: Path = ROOT) -> None:
     """Replace what stands between the markers in README.md."""
-    readme = root / "README.md"
-    text = readme.read_text()
-    start = text.index("\n", text.index(BEGIN)) + 1
-    body = "\n".join(["", *lines(root / "benchmarks" / "results"), ""])
-    readme.write_text(text[:start] + body + text[text.index(END) :])
+    readme, results = root / "README.md", root / "benchmarks" / "results"
+    accuracy = load(results, "accuracy.json")
+    first = [] if accuracy is None else summary_lines(accuracy, load(results, "bits.json"))
+    text = _replaced(readme.read_text(), "summary", first)
+    readme.write_text(_replaced(text, "numbers", ["", *lines(results), ""]))
+
+
+def _replaced(text: str, name: str, found: list[str]) -> str:
+    """The text with these lines between the markers of this name."""
+    begin, end = text.index(f"<!-- {name}"), text.index(f"<!-- /{name} -->")
+    start = text.index("\n", begin) + 1
+    return text[:start] + "".join(f"{line}\n" for line in found) + text[end:]
 
 
 if __name__ == "__main__":
