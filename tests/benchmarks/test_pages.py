@@ -136,8 +136,8 @@ def test_the_summary_names_the_best_other_method_and_the_smallest_cache(root):
     readme = write(root, accuracy=accuracy(uniform=4, cur=24, snapkv=12), bits=bits)
     assert (
         "- Capsules that keep 20 % of the vision tokens answer **75.0 %** of 40 test questions right, the"
-        " full cache 100.0 %, the best other method of the same bytes (`cur`) 60.0 %, a uniform choice of tokens"
-        " 10.0 %."
+        " full cache 100.0 %, the best other method of the same bytes (`cur`) 60.0 %, a uniform choice of"
+        " tokens 10.0 %."
     ) in readme
     assert (
         "- The KV cache is **3.6 times smaller** than the full one in bfloat16 at 100.0 % (`close 0.2`;"
