@@ -116,9 +116,10 @@ class Prefill:
         if isinstance(cache, CapsuleCache):
             cache.honours_key_bias = True
         layers: list[Any] = self._recorder.layers
+        observes = isinstance(cache, QueryObserver)
         for index, layer in enumerate(layers):
             cache.update(layer.keys, layer.values, index)
-            if isinstance(cache, QueryObserver):
+            if observes:
                 assert isinstance(self._recorder, _ObservingRecorder)
                 query, mask, scaling = self._recorder.shown[index]
                 cache.observe(index, query, layer.keys, mask, scaling)
