@@ -60,7 +60,7 @@ class HeadsVariant(HeadsCodec):
             return torch.cat(alone, 1)
         if self.scope == "block":
             return super().best(scores, [1] * many)
-        return super().best(scores.view(-1, 1, size), [1] * many * heads).view(scores.shape)
+        return super().best(scores.reshape(-1, 1, size), [1] * many * heads).view(scores.shape)
 
 
 class HeadsRebuilt(HeadsCodec):
