@@ -25,8 +25,11 @@ def test_chunks_of_a_prefill(qwen, category):
     inputs = mixed_batch(qwen)
     head_map = HeadMap.uniform(category, *size_of(qwen), OPTIONS)
     dense = greedy(qwen.model.generate, **inputs)
-    plain = greedy(qwen.model.generate, **inputs, prefill_chunk_size=37)
-    if not torch.equal(plain.sequences, dense.sequences):
+    try:
+        plain = greedy(qwen.model.generate, **inputs, prefill_chunk_size=37).sequences
+    except (RuntimeError, ValueError) as error:
+        pytest.skip(f"this transformers does not take prompts with images in chunks: {error}")
+    if not torch.equal(plain, dense.sequences):
         pytest.skip("this transformers itself answers otherwise where a prompt with images comes in chunks")
     with capsight.enable(qwen.model, head_map=head_map) as fast:
         whole = greedy(fast.generate, **inputs)
