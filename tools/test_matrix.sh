@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 
-# "torch>=2.11" and "transformers>=5.23.0,<6" of pyproject.toml; their lower ends.
+# "torch>=2.11" and "transformers>=5.17.0,<6" of pyproject.toml; their lower ends.
 mapfile -t range < <(sed -nE 's/^ *"((torch|transformers)>=[^"]*)".*/\1/p' pyproject.toml)
 mapfile -t oldest < <(printf '%s\n' "${range[@]}" | sed -E 's/>=([^,]+).*/==\1.*/; s/(==[0-9]+\.[0-9]+\.[0-9]+)\.\*/\1/')
 
