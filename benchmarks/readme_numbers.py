@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARE = 0.2
 """The retained fraction that the summary is about."""
 
+MORE = "[more prompts](docs/benchmarks/accuracy-more.md)"
+
 CLOSE = 1.0
 """Points that the smallest cache of the summary may lose."""
 
@@ -56,10 +58,11 @@ def summary_lines(accuracy: Report, bits: Report | None) -> list[str]:
     return lines
 
 
-def accuracy_lines(report: Report) -> list[str]:
-    """What was asked, and exact match by method and budget."""
+def accuracy_lines(report: Report, more: Report | None) -> list[str]:
+    """What was asked, exact match by method and budget, and where to find more prompts."""
     full = report["methods"]["full"]
     by_images = ", ".join(f"{c['exact_match']:.1f} % at {n}" for n, c in full["by"]["images"].items())
+    many = [] if more is None else [f"The same over {more['methods'][FULL]['questions']} questions: {MORE}."]
     return [
         f"{full['questions']} test questions of the reference task, asked over the compressed cache "
         f"(protocol `{report['protocol']}`, {report.get('dtype', 'its own dtype')}, `make accuracy`). "
@@ -68,6 +71,7 @@ def accuracy_lines(report: Report) -> list[str]:
         *budget_table(report),
         "",
         "Intervals, tests and the tables by task: [accuracy](docs/benchmarks/accuracy.md).",
+        *many,
         "",
     ]
 
@@ -122,7 +126,7 @@ def lines(results: Path) -> list[str]:
         made += rows(report) if report is not None else []
     accuracy = load(results, "accuracy.json")
     return [
-        *([] if accuracy is None else accuracy_lines(accuracy)),
+        *([] if accuracy is None else accuracy_lines(accuracy, load(results, "accuracy_more.json"))),
         *(table(("figure", "measured", "command"), made, 3) if made else []),
     ]
 

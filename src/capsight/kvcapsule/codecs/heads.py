@@ -55,12 +55,13 @@ class HeadsCodec(LearntCodec):
         """How far each token of blocks `[M, H, N, D]` stands out: float32 `[M, H, N]`, at least 0."""
         precision = torch.linalg.inv(self.covariance())  # [G, N, N]
         # Row n of it, over its diagonal, takes from token n what the others predict.
-        others = precision / precision.diagonal(dim1=-2, dim2=-1)[..., None]
+        alone = precision.diagonal(dim1=-2, dim2=-1)  # [G, N]
         found = []
-        for kind, (x, own) in enumerate(((keys, others[0]), (values, others[-1]))):
+        for kind, (x, group) in enumerate(((keys, 0), (values, -1))):
             white = self.whitened(kind, x).transpose(0, 1)  # [H, M, N, D], as it lies in memory
-            found += [vector_norm(white, dim=-1), vector_norm(own @ white, dim=-1)]
-        return torch.stack(found).log().mean(0).mul(2).exp().transpose(0, 1)
+            from_others = vector_norm(precision[group] @ white, dim=-1) / alone[group]  # [H, M, N]
+            found.append((vector_norm(white, dim=-1) * from_others).sqrt())
+        return (found[0] * found[1]).transpose(0, 1)
 
     def best(self, scores: Tensor, blocks: Sequence[int]) -> Tensor:
         """The tokens of each row with the highest scores, and the best one of every block and head.
