@@ -1,4 +1,4 @@
-"""Tables of speed and memory, from the JSON of `capsight bench` and of prefill_attention.py."""
+"""Tables of speed and memory, from the JSON of `capsight bench`, encode_cost.py and prefill_attention.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from page_parts import GENERATED, human_bytes, machine, table
 Report = dict[str, Any]
 
 
-def page(bench: Report | None, prefill: Report | None) -> str:
+def page(bench: Report | None, prefill: Report | None, encode: Report | None = None) -> str:
     """The whole page, of what there is."""
     lines = [GENERATED, "", "# Speed and memory", "", "`make bench` makes this page.", ""]
     if bench is not None:
@@ -26,6 +26,8 @@ def page(bench: Report | None, prefill: Report | None) -> str:
         ]
         if bench.get("calibration"):
             lines += ["## Calibration", "", "Fitting once, model loaded.", "", *_calibration(bench), ""]
+    if encode is not None:
+        lines += ["## Making capsules", "", *_encode(encode), ""]
     if prefill is not None:
         lines += ["## Prefill attention", "", *_prefill(prefill), ""]
     return "\n".join(lines)
@@ -55,6 +57,26 @@ def _generation(bench: Report) -> list[str]:
 def _calibration(bench: Report) -> list[str]:
     rows = [[f"`{f['method']}`", str(f["prompts"]), f"{f['seconds']:.1f} s"] for f in bench["calibration"]]
     return table(["method", "prompts", "seconds"], rows)
+
+
+def _encode(encode: Report) -> list[str]:
+    lead = (
+        "Filling a cache from the keys and values of a prefill, eight images a row; *share* is what capsules "
+        f"take, of the time to the first token with a full cache. {machine(encode['machine'])} "
+        "`python benchmarks/encode_cost.py` measures it."
+    )
+    rows = [
+        [
+            row["model"],
+            str(row["batch"]),
+            str(row["tokens"]),
+            *(f"{1e3 * row[name]:.1f} ms" for name in ("first_token_s", "full_s", "capsules_s")),
+            f"{100 * row['share']:.1f} %",
+        ]
+        for row in encode["rows"]
+    ]
+    heads = ["model", "batch", "tokens", "first token", "full cache", "capsules", "share"]
+    return [lead, "", *table(heads, rows)]
 
 
 def _prefill(prefill: Report) -> list[str]:

@@ -44,9 +44,9 @@ def main(root: Path = ROOT) -> None:
         write("accuracy-more", accuracy_page.page(more, "More prompts", MORE_PROMPTS, "make accuracy-more"))
     if (bits := load(results, "bits.json")) is not None:
         write("bits", accuracy_page.page(bits, "Stored bits", BITS))
-    bench, prefill = load(results, "bench.json"), load(results, "prefill.json")
-    if bench is not None or prefill is not None:
-        write("speed", speed_page.page(bench, prefill))
+    speed = [load(results, f"{name}.json") for name in ("bench", "prefill", "encode_cost")]
+    if any(report is not None for report in speed):
+        write("speed", speed_page.page(*speed))
     decode = [load(results, f"decode_{name}.json") for name in ("attention", "model")]
     if any(report is not None for report in decode):
         write("decode", decode_page.page(*decode))

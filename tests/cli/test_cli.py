@@ -11,7 +11,7 @@ from capsight.cli import bench, demo
 from capsight.cli.app import main
 from capsight.cli.output import parse_bytes
 from capsight.kvcapsule import KVCapsule
-from capsight.reference import load_reference_vlm
+from capsight.reference import load_reference_vlm, reference_path
 
 
 def run(monkeypatch, capsys, *arguments):
@@ -200,6 +200,7 @@ def test_fit_on_a_folder_of_pictures(monkeypatch, capsys, tmp_path):
     [
         (["generate", "--prompt", "x", "--image", "none.png"], "none.png"),
         (["generate", "--prompt", "x", "--model", "/no/such/folder"], "cannot load"),
+        (["generate", "--prompt", "x", "--model", reference_path()], "processor that takes images"),
         (["generate", "--prompt", "x", "--capsule", "/no/such/folder"], "/no/such/folder"),
         (["generate", "--prompt", "x", "--retained", "1.5"], "1.5"),
         (["generate", "--prompt", "x", "--dtype", "int3"], "int3"),

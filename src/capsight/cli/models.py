@@ -28,7 +28,7 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[
         device: where to put it.
 
     Raises:
-        OptionError: the dtype is unknown, or the model cannot be loaded.
+        OptionError: the dtype is unknown, or the model or a processor that takes images cannot be loaded.
         CapsightError: its family is not supported.
     """
     logging.set_verbosity_error()
@@ -46,6 +46,11 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[
     if model.config.model_type not in supported_families():
         raise CapsightError(
             f"{name!r} is a {model.config.model_type} model; supported are {', '.join(supported_families())}"
+        )
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise OptionError(
+            f"{name!r} has no processor that takes images, only a {type(processor).__name__}; "
+            "save the processor of the model into the same folder: processor.save_pretrained(folder)"
         )
     processor.tokenizer.padding_side = "left"
     model.to(torch.device(device))  # type: ignore[arg-type]
