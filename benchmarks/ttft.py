@@ -128,7 +128,8 @@ def main(
     images: Annotated[int, typer.Option(help="Images of the large model's prompt.")] = 16,
     side: Annotated[int, typer.Option(help="Their sides in px; 560 makes 400 tokens.")] = 560,
     dtype: Annotated[str, typer.Option(help="Of the large model: float32 or bfloat16.")] = "bfloat16",
-    runs: Annotated[int, typer.Option(help="Timed runs; the median counts.")] = 3,
+    runs: Annotated[int, typer.Option(help="Timed runs of the large model; the median counts.")] = 3,
+    reference_runs: Annotated[int, typer.Option(help="Timed runs of the reference VLM.")] = 25,
     head_map: Annotated[str | None, typer.Option(help="For the reference VLM; else the shipped one.")] = None,
     large: Annotated[bool, typer.Option(help="Measure the large model too.")] = True,
     json_file: Annotated[Path, typer.Option("--json", help="Write the numbers here.")] = RESULT,
@@ -137,19 +138,19 @@ def main(
     model, processor = load_reference_vlm()
     calibrated = HeadMap.from_pretrained(head_map) if head_map else reference_head_map()
     maps = hand_made(model) | ({} if calibrated is None else {"calibrated": calibrated})
-    cases = [("reference VLM, float32", model, reference_images, 0, maps)]
+    cases = [("reference VLM, float32", model, reference_images, 0, maps, reference_runs)]
     if large:
         other = large_model(model.config, getattr(torch, dtype))
         size = sum(p.numel() for p in other.parameters())
         name = f"random weights, {size / 1e9:.2f} B, {dtype}"
-        cases.append((name, other, images, side, hand_made(other)))
+        cases.append((name, other, images, side, hand_made(other), runs))
     report = []
-    for name, vlm, count, pixels, variants in cases:
+    for name, vlm, count, pixels, variants, times in cases:
         item = prompt(count, pixels)
         inputs = process(processor, item, [item.asks[0].question])
         tokens = inputs["input_ids"].shape[1]
-        rows = measured(vlm, inputs, variants, runs)
-        report.append({"model": name, "tokens": tokens, "images": count, "runs": runs, "rows": rows})
+        rows = measured(vlm, inputs, variants, times)
+        report.append({"model": name, "tokens": tokens, "images": count, "runs": times, "rows": rows})
         print(f"{name}: done", flush=True)
     json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(json.dumps({"machine": machine(), "models": report}, indent=1) + "\n")
