@@ -62,7 +62,7 @@ def accuracy_lines(report: Report, more: Report | None) -> list[str]:
     """What was asked, exact match by method and budget, and where to find more prompts."""
     full = report["methods"]["full"]
     by_images = ", ".join(f"{c['exact_match']:.1f} % at {n}" for n, c in full["by"]["images"].items())
-    many = [] if more is None else [f"The same over {more['methods'][FULL]['questions']} questions: {MORE}."]
+    many = [] if more is None else [f"A larger run, by `make accuracy-more`: {MORE}."]
     return [
         f"{full['questions']} test questions of the reference task, asked over the compressed cache "
         f"(protocol `{report['protocol']}`, {report.get('dtype', 'its own dtype')}, `make accuracy`). "

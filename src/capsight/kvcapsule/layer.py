@@ -159,10 +159,8 @@ class CapsuleLayer(DynamicLayer):
             size = (len(intake.runs), self.codec.block_size)
             taken = [x.index_select(0, intake.blocks).unflatten(0, size) for x in flat]  # [M, N, H, D]
             new_keys, new_values = (x.transpose(1, 2) for x in taken)
-            self._waiting = (
-                self._ledger.queue.add(self.codec, new_keys, new_values, intake.runs),
-                intake.fresh,
-            )
+            waiting = self._ledger.queue.add(self.codec, new_keys, new_values, intake.runs)
+            self._waiting = waiting, intake.fresh
         self._packed = torch.stack([x.index_select(0, intake.exact) for x in flat])
         self.placement = intake.placement
 

@@ -112,14 +112,11 @@ class Ledger:
 
     def intake(self, stored: Placement | None, length: int, device: torch.device) -> Intake:
         """What becomes of rows of `length` tokens; worked out once for all layers that hold `stored`."""
-        placement = self.place(self.complete(length), length, device)
-        if (
-            self._intake is None
-            or self._intake[0] is not stored
-            or self._intake[1].placement is not placement
-        ):
-            self._intake = stored, Intake.build(placement, () if stored is None else stored.runs)
-        return self._intake[1]
+        placement, last = self.place(self.complete(length), length, device), self._intake
+        if last is None or last[0] is not stored or last[1].placement is not placement:
+            last = stored, Intake.build(placement, () if stored is None else stored.runs)
+            self._intake = last
+        return last[1]
 
     def exact_rows(self, placement: Placement) -> ExactRows:
         """The exact tokens of `placement` side by side; worked out once for all layers."""

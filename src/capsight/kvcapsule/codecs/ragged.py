@@ -37,10 +37,8 @@ class RaggedPayload(Payload):
         """
         blocks, heads, size = keep.shape
         entries = keep.transpose(0, 1).flatten().nonzero()[:, 0]  # [E], in [H, M, N]
-        tokens = entries % (blocks * size)
-        rows = tokens * heads + entries // (
-            blocks * size
-        )  # in [M, N, H], the order in which caches hold them
+        head, tokens = entries // (blocks * size), entries % (blocks * size)
+        rows = tokens * heads + head  # in [M, N, H], the order in which caches hold them
         return cls(
             {
                 "keys": keys.transpose(1, 2).flatten(0, 2).index_select(0, rows),
