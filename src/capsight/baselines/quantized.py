@@ -12,6 +12,7 @@ from transformers.cache_utils import QuantizedCache
 from transformers.utils import is_optimum_quanto_available
 
 from capsight.baselines.base import Baseline
+from capsight.baselines.quanto_build import wait_for_kernels
 from capsight.errors import CapsightError, OptionError, UnsupportedModelError
 from capsight.kvcapsule.cache import full_attention_layers
 from capsight.layout import PromptLayout
@@ -40,8 +41,9 @@ class QuantoInt4(Baseline):
         Raises:
             UnsupportedModelError: the model has such layers.
             OptionError: optimum-quanto is not installed.
+            CapsightError: a build of its kernels was cut off, and nothing would end the wait for it.
         """
-        self._check_installed()
+        self._check_usable()
         config = model.config.get_text_config(decoder=True)
         if len(full_attention_layers(model.config)) != config.num_hidden_layers:
             raise UnsupportedModelError(
@@ -50,14 +52,15 @@ class QuantoInt4(Baseline):
             )
 
     def _new_cache(self, layout: PromptLayout, config: PreTrainedConfig) -> QuantoCache:
-        self._check_installed()
+        self._check_usable()
         return QuantoCache(layout, config, self.bits)
 
-    def _check_installed(self) -> None:
+    def _check_usable(self) -> None:
         if not is_optimum_quanto_available():
             raise OptionError(
                 f"the {self.name} method needs optimum-quanto; install it with `pip install optimum-quanto`"
             )
+        wait_for_kernels()
 
 
 class QuantoInt2(QuantoInt4):
