@@ -92,22 +92,21 @@ class HeadsRebuilt(HeadsCodec):
 
 def from_mean(codec: HeadsCodec, keys: Tensor, values: Tensor) -> Tensor:
     """Geometric mean of the squared distances from the mean."""
-    found = [codec.whitened(kind, x).square().sum(-1) for kind, x in enumerate((keys, values))]
-    return (found[0] * found[1]).sqrt()
+    key, value = codec.whitened(keys, values).square().sum(-1)
+    return (key * value).sqrt()
 
 
 def from_others(codec: HeadsCodec, keys: Tensor, values: Tensor) -> Tensor:
     """Geometric mean of the squared distances from what all others predict."""
     precision = torch.linalg.inv(codec.covariance())
     others = precision / precision.diagonal(dim1=-2, dim2=-1)[..., None]
-    pairs = ((0, keys, others[0]), (1, values, others[-1]))
-    found = [(own @ codec.whitened(kind, x)).square().sum(-1) for kind, x, own in pairs]
-    return (found[0] * found[1]).sqrt()
+    key, value = (others[:, None, None] @ codec.whitened(keys, values)).square().sum(-1)
+    return (key * value).sqrt()
 
 
 def one_after_another(codec: HeadsCodec, keys: Tensor, values: Tensor) -> Tensor:
     """Residual energy of each token when it is chosen, as `adaptive` chooses, but of one head."""
-    features = [codec.whitened(kind, x).flatten(0, 1) for kind, x in enumerate((keys, values))]
+    features = list(codec.whitened(keys, values).flatten(1, 2))  # [M * H, N, D] each
     if len(codec.packed) == 1:
         features = [torch.cat(features, 2)]
     gram = torch.stack([x @ x.mT for x in features], 1)  # [M * H, G, N, N]

@@ -116,7 +116,7 @@ def test_one_after_another_is_what_greedy_selection_finds_worst(seen):
     g = torch.Generator().manual_seed(3)
     keys, values = (torch.randn(2, 2, SIZE, 16, generator=g) for _ in range(2))
     scores = one_after_another(heads, keys, values)
-    x = torch.cat([heads.whitened(0, keys), heads.whitened(1, values)], -1)[1, 0]  # [N, 2 D]
+    x = torch.cat(list(heads.whitened(keys, values)), -1)[1, 0]  # [N, 2 D]
     covariance, chosen, worth = heads.covariance()[0], [], float("inf")
     for _ in range(SIZE):
         rest = x

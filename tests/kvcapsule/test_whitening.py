@@ -18,7 +18,9 @@ def test_whitened_channels_are_white(heads, size, seed):
     covariance = flat.mT @ flat / flat.shape[1]
     packed = whitening(covariance)
     assert is_whitening(packed, size)
-    out = whitened(x, packed).double().transpose(0, 1).flatten(1, 2)
+    both = whitened(x, 3 * x, torch.stack([packed, packed / 3]))
+    torch.testing.assert_close(both[0], both[1])
+    out = both[0].double().transpose(0, 1).flatten(1, 2)
     found = out.mT @ out / out.shape[1]
     nugget = RIDGE * covariance.diagonal(dim1=1, dim2=2).mean(1)
     low = torch.linalg.cholesky(covariance + nugget[:, None, None] * torch.eye(size))
@@ -32,7 +34,8 @@ def test_whitened_channels_are_white(heads, size, seed):
 def test_a_dead_head_stays_finite():
     packed = whitening(torch.zeros(2, 4, 4, dtype=torch.float64))
     assert torch.isfinite(packed).all()
-    assert whitened(torch.zeros(1, 2, 3, 4), packed).abs().sum() == 0
+    nothing = torch.zeros(1, 2, 3, 4)
+    assert whitened(nothing, nothing, packed.expand(2, -1, -1)).abs().sum() == 0
 
 
 def test_a_turned_triangle_is_no_whitening():

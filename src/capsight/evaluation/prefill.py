@@ -101,6 +101,10 @@ class Prefill:
                 output_logits=True,
                 return_dict_in_generate=True,
             )
+        layers: list[Any] = recorder.layers
+        for layer in layers:
+            # A stock layer has its heads one after another; the model gave their tokens so, side by side.
+            layer.keys, layer.values = (_token_major(x) for x in (layer.keys, layer.values))
         tokens = {key: value for key, value in inputs.items() if key in TOKEN_ENTRIES}
         offsets = RopeDeltas(model).value()
         return cls(model, tokens, layout, output.logits[0].float(), recorder, repeat, offsets)
@@ -155,3 +159,8 @@ class Prefill:
 def observes(method: CacheMethod, layout: PromptLayout, config: Any) -> bool:
     """Whether a method has to be shown queries."""
     return isinstance(method.cache(layout, config), QueryObserver)
+
+
+def _token_major(x: Tensor) -> Tensor:
+    """`[B, H, S, D]` as a view of `[B, S, H, D]`, as projections leave it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)

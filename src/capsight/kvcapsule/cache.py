@@ -58,7 +58,7 @@ class CapsuleCache(Cache):
                 f"{full}; fit a capsule for this model"
             )
         self._config = config
-        self._ledger = Ledger(layout, next(iter(codecs.values())).block_size)
+        self._ledger = Ledger(layout, list(codecs.values()))
         self._leaves_from: int | None = None  # tokens held from which on capsules may be left to attention
         self._orders: WeakSet[RowOrder] = WeakSet()
         self.honours_key_bias = False

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from capsight.errors import LayoutError
+from capsight.kvcapsule.codecs import BlockCodec
 from capsight.kvcapsule.exact_rows import ExactRows
 from capsight.kvcapsule.intake import Intake
 from capsight.kvcapsule.latent import KeptTokens, LatentBlocks
@@ -29,16 +30,16 @@ class Ledger:
         left: what the last update left to it, until it is taken.
     """
 
-    def __init__(self, layout: PromptLayout, block_size: int) -> None:
-        """Plan `layout` in runs of `block_size` tokens."""
+    def __init__(self, layout: PromptLayout, codecs: Sequence[BlockCodec]) -> None:
+        """Plan `layout` in runs of the block size of `codecs`, which are those of all layers."""
         self._given = layout
         self._layout = layout
-        self._block_size = block_size
+        self._block_size = block_size = codecs[0].block_size
         self._last: Placement | None = None
         self._complete: tuple[int, tuple[Run, ...]] = (-1, ())
         self.plan = CapsulePlan.from_layout(layout, block_size)
         self.scratch = Scratch()
-        self.queue = EncodeQueue()
+        self.queue = EncodeQueue(codecs)
         self.latent = False
         self.left: tuple[LatentBlocks | KeptTokens, ExactRows] | None = None
         self._exact: tuple[Placement, ExactRows] | None = None

@@ -33,8 +33,10 @@ class EncodeQueue:
     A codec says of how many layers blocks may wait (`layers_together`); they stay whole meanwhile.
     """
 
-    def __init__(self) -> None:
-        """Start empty."""
+    def __init__(self, codecs: Sequence[BlockCodec]) -> None:
+        """Start empty; `codecs` are those of all layers."""
+        self._codecs = tuple(codecs)
+        self._ready: dict[BlockCodec, BlockCodec] = {}  # what makes codecs ready goes with a layer's blocks
         self._waiting: list[Waiting] = []
         self._runs: tuple[Run, ...] = ()
 
@@ -62,7 +64,7 @@ class EncodeQueue:
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
-        codecs = [each.codec for each in waiting]
+        codecs = [self._take_ready(each.codec) for each in waiting]
         keys, values = ([each.blocks[kind] for each in waiting] for kind in (0, 1))
         payloads = type(codecs[0]).encode_layers(codecs, keys, values, self._runs)
         for each, payload in zip(waiting, payloads, strict=True):
@@ -70,4 +72,10 @@ class EncodeQueue:
 
     def clear(self) -> None:
         """Forget all that waits."""
-        self._waiting = []
+        self._waiting, self._ready = [], {}
+
+    def _take_ready(self, codec: BlockCodec) -> BlockCodec:
+        if codec not in self._ready:
+            alike = [other for other in self._codecs if type(other) is type(codec)]
+            self._ready = dict(zip(alike, type(codec).ready(alike), strict=True))
+        return self._ready.pop(codec)

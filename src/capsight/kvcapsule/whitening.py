@@ -34,14 +34,18 @@ def whitening(covariance: Tensor) -> Tensor:
     return inverse[..., rows, cols]
 
 
-def whitened(x: Tensor, packed: Tensor) -> Tensor:
-    """Centred tokens `[M, H, N, D]` times W^T: float32 `[M, H, N, D]`, a view of `[H, M, N, D]`.
+def whitened(keys: Tensor, values: Tensor, packed: Tensor) -> Tensor:
+    """Centred keys and values `[M, H, N, D]` times W^T: float32 `[2, M, H, N, D]`.
 
-    `packed` is `[H, D (D + 1) / 2]`. No copy where `x` is a view of `[M, N, H, D]`, as caches hold it.
+    `packed` is `[2, H, D (D + 1) / 2]`. The result is a view of `[2, H, M, N, D]`. Nothing is copied where
+    keys and values are views of `[M, N, H, D]`, as caches hold them.
     """
-    tokens = x.float().transpose(0, 1).flatten(1, 2)  # [H, M N, D]
-    white = torch.bmm(tokens, _square(packed, x.shape[-1]).mT)
-    return white.unflatten(1, (len(x), -1)).transpose(0, 1)
+    blocks, heads, size, dim = keys.shape
+    turned = _square(packed.flatten(0, 1), dim).view(2, heads, dim, dim).mT
+    white = torch.empty(2, heads, blocks * size, dim, device=keys.device)
+    for x, w, out in zip((keys, values), turned, white, strict=True):
+        torch.bmm(x.float().transpose(0, 1).flatten(1, 2), w, out=out)
+    return white.unflatten(2, (blocks, size)).transpose(1, 2)
 
 
 def deviation(packed: Tensor, size: int) -> Tensor:

@@ -54,6 +54,14 @@ class BlockCodec(nn.Module, ABC):
         super().__init__()
         self.block_size = block_size
 
+    @classmethod
+    def ready(cls, codecs: Sequence[Self]) -> Sequence[Self]:
+        """The codecs of all layers, which know what is best worked out for all at once.
+
+        They are dropped once they have encoded, and what they know with them.
+        """
+        return codecs
+
     @abstractmethod
     def encode_runs(self, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> Payload:
         """Store blocks.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from copy import copy
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -37,7 +40,24 @@ class HeadsCodec(LearntCodec):
 
     name = "heads"
     keys_by_token = True
-    _size: Tensor | None = None  # [H, D], standard deviations of keys: they follow from `whitening`
+    _precision: Tensor | None = None  # [G, N, N], inverse of the second moment, of codecs that are ready
+
+    def __init__(self, packed: Tensor, mean: Tensor, whitening: Tensor, block_size: int, kept: int) -> None:
+        """Take what `fit` learnt or a file held (see `LearntCodec`)."""
+        super().__init__(packed, mean, whitening, block_size, kept)
+        self._sizes: dict[torch.device, Tensor] = {}  # [H, D], deviations of keys: `whitening` has them, too
+
+    @classmethod
+    def ready(cls, codecs: Sequence[Self]) -> Sequence[Self]:
+        """Copies that know the inverses of their second moments: all take hardly longer than one."""
+        first = codecs[0]
+        if len({codec.packed.shape for codec in codecs}) > 1 or first.kept == first.block_size:
+            return codecs
+        packed = torch.stack([codec.packed.to(first.packed.device) for codec in codecs])
+        knowing = [copy(codec) for codec in codecs]
+        for codec, precision in zip(knowing, torch.linalg.inv(first.unpacked(packed)), strict=True):
+            codec._precision = precision
+        return knowing
 
     def encode(self, keys: Tensor, values: Tensor) -> RaggedPayload:
         """Choose the kept tokens of blocks `[M, H, N, D]`, all of one row, and copy them."""
@@ -47,21 +67,20 @@ class HeadsCodec(LearntCodec):
         """Choose the kept tokens of blocks `[M, H, N, D]` and copy them."""
         keep = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
         if self.kept < self.block_size:
-            blocks = torch.bincount(torch.tensor([run.row for run in runs])).tolist()
-            keep = self.best(self.scores(keys, values), [count for count in blocks if count])
+            blocks = Counter(run.row for run in runs)  # rows ascend
+            keep = self.best(self.scores(keys, values), list(blocks.values()))
         return RaggedPayload.pack(keys, values, keep, index_dtype(self.block_size + 1))
 
     def scores(self, keys: Tensor, values: Tensor) -> Tensor:
         """How far each token of blocks `[M, H, N, D]` stands out: float32 `[M, H, N]`, at least 0."""
-        precision = torch.linalg.inv(self.covariance())  # [G, N, N]
+        precision = torch.linalg.inv(self.covariance()) if self._precision is None else self._precision
+        precision = precision.to(keys.device)[:, None, None]  # [G, 1, 1, N, N]
         # Row n of it, over its diagonal, takes from token n what the others predict.
-        alone = precision.diagonal(dim1=-2, dim2=-1)  # [G, N]
-        found = []
-        for kind, (x, group) in enumerate(((keys, 0), (values, -1))):
-            white = self.whitened(kind, x).transpose(0, 1)  # [H, M, N, D], as it lies in memory
-            from_others = vector_norm(precision[group] @ white, dim=-1) / alone[group]  # [H, M, N]
-            found.append((vector_norm(white, dim=-1) * from_others).sqrt())
-        return (found[0] * found[1]).transpose(0, 1)
+        alone = precision.diagonal(dim1=-2, dim2=-1)
+        white = self.whitened(keys, values).transpose(1, 2)  # [2, H, M, N, D], as it lies in memory
+        from_others = vector_norm(precision @ white, dim=-1) / alone  # [2, H, M, N]
+        key, value = (vector_norm(white, dim=-1) * from_others).sqrt()
+        return (key * value).transpose(0, 1)
 
     def best(self, scores: Tensor, blocks: Sequence[int]) -> Tensor:
         """The tokens of each row with the highest scores, and the best one of every block and head.
@@ -83,10 +102,11 @@ class HeadsCodec(LearntCodec):
 
     def typical_keys(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel of the kept keys: float32 `[E, D]` each."""
-        if self._size is None or self._size.device != self.mean.device:
-            self._size = deviation(self.whitening[0], self.head_dim) * KEY_WEIGHT
+        if self.mean.device not in self._sizes:
+            self._sizes[self.mean.device] = deviation(self.whitening[0], self.head_dim) * KEY_WEIGHT
+        size = self._sizes[self.mean.device]
         each = payload.tensors["counts"].sum(0, dtype=torch.int64)  # [H]
-        return self.mean[0].repeat_interleave(each, 0), self._size.repeat_interleave(each, 0)
+        return self.mean[0].repeat_interleave(each, 0), size.repeat_interleave(each, 0)
 
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Kept tokens in their places, zeros elsewhere."""

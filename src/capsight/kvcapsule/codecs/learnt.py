@@ -94,17 +94,22 @@ class LearntCodec(LayerCodec):
 
     def covariance(self) -> Tensor:
         """The regularised second moment: float32 `[G, N, N]`."""
-        index = _square_from_packed(self.block_size, self.packed.device)
-        return self.packed[:, index].view(-1, self.block_size, self.block_size)
+        return self.unpacked(self.packed)
+
+    def unpacked(self, packed: Tensor) -> Tensor:
+        """Symmetric matrices `[..., N, N]` from their lower triangles `[..., N (N + 1) / 2]`."""
+        index = _square_from_packed(self.block_size, packed.device)
+        return packed[..., index].unflatten(-1, (self.block_size, self.block_size))
 
     @property
     def head_dim(self) -> int:
         """Channels of a head (D)."""
         return self.mean.shape[-1]
 
-    def whitened(self, kind: int, x: Tensor) -> Tensor:
-        """Whitened tokens `[M, H, N, D]` of blocks `[M, H, N, D]`, in float32."""
-        return whitened(x - self.mean[kind][:, None], self.whitening[kind])
+    def whitened(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Whitened keys and values of blocks `[M, H, N, D]`: float32 `[2, M, H, N, D]`."""
+        key_mean, value_mean = self.mean[:, :, None]
+        return whitened(keys - key_mean, values - value_mean, self.whitening)
 
 
 @lru_cache(maxsize=8)

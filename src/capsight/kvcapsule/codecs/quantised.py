@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -43,6 +43,12 @@ class QuantisedCodec(BlockCodec):
         super().__init__(inner.block_size)
         check_bits(bits)
         self.inner, self.bits, self.layers_together = inner, bits, inner.layers_together
+
+    @classmethod
+    def ready(cls, codecs: Sequence[Self]) -> Sequence[Self]:
+        """These over inner codecs that are ready."""
+        inner = type(codecs[0].inner).ready([codec.inner for codec in codecs])
+        return [cls(knowing, codec.bits) for knowing, codec in zip(inner, codecs, strict=True)]
 
     def encode_runs(self, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> Payload:
         """Make capsules of blocks `[M, H, N, D]` and quantise them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
 
 import torch
@@ -37,13 +38,12 @@ class RaggedPayload(Payload):
         """
         blocks, heads, size = keep.shape
         entries = keep.transpose(0, 1).flatten().nonzero()[:, 0]  # [E], in [H, M, N]
-        head, tokens = entries // (blocks * size), entries % (blocks * size)
-        rows = tokens * heads + head  # in [M, N, H], the order in which caches hold them
+        rows, position = (x.index_select(0, entries) for x in _places(blocks, heads, size, keep.device))
         return cls(
             {
                 "keys": keys.transpose(1, 2).flatten(0, 2).index_select(0, rows),
                 "values": values.transpose(1, 2).flatten(0, 2).index_select(0, rows),
-                "kept": (tokens % size).to(index_dtype(size)),
+                "kept": position,
                 "counts": keep.sum(2, dtype=counted),
             }
         )
@@ -105,3 +105,10 @@ def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:
     """`starts[i]` to `starts[i] + lengths[i]` (exclusive), end to end: int64."""
     shift = starts - (lengths.cumsum(0) - lengths)
     return torch.arange(int(lengths.sum()), device=starts.device) + shift.repeat_interleave(lengths)
+
+
+@lru_cache(maxsize=1)
+def _places(blocks: int, heads: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of the entries of `[H, M, N]`: their rows in `[M, N, H]`, as caches lie; their positions in blocks."""
+    rows = torch.arange(blocks * size * heads, device=device).view(-1, heads).T.flatten()
+    return rows, torch.arange(size, dtype=index_dtype(size), device=device).repeat(heads * blocks)

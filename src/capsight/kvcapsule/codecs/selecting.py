@@ -74,7 +74,7 @@ class SelectingCodec(LearntCodec):
 
     def _gram(self, keys: Tensor, values: Tensor) -> Tensor:
         """Gram matrices of the tokens of blocks `[M, H, N, D]`, over all heads: `[M, G, N, N]`."""
-        features = [self.whitened(i, x).transpose(1, 2).flatten(2) for i, x in enumerate((keys, values))]
+        features = list(self.whitened(keys, values).transpose(2, 3).flatten(3))  # [M, N, H D] each
         if len(self.packed) == 1:
             features = [torch.cat(features, 2)]  # [M, N, 2 H D]
         return torch.stack([x @ x.mT for x in features], 1)
