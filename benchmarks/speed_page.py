@@ -61,8 +61,9 @@ def _calibration(bench: Report) -> list[str]:
 
 def _encode(encode: Report) -> list[str]:
     lead = (
-        "Filling a cache from the keys and values of a prefill, eight images a row; *share* is what capsules "
-        f"take, of the time to the first token with a full cache. {machine(encode['machine'])} "
+        "Filling a cache from the keys and values of a prefill, eight images a row; *added* is what capsules "
+        "take beyond a full cache, as a part of the time to the first token with that one. "
+        f"{machine(encode['machine'])} "
         "`python benchmarks/encode_cost.py` measures it."
     )
     rows = [
@@ -71,11 +72,11 @@ def _encode(encode: Report) -> list[str]:
             str(row["batch"]),
             str(row["tokens"]),
             *(f"{1e3 * row[name]:.1f} ms" for name in ("first_token_s", "full_s", "capsules_s")),
-            f"{100 * row['share']:.1f} %",
+            f"{100 * row['added']:.1f} %",
         ]
         for row in encode["rows"]
     ]
-    heads = ["model", "batch", "tokens", "first token", "full cache", "capsules", "share"]
+    heads = ["model", "batch", "tokens", "first token", "full cache", "capsules", "added"]
     return [lead, "", *table(heads, rows)]
 
 
