@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -99,19 +99,31 @@ def test_what_a_codec_hands_over_is_what_it_keeps():
     assert held.sizes(where) == [[int(counts[:2, h].sum()), int(counts[2:, h].sum())] for h in (0, 1)]
 
 
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=9).filter(any), st.integers(1, 20))
-def test_chunks_and_the_rest_hold_every_token_once(sizes, size):
+@given(
+    st.integers(1, 3), st.lists(st.integers(0, 40), min_size=3, max_size=9).filter(any), st.integers(1, 20)
+)
+def test_chunks_and_the_rest_hold_every_token_once(heads, sizes, size):
+    batch = len(sizes) // heads
+    sizes = [sizes[head * batch : (head + 1) * batch] for head in range(heads)]
+    assume(any(map(any, sizes)))
     with read((0, (size,))):
         cut = pieces.Chunks.of(sizes, torch.device("cpu"))
-    tokens = torch.arange(sum(sizes))[:, None]
+    tokens = torch.arange(sum(map(sum, sizes)))[:, None]
     seen = [*cut.where_they_lie(tokens).squeeze(-1)]
     if cut.rest is not None:
         seen += [own[mask] for own, mask in zip(cut.rest.gather(tokens)[..., 0], cut.rest.shown, strict=True)]
         assert all(len(own) < size for own in seen[cut.count :])
-    assert len(seen) == cut.others.shape[1] == len(cut.piece)
-    for piece, own in enumerate(tokens[:, 0].split(sizes)):
-        found = [part for part, other in zip(seen, cut.others[piece], strict=True) if not other]
-        assert torch.equal(torch.cat([*found, own[:0]]).sort().values, own)
+    assert len(seen) == len(cut.piece)
+    pieces_of_heads = iter(tokens[:, 0].split([n for own in sizes for n in own]))
+    for head in range(heads):
+        for row in range(batch):
+            number, own = row * heads + head, next(pieces_of_heads)
+            parts = cut.parts.view(cut.none.shape[:2])[number]
+            assert (parts[cut.none[number, :, 0] < 0] == len(seen) + number).all()
+            *of_piece, exact = parts[cut.none[number, :, 0] == 0].tolist()
+            assert exact == len(seen) + number
+            assert (cut.piece[of_piece] == number).all()
+            assert torch.equal(torch.cat([*(seen[part] for part in of_piece), own[:0]]).sort().values, own)
 
 
 def test_what_was_worked_out_is_forgotten_with_the_counts():

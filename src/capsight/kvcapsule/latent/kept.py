@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from capsight.kvcapsule.latent.blocks import BlockRows, KeptTokens
 from capsight.kvcapsule.latent.pieces import Chunks, Runs, pieces_of
-from capsight.partial_attention import Partial, added_up, partial_attention
+from capsight.partial_attention import Partial, partial_attention
 
 
 def attend(
@@ -39,7 +39,7 @@ def attend(
         out = _side_by_side(q, keys, values, kept, pieces, mask, scaling)
     else:
         exact = partial_attention(q, keys, values, mask, scaling)
-        out = exact[0] if pieces is None else added_up(exact, _over_chunks(q, kept, pieces, rows, scaling))
+        out = exact[0] if pieces is None else _with_chunks(exact, q, kept, pieces, scaling)
     return out.to(query.dtype).view(batch, query_heads, count, head_dim).transpose(1, 2)
 
 
@@ -64,30 +64,20 @@ def _side_by_side(
     return scaled_dot_product_attention(q, k, v, attn_mask=whole, scale=scaling)
 
 
-def _over_chunks(q: Tensor, kept: KeptTokens, chunks: Chunks, rows: BlockRows, scaling: float) -> Partial:
-    """Attention of queries `[B, H, C, D]` over kept tokens alone, as `partial_attention` gives it.
-
-    Rows without any have minus infinity for the log.
-    """
-    some = list(rows.spans)
-    asked = q[some].transpose(0, 1).flatten(0, 1)[chunks.piece]  # [n + R, C, D]
+def _with_chunks(exact: Partial, q: Tensor, kept: KeptTokens, chunks: Chunks, scaling: float) -> Tensor:
+    """Attention of queries `[B, H, C, D]` over kept tokens and, already there, over exact ones."""
+    asked = q.flatten(0, 1).index_select(0, chunks.piece)  # [n + R, C, D]
     k, v = (chunks.where_they_lie(x)[None] for x in (kept.keys, kept.values))  # [1, n, size, D]
-    out, lse = (x[0] for x in partial_attention(asked[None, : chunks.count], k, v, None, scaling))
+    found = [[x[0] for x in partial_attention(asked[None, : chunks.count], k, v, None, scaling)]]
     if chunks.rest is not None:
         k, v = (chunks.rest.gather(x)[:, None] for x in (kept.keys, kept.values))  # [R, 1, W, D]
         shown = chunks.rest.shown[:, None, None].expand(-1, -1, q.shape[2], -1)
-        more = partial_attention(asked[chunks.count :, None], k, v, shown, scaling)
-        out, lse = torch.cat((out, more[0][:, 0])), torch.cat((lse, more[1][:, 0]))
-    out = out.masked_fill(chunks.shared, 0)  # what is not finite in one piece must not reach another
-    logs = lse.T[:, None].masked_fill(chunks.others, -torch.inf)  # [C, P, n + R]
-    shares = logs.softmax(-1)[:, chunks.piece, torch.arange(len(out), device=q.device)].T  # [n + R, C]
-    summed = shares.new_zeros(logs.shape[1], *out.shape[1:]).index_add(
-        0, chunks.piece, out * shares[..., None]
+        rest = partial_attention(asked[chunks.count :, None], k, v, shown, scaling)
+        found.append([x[:, 0] for x in rest])
+    found.append([x.flatten(0, 1) for x in exact])
+    out, lse = (  # [B H, T, C, D] and [B H, T, C]
+        torch.cat(parts).index_select(0, chunks.parts).unflatten(0, chunks.none.shape[:2])
+        for parts in zip(*found, strict=True)
     )
-    pair = summed, logs.logsumexp(-1).T  # [P, C, D] and [P, C]
-    out, lse = (x.unflatten(0, (-1, len(some))).transpose(0, 1) for x in pair)
-    if len(some) == len(q):
-        return out, lse
-    outs, lses = out.new_zeros(q.shape), lse.new_full(q.shape[:3], -torch.inf)
-    outs[some], lses[some] = out, lse
-    return outs, lses
+    shares = (lse + chunks.none).softmax(1)[..., None]
+    return (out * shares).sum(1).view(q.shape)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
 
 from capsight.kvcapsule.latent.blocks import BlockRows, KeptTokens
 
-_CHUNKS = 1024, 512, 256, 128
-"""Tokens of a chunk: the first of these of which a piece has eight on average, or the last."""
+_CHUNKS = 512, 256, 128
+"""Tokens of a chunk: the first of these of which a piece has sixteen on average, or the last."""
 
 _SHORT = 3 * 2**20
 """Bytes of keys, padded, that are better copied."""
@@ -50,36 +50,54 @@ class Runs:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunks:
-    """P pieces, one after another, cut into chunks of equal length where they lie.
+    """H B pieces, head by head, cut into chunks of equal length where they lie.
+
+    Attention of piece `row * H + head` is added up of that over parts: chunks, then runs, then the pieces'
+    exact tokens.
 
     Attributes:
         size: tokens of a chunk.
         count: chunks (n), from the first token on; what follows is less than a chunk.
         rest: what lies in chunks of several pieces, or in none (R runs).
         piece: int64 `[n + R]`, whose tokens they are; of a chunk that several share, whose the first is.
-        shared: bool `[n + R, 1, 1]`, which chunks several pieces share.
-        others: bool `[P, n + R]`, what does not count for a piece: all that is not its own alone.
+        parts: int64 `[B H * T]`, which of the n + R + B H parts are of a piece: its own in order, the last of
+            them (n + R + its number) again until there are T.
+        none: float32 `[B H, T, 1]`, 0, or minus infinity where a part is there again.
     """
 
     size: int
     count: int
     rest: Runs | None
     piece: Tensor
-    shared: Tensor
-    others: Tensor
+    parts: Tensor
+    none: Tensor
 
     @classmethod
-    def of(cls, sizes: Sequence[int], device: torch.device) -> Chunks:
-        """Cut pieces of so many tokens, of which some may have none, but not all."""
-        size = next((size for size in _CHUNKS if sum(sizes) >= 8 * size * len(sizes)), _CHUNKS[-1])
-        size, ends = min(size, sum(sizes)), list(accumulate(sizes))  # one chunk at least
+    def of(cls, sizes: Sequence[Sequence[int]], device: torch.device) -> Chunks:
+        """Cut pieces of so many tokens, `[H][B]`, of which some may have none, but not all."""
+        heads, batch, total = len(sizes), len(sizes[0]), sum(map(sum, sizes))
+        size = next((size for size in _CHUNKS if total >= 16 * size * heads * batch), _CHUNKS[-1])
+        size, ends = min(size, total), list(accumulate(chain.from_iterable(sizes)))  # one chunk at least
         firsts, whole = _first_pieces(ends, size)
         rest = list(_rest(ends, size))
-        piece = torch.tensor([*firsts, *(run[0] for run in rest)], device=device)
-        shared = ~torch.tensor([*whole, *(True for _ in rest)], device=device)
-        others = (piece != torch.arange(len(sizes), device=device)[:, None]) | shared
-        runs = Runs.of([run[1:] for run in rest], device) if rest else None
-        return cls(size, len(firsts), runs, piece, shared[:, None, None], others)
+        piece = [row * heads + head for head in range(heads) for row in range(batch)]
+        asking = [piece[first] for first in (*firsts, *(run[0] for run in rest))]
+        own: list[list[int]] = [[] for _ in piece]
+        for part, (which, alone) in enumerate(zip(asking, [*whole, *(True for _ in rest)], strict=True)):
+            if alone:  # what several pieces share is of none of them: their runs have it
+                own[which].append(part)
+        most = 1 + max(map(len, own))
+        filled = [parts + [len(asking) + p] * (most - len(parts)) for p, parts in enumerate(own)]
+        again = [[place > len(parts) for place in range(most)] for parts in own]
+        none = torch.zeros(len(own), most, device=device)
+        return cls(
+            size,
+            len(firsts),
+            Runs.of([run[1:] for run in rest], device) if rest else None,
+            torch.tensor(asking, device=device),
+            torch.tensor(filled, device=device).flatten(),
+            none.masked_fill(torch.tensor(again, device=device), -torch.inf)[..., None],
+        )
 
     def where_they_lie(self, x: Tensor) -> Tensor:
         """All chunks of tokens `[E, D]`: `[n, size, D]`, no copy."""
@@ -90,8 +108,8 @@ def pieces_of(kept: KeptTokens, rows: BlockRows, batch: int) -> Runs | Chunks | 
     """How what B rows and H heads keep is best read; remembered, since no step of decoding changes it.
 
     Returns:
-        B H runs, row by row, where they are short; else chunks of the pieces of all heads and rows that have
-        some, as they lie in memory. None if nothing is kept.
+        B H runs, row by row, where they are short; else chunks of H B pieces, head by head, as they lie in
+        memory. None if nothing is kept.
     """
     if not len(kept.keys):
         return None
@@ -102,18 +120,14 @@ def pieces_of(kept: KeptTokens, rows: BlockRows, batch: int) -> Runs | Chunks | 
 
 
 def _pieces_of(kept: KeptTokens, rows: BlockRows, batch: int) -> Runs | Chunks:
-    sizes = [size for own in kept.sizes(rows) for size in own]  # head 0 of the rows that have some, ...
-    heads, device = kept.counts.shape[1], kept.keys.device
-    if batch * heads * max(sizes) * kept.keys[0].nbytes > _SHORT:
-        return Chunks.of(sizes, device)
-    own = list(pairwise(accumulate(sizes, initial=0)))
-    order = {row: place for place, row in enumerate(rows.spans)}
-    runs = [
-        own[head * len(order) + order[row]] if row in order else (0, 0)
-        for row in range(batch)
-        for head in range(heads)
-    ]
-    return Runs.of(runs, device)
+    sizes = []  # [H][B], those of rows that have none, too
+    for own in kept.sizes(rows):
+        of_row = dict(zip(rows.spans, own, strict=True))
+        sizes.append([of_row.get(row, 0) for row in range(batch)])
+    if len(sizes) * batch * max(map(max, sizes)) * kept.keys[0].nbytes > _SHORT:
+        return Chunks.of(sizes, kept.keys.device)
+    runs = list(pairwise(accumulate(chain.from_iterable(sizes), initial=0)))
+    return Runs.of([run for row in range(batch) for run in runs[row::batch]], kept.keys.device)
 
 
 def _first_pieces(ends: Sequence[int], size: int) -> tuple[list[int], list[bool]]:
