@@ -111,7 +111,8 @@ def test_chunks_and_the_rest_hold_every_token_once(heads, sizes, size):
     tokens = torch.arange(sum(map(sum, sizes)))[:, None]
     seen = [*cut.where_they_lie(tokens).squeeze(-1)]
     if cut.rest is not None:
-        seen += [own[mask] for own, mask in zip(cut.rest.gather(tokens)[..., 0], cut.rest.shown, strict=True)]
+        copied = zip(cut.rest.gather(tokens)[..., 0], cut.rest.hidden, strict=True)
+        seen += [own[hidden == 0] for own, hidden in copied]
         assert all(len(own) < size for own in seen[cut.count :])
     assert len(seen) == len(cut.piece)
     pieces_of_heads = iter(tokens[:, 0].split([n for own in sizes for n in own]))
@@ -143,6 +144,6 @@ def test_long_pieces_are_not_copied(monkeypatch):
     monkeypatch.setattr(pieces, "_SHORT", 0)
     plan = pieces.pieces_of(task.kept, task.rows, 2)
     assert (plan.size, plan.count) == (128, 5800 // 128)
-    assert plan.rest.shown.sum() < 4 * 128
+    assert (plan.rest.hidden == 0).sum() < 4 * 128
     assert plan.where_they_lie(task.kept.keys).data_ptr() == task.kept.keys.data_ptr()
     close(task.attend(), task.plain())

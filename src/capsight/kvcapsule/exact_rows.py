@@ -10,6 +10,7 @@ from torch import Tensor
 
 from capsight.kvcapsule.latent import BlockRows
 from capsight.kvcapsule.placement import Placement
+from capsight.kvcapsule.scratch import Scratch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,16 +55,20 @@ class ExactRows:
         ragged = min(exact) < width
         return cls(placement.settled, width, slots, rows, columns, filled if ragged else None, blocks)
 
-    def place(self, packed: Tensor, tail: Tensor, new: Tensor, out: Tensor) -> None:
-        """Fill `out` `[B, X, H, D]` from `[E, H, D]`, `[B, T, H, D]` and `[B, Q, H, D]`, else with zeros."""
+    def lined_up(self, packed: Tensor, tail: Tensor, new: Tensor, scratch: Scratch, role: str) -> Tensor:
+        """The exact tokens: `[B, X, H, D]` from `[E, H, D]`, `[B, T, H, D]` and `[B, Q, H, D]`, else zeros.
+
+        Several rows lie in `scratch`, valid until the next layer needs that role.
+        """
+        if len(new) == 1:
+            return torch.cat((packed[None], tail, new), 1)
         old = self.width + tail.shape[1]
-        if len(out) == 1:
-            out[0, : self.width] = packed
-        else:
-            out[:, : self.width] = 0
-            out.flatten(0, 1).index_copy_(0, self.rows * out.shape[1] + self.slots, packed)
+        out = scratch.view(role, (len(new), old + new.shape[1], *new.shape[2:]), new)
+        out[:, : self.width] = 0
+        out.flatten(0, 1).index_copy_(0, self.rows * out.shape[1] + self.slots, packed)
         out[:, self.width : old] = tail
         out[:, old:] = new
+        return out
 
     def mask(self, mask: Tensor | None, queries: int, exact: int) -> Tensor | None:
         """The mask over exact tokens that one over all tokens means.

@@ -116,10 +116,8 @@ class CapsuleLayer(DynamicLayer):
         rows = self._ledger.exact_rows(placement)
         results = []
         for kind, (role, new) in enumerate((("keys", new_keys), ("values", new_values))):
-            batch, heads, count, head_dim = new.shape
-            length = rows.width + self._tail.shape[2] + count
-            exact = self._ledger.scratch.view(role, (batch, length, heads, head_dim), new)
-            rows.place(self._packed[kind], self._tail[kind], new.transpose(1, 2), exact)
+            stored = self._packed[kind], self._tail[kind]
+            exact = rows.lined_up(*stored, new.transpose(1, 2), self._ledger.scratch, role)
             results.append(exact.transpose(1, 2))
         self._bias, self._ledger.left = None, (self.codec.latent(payload), rows)
         return results[0], results[1]

@@ -52,15 +52,14 @@ def _side_by_side(
         torch.cat((own, runs.gather(x).unflatten(0, sizes)), 2)
         for own, x in ((keys, kept.keys), (values, kept.values))
     )
-    shown = runs.shown.view(*sizes, 1, -1)  # [B, H, 1, W]
+    hidden = runs.hidden.to(q.dtype).view(*sizes, 1, -1)  # [B, H, 1, W]
     if mask is None:
-        whole = torch.nn.functional.pad(shown, (keys.shape[2], 0), value=True)
+        whole = torch.nn.functional.pad(hidden, (keys.shape[2], 0))
     else:
-        if mask.dtype != torch.bool:
-            none = torch.zeros(shown.shape, dtype=q.dtype, device=q.device)
-            mask, shown = mask.to(q.dtype), none.masked_fill(~shown, -torch.inf)
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
         every = (*sizes, mask.shape[2], -1)
-        whole = torch.cat((mask.expand(every), shown.expand(every)), 3)  # [B, H, C, X + W]
+        whole = torch.cat((mask.to(q.dtype).expand(every), hidden.expand(every)), 3)  # [B, H, C, X + W]
     return scaled_dot_product_attention(q, k, v, attn_mask=whole, scale=scaling)
 
 
@@ -71,8 +70,8 @@ def _with_chunks(exact: Partial, q: Tensor, kept: KeptTokens, chunks: Chunks, sc
     found = [[x[0] for x in partial_attention(asked[None, : chunks.count], k, v, None, scaling)]]
     if chunks.rest is not None:
         k, v = (chunks.rest.gather(x)[:, None] for x in (kept.keys, kept.values))  # [R, 1, W, D]
-        shown = chunks.rest.shown[:, None, None].expand(-1, -1, q.shape[2], -1)
-        rest = partial_attention(asked[chunks.count :, None], k, v, shown, scaling)
+        hidden = chunks.rest.hidden.to(q.dtype)[:, None, None].expand(-1, -1, q.shape[2], -1)
+        rest = partial_attention(asked[chunks.count :, None], k, v, hidden, scaling)
         found.append([x[:, 0] for x in rest])
     found.append([x.flatten(0, 1) for x in exact])
     out, lse = (  # [B H, T, C, D] and [B H, T, C]

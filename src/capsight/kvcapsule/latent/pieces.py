@@ -24,12 +24,12 @@ class Runs:
 
     Attributes:
         index: int64 `[R * W]`, the tokens of R runs, each padded to the W of the longest.
-        shown: bool `[R, W]`, what is no padding.
+        hidden: float32 `[R, W]`, minus infinity for padding, else 0: what is added to scores.
         none: bool `[R, 1, 1]`, which runs are empty; None if none is.
     """
 
     index: Tensor
-    shown: Tensor
+    hidden: Tensor
     none: Tensor | None
 
     @classmethod
@@ -39,11 +39,12 @@ class Runs:
         place = torch.arange(max(last - first for first, last in runs), device=device)
         index = (start + place).minimum(end - 1).clamp_min(0)
         none = (start == end)[..., None] if any(first == last for first, last in runs) else None
-        return cls(index.flatten(), start + place < end, none)
+        hidden = torch.zeros(index.shape, device=device).masked_fill(start + place >= end, -torch.inf)
+        return cls(index.flatten(), hidden, none)
 
     def gather(self, x: Tensor) -> Tensor:
         """These of tokens `[E, D]`: `[R, W, D]`."""
-        found = x.index_select(0, self.index).unflatten(0, self.shown.shape)
+        found = x.index_select(0, self.index).unflatten(0, self.hidden.shape)
         # Padding repeats a run's last token; runs without any must not see, as nothing times NaN, another's.
         return found.masked_fill(self.none, 0) if self.none is not None else found
 
