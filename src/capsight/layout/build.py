@@ -81,9 +81,9 @@ def _matrix(inputs: Mapping[str, Any], key: str) -> list[list[int]]:
     rows = [row.tolist() if hasattr(row, "tolist") else row for row in rows]
     if not rows or not all(isinstance(row, list | tuple) and row for row in rows):
         raise LayoutError(f"{key} must have shape (batch, length), both at least 1")
-    if any(isinstance(entry, list | tuple) for row in rows for entry in row):
+    if not all({list, tuple}.isdisjoint(map(type, row)) for row in rows):
         raise LayoutError(f"{key} must have two dimensions (batch, length)")
-    return [[int(entry) for entry in row] for row in rows]
+    return [list(map(int, row)) for row in rows]
 
 
 def _check_token_types(layout: PromptLayout, types: list[list[int]], key: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 from capsight.errors import LayoutError
@@ -32,12 +33,11 @@ class TokenRow:
         """
         spans: list[Span] = []
         start = self.pad_left
-        for position in range(self.pad_left, len(self.ids) + 1):
-            if position < len(self.ids) and self.ids[position] == self.ids[start]:
-                continue
-            if start < len(self.ids) and self.ids[start] in token_ids:
-                spans.append((start, position))
-            start = position
+        for token, alike in groupby(self.ids[start:]):
+            end = start + len(list(alike))
+            if token in token_ids:
+                spans.append((start, end))
+            start = end
         return spans
 
     def at(self, position: int) -> int | None:
