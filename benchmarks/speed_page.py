@@ -19,7 +19,8 @@ def page(bench: Report | None, prefill: Report | None, encode: Report | None = N
             f"Model `{bench['model']}`, medians of {bench['runs']} runs, {bench['new_tokens']} new tokens a "
             f"row; in brackets the ratio to the full cache in the same run. {machine(bench['machine'])} "
             "*encode* is what filling the method's cache takes once the prefill's keys and values are there. "
-            "KV counts the method's modules.",
+            "KV counts the method's modules and, of a full cache, the left padding of shorter rows, which it "
+            "stores and capsules do not: with one row there is none.",
             "",
             *_generation(bench),
             "",
