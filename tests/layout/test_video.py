@@ -1,5 +1,7 @@
 """Golden layouts: videos, through the real processors with a stand-in video processor."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ def film(start, end, image, delimiters, grid):
     return VisionBlock(start, end, "video", grid, image, delimiters)
 
 
+TWO_SECONDS = {"frame_seconds": 2.0}  # two frames a temporal patch, one frame a second
 ONE_PAIR_A_CLIP = [
     RowLayout(89, 35, (film(42, 74, 0, (41, 74), (2, 4, 4)),)),
     RowLayout(89, 0, (film(7, 39, 0, (6, 39), (2, 4, 4)), film(41, 73, 1, (40, 73), (2, 4, 4)))),
@@ -20,7 +23,10 @@ FRAME = (1, 4, 4)
 
 GOLDEN = {
     "qwen2_vl": ONE_PAIR_A_CLIP,
-    "qwen2_5_vl": ONE_PAIR_A_CLIP,
+    "qwen2_5_vl": [
+        replace(row, blocks=tuple(replace(block, **TWO_SECONDS) for block in row.blocks))
+        for row in ONE_PAIR_A_CLIP
+    ],
     # One pair a frame after `<0.5 seconds>`, and the chat template's pair around all frames.
     "qwen3_vl": [
         RowLayout(

@@ -160,6 +160,7 @@ def _block_from_dict(data: Mapping[str, Any]) -> VisionBlock:
         grid=cast("Grid", grid),
         image=_integer(data["image"]),
         delimiters=tuple(_integer(position) for position in data["delimiters"]),
+        frame_seconds=None if (seconds := data.get("frame_seconds")) is None else float(seconds),
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from capsight.errors import LayoutError
@@ -33,6 +34,8 @@ class VisionBlock:
             (images and videos in one count). The tiles of one image share it.
         delimiters: positions of the delimiter tokens that belong to this block, ascending; they
             lie outside `[start, end)`.
+        frame_seconds: time from one t of a video's grid to the next, in seconds, for families whose
+            positions follow it; None for others and where the processor did not say.
 
     Raises:
         LayoutError: a field is out of range or the grid does not hold `end - start` tokens.
@@ -44,6 +47,7 @@ class VisionBlock:
     grid: Grid
     image: int
     delimiters: tuple[int, ...] = ()
+    frame_seconds: float | None = None
 
     def __post_init__(self) -> None:
         """Check the block against itself."""
@@ -64,6 +68,8 @@ class VisionBlock:
             raise LayoutError(f"delimiters must be ascending positions >= 0, not {self.delimiters}")
         if any(self.start <= d < self.end for d in self.delimiters):
             raise LayoutError(f"delimiters {self.delimiters} lie inside the block [{self.start}, {self.end})")
+        if self.frame_seconds is not None and not 0 <= self.frame_seconds < math.inf:
+            raise LayoutError(f"frame_seconds must be a time of 0 or more, not {self.frame_seconds}")
 
     @property
     def num_tokens(self) -> int:
@@ -198,5 +204,4 @@ def _cut(block: VisionBlock, n: int) -> VisionBlock:
             f"position {n} cuts the vision block [{block.start}, {block.end}); "
             f"split before {block.start} or from {block.end} on"
         )
-    delimiters = tuple(d for d in block.delimiters if d < n)
-    return VisionBlock(block.start, block.end, block.kind, block.grid, block.image, delimiters)
+    return replace(block, delimiters=tuple(d for d in block.delimiters if d < n))

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from capsight.errors import LayoutError
-from capsight.layout.row_layout import Grid, Span, VisionBlock
+from capsight.layout.row_layout import Grid, RowLayout, Span, VisionBlock
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,10 @@ class Family(Protocol):
         Raises:
             LayoutError: the tokens do not have the structure that the family's processor writes.
         """
+        ...
+
+    def row_positions(self, row: RowLayout, config: Any) -> NDArray[np.int64]:
+        """The rotary positions of one row, `[3, S]`, see `capsight.layout.positions.rope_positions`."""
         ...
 
 

@@ -16,10 +16,11 @@ from capsight.layout.families.base import (
     enclosing,
     square,
 )
+from capsight.layout.families.rope import PlainRope
 from capsight.layout.row_layout import VisionBlock
 
 
-class Gemma3:
+class Gemma3(PlainRope):
     """Adapter for Gemma 3: one square block per image or crop."""
 
     model_types: tuple[str, ...] = ("gemma3",)

@@ -19,10 +19,11 @@ from capsight.layout.families.base import (
     enclosing,
     square,
 )
+from capsight.layout.families.rope import PlainRope
 from capsight.layout.row_layout import Span, VisionBlock
 
 
-class InternVL:
+class InternVL(PlainRope):
     """Adapter for InternVL: one square block per tile; the tiles of an image touch."""
 
     model_types: tuple[str, ...] = ("internvl",)

@@ -14,10 +14,11 @@ from typing import Any
 
 from capsight.errors import LayoutError
 from capsight.layout.families.base import Supply, TokenRow, check_length
+from capsight.layout.families.rope import PlainRope
 from capsight.layout.row_layout import Grid, Kind, Span, VisionBlock
 
 
-class LlavaOnevision:
+class LlavaOnevision(PlainRope):
     """Adapter for LLaVA-OneVision: two blocks for a lone image, one for others and for videos."""
 
     model_types: tuple[str, ...] = ("llava_onevision",)

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from capsight.layout.families.base import Supply, TokenRow, check_length, enclosing
+from capsight.layout.families.rope import MRope
 from capsight.layout.row_layout import Grid, Kind, VisionBlock
 
 
-class Qwen2VL:
+class Qwen2VL(MRope):
     """Adapter for Qwen2-VL: one block per image or clip, its merged grid from `*_grid_thw`."""
 
     model_types: tuple[str, ...] = ("qwen2_vl",)

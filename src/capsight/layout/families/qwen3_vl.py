@@ -12,10 +12,11 @@ from typing import Any
 
 from capsight.layout.families.base import Supply, TokenRow, check_length, enclosing
 from capsight.layout.families.qwen2_vl import merged_grid
+from capsight.layout.families.rope import MRope
 from capsight.layout.row_layout import Kind, Span, VisionBlock
 
 
-class Qwen3VL:
+class Qwen3VL(MRope):
     """Adapter for Qwen3-VL, dense and mixture of experts."""
 
     model_types: tuple[str, ...] = ("qwen3_vl", "qwen3_vl_moe")

@@ -15,13 +15,14 @@ from typing import Any
 
 from capsight.errors import LayoutError
 from capsight.layout.families.base import TokenRow, check_length, square
+from capsight.layout.families.rope import PlainRope
 from capsight.layout.row_layout import Span, VisionBlock
 
 LONGEST_TAG = 16
 """No tokenizer splits `<row_6_col_6>` or `<global-img>` into more tokens than this."""
 
 
-class SmolVLM:
+class SmolVLM(PlainRope):
     """Adapter for SmolVLM and Idefics3: one square block per tile, the whole picture last."""
 
     model_types: tuple[str, ...] = ("smolvlm", "idefics3")
