@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from capsight.baselines.seen import Seen
-from capsight.kvcapsule.key_samples import KeySamples, first_questions, query_moment, spread
-from capsight.kvcapsule.moments import LayerMoments
+from capsight.kvcapsule.calibration.key_samples import KeySamples, first_questions, query_moment, spread
+from capsight.kvcapsule.calibration.queries import recorded_queries
+from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.plan import CapsulePlan
-from capsight.kvcapsule.queries import recorded_queries
 from capsight.layout import PromptLayout, build_layout
 
 

@@ -15,9 +15,9 @@ from ablation_selection import Rule, cholesky
 from torch import Tensor, nn
 
 from capsight.kvcapsule.codecs import AdaptiveCodec, BlockCodec, Payload
+from capsight.kvcapsule.codecs.kriging import prediction_weights, with_nugget
+from capsight.kvcapsule.codecs.moments import TokenMoments, rms
 from capsight.kvcapsule.codecs.token_mlp import TokenMlp
-from capsight.kvcapsule.kriging import prediction_weights, with_nugget
-from capsight.kvcapsule.moments import TokenMoments, rms
 from capsight.kvcapsule.plan import Run
 
 RIDGE = 1e-2

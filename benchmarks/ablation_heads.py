@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from capsight.kvcapsule.codecs import HeadsCodec, Payload, RaggedPayload
-from capsight.kvcapsule.kriging import greedy_selection, prediction_weights
+from capsight.kvcapsule.codecs.kriging import greedy_selection, prediction_weights
 from capsight.kvcapsule.plan import Run
 
 Scores = Callable[[HeadsCodec, Tensor, Tensor], Tensor]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from capsight.kvcapsule.codecs import AdaptiveCodec
+from capsight.kvcapsule.codecs.kriging import with_nugget
 from capsight.kvcapsule.codecs.learnt import KEY_WEIGHT
-from capsight.kvcapsule.kriging import with_nugget
-from capsight.kvcapsule.moments import LayerMoments
-from capsight.kvcapsule.whitening import whitening
+from capsight.kvcapsule.codecs.moments import LayerMoments
+from capsight.kvcapsule.codecs.whitening import whitening
 
 Measure = Callable[[LayerMoments, Tensor, Tensor], Tensor]
 """From moments, queries' second moment `[H, D, D]` and outputs' `[H, D, D]` (`output_moments`)."""

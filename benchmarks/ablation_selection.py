@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from capsight.kvcapsule.kriging import pivoted_cholesky
+from capsight.kvcapsule.codecs.kriging import pivoted_cholesky
 
 Rule = Callable[[Tensor, Tensor, int], Tensor]
 

@@ -16,6 +16,7 @@ from ablation_selection import RULES
 from transformers import PreTrainedConfig
 
 from capsight.kvcapsule import CapsuleCache
+from capsight.kvcapsule.calibration.key_mlp import train_mlp
 from capsight.kvcapsule.codecs import (
     AdaptiveCodec,
     BlockCodec,
@@ -24,7 +25,6 @@ from capsight.kvcapsule.codecs import (
     StaticCodec,
     StaticMlpCodec,
 )
-from capsight.kvcapsule.key_mlp import train_mlp
 from capsight.layout import PromptLayout, build_layout
 
 WIDTH = 32

@@ -41,7 +41,7 @@ from capsight.cli.output import machine, write_json
 from capsight.evaluation import Item, MethodResult, evaluate, reference_items, summary
 from capsight.evaluation.asking import process
 from capsight.evaluation.score import difference_interval, mcnemar_p
-from capsight.kvcapsule.fit import kept_tokens
+from capsight.kvcapsule.calibration.fit import kept_tokens
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
 
 RESULT = Path(__file__).parent / "results" / "ablations.json"

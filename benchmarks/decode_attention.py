@@ -27,10 +27,10 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from capsight.kvcapsule.attention import BlockRows, latent_attention
+from capsight.kvcapsule.attention.choice import Kind, reason_against
 from capsight.kvcapsule.codecs import AdaptiveCodec, HeadsCodec, Payload
-from capsight.kvcapsule.latent import BlockRows, latent_attention
-from capsight.kvcapsule.latent.choice import Kind, reason_against
-from capsight.kvcapsule.moments import LayerMoments
+from capsight.kvcapsule.codecs.moments import LayerMoments
 
 BLOCK = 64
 DISTINCT = 64

@@ -9,10 +9,10 @@ from ablation_metrics import MEASURES, by_attention, output_moments, scaled, val
 from ablation_places import ArrangedCodec, BeforeRope, Place, Tiles, mrope_positions, places
 from ablation_selection import RULES, attention_top, farthest_point, strided
 
+from capsight.kvcapsule.calibration.fit import prefilled_blocks
 from capsight.kvcapsule.codecs import EvictCodec, StaticCodec
 from capsight.kvcapsule.codecs.learnt import KEY_WEIGHT
 from capsight.kvcapsule.codecs.token_mlp import TokenMlp
-from capsight.kvcapsule.fit import prefilled_blocks
 from capsight.kvcapsule.plan import CapsulePlan, Run
 from capsight.layout import build_layout
 from kvcapsule.conftest import blocks, codec, moments

@@ -49,7 +49,7 @@ def seen(qwen):
 @pytest.fixture(scope="module")
 def fitted(seen):
     with pytest.MonkeyPatch.context() as patch:  # how long MLPs train is no matter here
-        patch.setattr("capsight.kvcapsule.key_mlp.MOST_STEPS", 40)
+        patch.setattr("capsight.kvcapsule.calibration.key_mlp.MOST_STEPS", 40)
         return {variant.name: variant for variant in variants(seen, KEPT)}
 
 

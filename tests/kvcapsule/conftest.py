@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from capsight.kvcapsule import KVCapsule
 from capsight.kvcapsule.codecs import CODECS, LayerCodec, Payload, RaggedPayload
 from capsight.kvcapsule.codecs.learnt import LearntCodec
-from capsight.kvcapsule.moments import LayerMoments
+from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.plan import Run
 from capsight.layout import PromptLayout, RowLayout, VisionBlock
 from tiny import FAMILIES, TinyVLM

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from capsight.kvcapsule.latent import BlockRows, KeptTokens, latent_attention
+from capsight.kvcapsule.attention import BlockRows, KeptTokens, latent_attention
 
 D, SCALING = 5, 0.4
 

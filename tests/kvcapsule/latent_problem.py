@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from capsight.kvcapsule.latent import BlockRows, LatentBlocks, TokenMap
+from capsight.kvcapsule.attention import BlockRows, LatentBlocks, TokenMap
 
 SCALING = 0.5
 

@@ -16,8 +16,8 @@ from capsight.errors import (
     OptionError,
 )
 from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.calibration.fit import Calibration, add_sample, calibrate
 from capsight.kvcapsule.fingerprint import model_fingerprint
-from capsight.kvcapsule.fit import Calibration, add_sample, calibrate
 from kvcapsule.conftest import BLOCK, fitted
 
 

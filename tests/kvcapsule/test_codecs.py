@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from capsight.errors import OptionError
 from capsight.kvcapsule.codecs import CODECS, StaticCodec
-from capsight.kvcapsule.kriging import pivoted_cholesky, with_nugget
+from capsight.kvcapsule.codecs.kriging import pivoted_cholesky, with_nugget
 from kvcapsule.conftest import blocks, codec, moments, precision
 
 NAMES = sorted(CODECS)

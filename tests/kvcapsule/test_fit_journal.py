@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from capsight.errors import CalibrationError, CapsuleFileError
-from capsight.kvcapsule import KVCapsule, fit_journal
-from capsight.kvcapsule import fit as fitting
+from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.calibration import fit as fitting
+from capsight.kvcapsule.calibration import fit_journal
 from tiny import FAMILIES
 
 COUNT = 5

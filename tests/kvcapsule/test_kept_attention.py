@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from capsight.kvcapsule.latent import BlockRows, KeptTokens, pieces
+from capsight.kvcapsule.attention import BlockRows, KeptTokens, pieces
 from kvcapsule.conftest import codec
 from kvcapsule.kept_problem import Problem, problem, problems
 

@@ -7,11 +7,11 @@ import torch
 
 from capsight.errors import CalibrationError, CapsightError, OptionError
 from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.calibration.key_mlp import train_mlp
+from capsight.kvcapsule.calibration.key_samples import KeySamples, query_moment, spread
+from capsight.kvcapsule.calibration.queries import recorded_queries
 from capsight.kvcapsule.codecs import StaticCodec, StaticMlpCodec
 from capsight.kvcapsule.codecs.token_mlp import TokenMlp
-from capsight.kvcapsule.key_mlp import train_mlp
-from capsight.kvcapsule.key_samples import KeySamples, query_moment, spread
-from capsight.kvcapsule.queries import recorded_queries
 from kvcapsule.conftest import BLOCK, blocks, codec, fitted, moments
 
 

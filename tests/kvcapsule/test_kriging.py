@@ -6,7 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capsight.kvcapsule.kriging import greedy_selection, pivoted_cholesky, prediction_weights, with_nugget
+from capsight.kvcapsule.codecs.kriging import (
+    greedy_selection,
+    pivoted_cholesky,
+    prediction_weights,
+    with_nugget,
+)
 
 
 def covariance(size: int, groups: int, seed: int) -> torch.Tensor:

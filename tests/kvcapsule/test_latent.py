@@ -13,8 +13,8 @@ from torch import Tensor
 
 from capsight.errors import CapsightError, OptionError
 from capsight.kvcapsule import CapsuleCache
+from capsight.kvcapsule.attention import BlockRows, TokenMap, latent_attention, plain
 from capsight.kvcapsule.codecs import AdaptiveCodec
-from capsight.kvcapsule.latent import BlockRows, TokenMap, latent_attention, plain
 from capsight.layout import PromptLayout
 from kvcapsule.conftest import codec, layouts, row
 from kvcapsule.latent_problem import problems

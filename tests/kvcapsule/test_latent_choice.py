@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 
-from capsight.kvcapsule.latent import (
+from capsight.kvcapsule.attention import (
     BlockRows,
     LatentBlocks,
     LatentKernelError,
@@ -66,9 +66,9 @@ def test_a_kernel_that_does_not_compile_is_tried_once(monkeypatch):
         tried.append(given)
         raise LatentKernelError("no compiler")
 
-    name = "capsight.kvcapsule.latent.triton_attention"
+    name = "capsight.kvcapsule.attention.triton_attention"
     monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(attend=fail))
-    monkeypatch.delattr("capsight.kvcapsule.latent.triton_attention", raising=False)
+    monkeypatch.delattr("capsight.kvcapsule.attention.triton_attention", raising=False)
     monkeypatch.setattr(choice, "missing", lambda *_: "")
     with pytest.warns(RuntimeWarning, match="no compiler"):
         found = attend(OnGpu)

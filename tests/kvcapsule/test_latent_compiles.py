@@ -15,7 +15,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from capsight.kvcapsule.latent.kernels import over_capsules, over_exact
+from capsight.kvcapsule.attention.kernels import over_capsules, over_exact
 
 number, means = sys.argv[1], sys.argv[2] == "means"
 flat = {"scaling": "fp32", "first": "*i64", "out": "*fp32", "lse": "*fp32", "mask": "*i8"}

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capsight.kvcapsule.latent import BlockRows, LatentBlocks, TokenMap, plain
+from capsight.kvcapsule.attention import BlockRows, LatentBlocks, TokenMap, plain
 from kvcapsule.latent_problem import Problem, problems
 
 pytest.importorskip("triton", reason="Triton is not installed; `make test-triton` installs it and runs this")
@@ -17,7 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1 as `make test-triton` sets it", allow_module_level=True)
 
-from capsight.kvcapsule.latent import triton_attention  # noqa: E402
+from capsight.kvcapsule.attention import triton_attention  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 

@@ -11,10 +11,10 @@ import torch
 import capsight
 from capsight.errors import CapsuleFileError, OptionError
 from capsight.kvcapsule import KVCapsule
-from capsight.kvcapsule.block_sample import BlockSample, relative_error
 from capsight.kvcapsule.budget import LayerNeeds, measured_counts
+from capsight.kvcapsule.calibration.block_sample import BlockSample, relative_error
+from capsight.kvcapsule.calibration.vision_attention import VisionAttention
 from capsight.kvcapsule.codecs import AdaptiveCodec
-from capsight.kvcapsule.vision_attention import VisionAttention
 from capsight.layout import build_layout
 from kvcapsule.conftest import BLOCK, blocks, codec, fitted
 from kvcapsule.test_generate import batch, full_cache, run
@@ -52,7 +52,7 @@ def test_a_fit_measures_what_layers_need_and_shares_out_any_average(qwen):
 def test_errors_are_those_of_the_codecs_on_blocks_of_the_pass(qwen):
     samples = [qwen.inputs([([qwen.picture(seed)], "hi")]) for seed in (90, 91)]  # those of `fitted`
     capsule, needs = fitted(qwen), fitted(qwen).info.needs
-    from capsight.kvcapsule.fit import prefilled_blocks
+    from capsight.kvcapsule.calibration.fit import prefilled_blocks
 
     found = [prefilled_blocks(qwen.model, inputs, BLOCK) for inputs in samples]
     for layer, errors in enumerate(needs.errors):

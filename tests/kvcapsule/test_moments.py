@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from capsight.errors import CalibrationError
-from capsight.kvcapsule.moments import LayerMoments, rms
+from capsight.kvcapsule.codecs.moments import LayerMoments, rms
 from kvcapsule.conftest import blocks
 
 

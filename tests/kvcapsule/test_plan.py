@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capsight.errors import OptionError
-from capsight.kvcapsule.placement import Placement
+from capsight.kvcapsule.cache.placement import Placement
 from capsight.kvcapsule.plan import CapsulePlan, Run
 from capsight.layout import PromptLayout
 from kvcapsule.conftest import layouts, row

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from capsight.errors import OptionError
-from capsight.kvcapsule.quantise import Quantised, dequantise, quantise
+from capsight.kvcapsule.codecs.quantise import Quantised, dequantise, quantise
 
 SHAPES = arrays.array_shapes(min_dims=4, max_dims=4, min_side=1, max_side=4)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from capsight.kvcapsule.cache.waiting import EncodeQueue
 from capsight.kvcapsule.codecs import QuantisedCodec
-from capsight.kvcapsule.waiting import EncodeQueue
 from kvcapsule.conftest import blocks, codec, equal, runs
 
 

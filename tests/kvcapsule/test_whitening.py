@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capsight.kvcapsule.whitening import RIDGE, deviation, is_whitening, whitened, whitening
+from capsight.kvcapsule.codecs.whitening import RIDGE, deviation, is_whitening, whitened, whitening
 
 
 @settings(max_examples=30, deadline=None)

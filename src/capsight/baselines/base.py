@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from capsight.kvcapsule.fit import kept_tokens
+from capsight.kvcapsule.calibration.fit import kept_tokens
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
 from capsight.layout import PromptLayout, build_layout
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedConfig
 from capsight.baselines.base import Baseline
 from capsight.errors import CalibrationError, ModelMismatchError
 from capsight.kvcapsule.cache import CapsuleCache
+from capsight.kvcapsule.calibration.fit import calibration_inputs, prefilled_blocks
 from capsight.kvcapsule.codecs import BlockCodec, Payload
 from capsight.kvcapsule.fingerprint import model_fingerprint
-from capsight.kvcapsule.fit import calibration_inputs, prefilled_blocks
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE, Run
 from capsight.layout import PromptLayout
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from capsight.baselines.base import Baseline
 from capsight.baselines.choice import runs_by_row
+from capsight.kvcapsule.attention import KeptTokens
 from capsight.kvcapsule.codecs import BlockCodec, Payload, RaggedPayload
-from capsight.kvcapsule.latent import KeptTokens
 from capsight.kvcapsule.plan import Run
 
 

@@ -15,7 +15,7 @@ from capsight.baselines.kept import EvictingBaseline, KeptCodec, KeptPayload
 from capsight.baselines.seen import Seen
 from capsight.errors import CapsightError
 from capsight.kvcapsule.cache import CapsuleCache, full_attention_layers
-from capsight.kvcapsule.layer import CapsuleLayer
+from capsight.kvcapsule.cache.layer import CapsuleLayer
 from capsight.kvcapsule.plan import Run
 from capsight.layout import PromptLayout
 

@@ -9,7 +9,7 @@ from capsight.baselines import METHODS
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, KVCapsule
 from capsight.kvcapsule.codecs import CODECS
-from capsight.kvcapsule.quantise import BITS
+from capsight.kvcapsule.codecs.quantise import BITS
 
 
 class Form(NamedTuple):

@@ -12,10 +12,10 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from capsight.errors import CapsightError, CapsuleFileError
 from capsight.kvcapsule.cache import CapsuleCache
+from capsight.kvcapsule.cache.layer import CapsuleLayer
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.codecs import Payload, RaggedPayload
 from capsight.kvcapsule.info import LayerInfo
-from capsight.kvcapsule.layer import CapsuleLayer
 from capsight.kvcapsule.plan import Run, exact_spans
 from capsight.layout import PromptLayout
 

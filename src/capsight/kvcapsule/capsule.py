@@ -13,15 +13,15 @@ from capsight.errors import CapsuleFileError, ModelMismatchError, OptionError
 from capsight.kvcapsule.break_even import break_even_tokens
 from capsight.kvcapsule.budget import Budget, check_budget, share_out
 from capsight.kvcapsule.cache import CapsuleCache
+from capsight.kvcapsule.calibration.fit import kept_tokens
+from capsight.kvcapsule.calibration.fit_capsule import fit_capsule
 from capsight.kvcapsule.capsule_file import make_codec, read_capsule, write_capsule
 from capsight.kvcapsule.codecs import LayerCodec, QuantisedCodec
 from capsight.kvcapsule.codecs.adaptive import Weights
+from capsight.kvcapsule.codecs.quantise import check_bits
 from capsight.kvcapsule.fingerprint import model_fingerprint
-from capsight.kvcapsule.fit import kept_tokens
-from capsight.kvcapsule.fit_capsule import fit_capsule
 from capsight.kvcapsule.info import CapsuleInfo
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
-from capsight.kvcapsule.quantise import check_bits
 from capsight.layout import PromptLayout, build_layout
 
 

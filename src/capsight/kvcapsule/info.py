@@ -8,7 +8,7 @@ from typing import Any
 
 from capsight.errors import CapsuleFileError, OptionError
 from capsight.kvcapsule.budget import Budget, LayerNeeds, check_budget
-from capsight.kvcapsule.quantise import BITS
+from capsight.kvcapsule.codecs.quantise import BITS
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from capsight.errors import LayoutError
+from capsight.kvcapsule.cache.row_order import RowOrder
 from capsight.kvcapsule.fingerprint import pixels_fingerprint
-from capsight.kvcapsule.row_order import RowOrder
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from capsight.kvcapsule import CapsulePlan, KVCapsule
+from capsight.kvcapsule.calibration.fit import kept_tokens
 from capsight.kvcapsule.codecs import HeadsCodec
-from capsight.kvcapsule.fit import kept_tokens
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
 from capsight.layout import PromptLayout

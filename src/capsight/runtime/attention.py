@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from capsight.kvcapsule import QueryObserver
-from capsight.kvcapsule.latent import latent_attention
+from capsight.kvcapsule.attention import latent_attention
 from capsight.runtime.state import current_state
 
 ATTENTION_NAME = "capsight"

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from capsight.kvcapsule import CapsuleCache
-from capsight.kvcapsule.row_order import RowOrder
+from capsight.kvcapsule.cache.row_order import RowOrder
 
 T = TypeVar("T")
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from capsight.errors import OptionError
+from capsight.kvcapsule.attention import LatentBlocks, TokenMap
 from capsight.kvcapsule.codecs.block import Payload
+from capsight.kvcapsule.codecs.kriging import Selection, prediction_weights
+from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.codecs.selecting import SelectingCodec
-from capsight.kvcapsule.kriging import Selection, prediction_weights
-from capsight.kvcapsule.latent import LatentBlocks, TokenMap
-from capsight.kvcapsule.moments import LayerMoments
 
 Weights = Literal["solved", "stored"]
 WEIGHTS: tuple[Weights, ...] = ("solved", "stored")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from capsight.errors import OptionError
 from capsight.kvcapsule.codecs.block import BlockCodec, Payload
-from capsight.kvcapsule.moments import LayerMoments
+from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.plan import Run
 
 

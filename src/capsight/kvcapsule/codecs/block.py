@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from capsight.errors import CapsightError
-from capsight.kvcapsule.latent import KeptTokens, LatentBlocks
+from capsight.kvcapsule.attention import KeptTokens, LatentBlocks
 from capsight.kvcapsule.plan import Run
 
 

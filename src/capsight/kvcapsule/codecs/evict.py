@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from capsight.kvcapsule.attention import LatentBlocks, TokenMap
 from capsight.kvcapsule.codecs.block import Payload
 from capsight.kvcapsule.codecs.selecting import SelectingCodec
-from capsight.kvcapsule.latent import LatentBlocks, TokenMap
 
 
 class EvictCodec(SelectingCodec):

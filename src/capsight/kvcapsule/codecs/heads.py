@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from capsight.kvcapsule.attention import KeptTokens
 from capsight.kvcapsule.codecs.base import index_dtype
 from capsight.kvcapsule.codecs.block import Payload
 from capsight.kvcapsule.codecs.learnt import KEY_WEIGHT, LearntCodec
 from capsight.kvcapsule.codecs.ragged import RaggedPayload
-from capsight.kvcapsule.latent import KeptTokens
+from capsight.kvcapsule.codecs.whitening import deviation
 from capsight.kvcapsule.plan import Run
-from capsight.kvcapsule.whitening import deviation
 
 
 class HeadsCodec(LearntCodec):

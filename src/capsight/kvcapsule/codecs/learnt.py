@@ -11,9 +11,9 @@ from torch import Tensor
 
 from capsight.errors import OptionError
 from capsight.kvcapsule.codecs.base import LayerCodec, check_ridge, take_tensors
-from capsight.kvcapsule.kriging import with_nugget
-from capsight.kvcapsule.moments import LayerMoments, rms
-from capsight.kvcapsule.whitening import is_whitening, whitened, whitening
+from capsight.kvcapsule.codecs.kriging import with_nugget
+from capsight.kvcapsule.codecs.moments import LayerMoments, rms
+from capsight.kvcapsule.codecs.whitening import is_whitening, whitened, whitening
 
 KEY_WEIGHT = 0.5
 """Of a key's error beside a value's, when tokens are chosen (benchmarks/ablations.py compares others)."""
@@ -27,7 +27,7 @@ class LearntCodec(LayerCodec):
             for keys and values together, G = 2 for one each.
         mean: float32 `[2, H, D]`, mean of every channel of keys and of values.
         whitening: bfloat16 `[2, H, D (D + 1) / 2]`, what whitens the channels of each KV head's keys and
-            values (`capsight.kvcapsule.whitening`); that of keys times `KEY_WEIGHT`.
+            values (`capsight.kvcapsule.codecs.whitening`); that of keys times `KEY_WEIGHT`.
     """
 
     packed: Tensor

@@ -8,11 +8,11 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from capsight.kvcapsule.attention import KeptTokens, LatentBlocks
 from capsight.kvcapsule.codecs.base import LayerCodec
 from capsight.kvcapsule.codecs.block import BlockCodec, Payload
-from capsight.kvcapsule.latent import KeptTokens, LatentBlocks
+from capsight.kvcapsule.codecs.quantise import Quantised, check_bits, dequantise, quantise
 from capsight.kvcapsule.plan import Run
-from capsight.kvcapsule.quantise import Quantised, check_bits, dequantise, quantise
 
 _AXES = {"keys": 1, "values": 3, "latent": 3}  # of [M, r, H, D]: the axis that a group spans
 

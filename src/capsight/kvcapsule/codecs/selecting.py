@@ -10,8 +10,8 @@ from torch import Tensor
 
 from capsight.kvcapsule.codecs.base import index_dtype
 from capsight.kvcapsule.codecs.block import BlockCodec, Payload
+from capsight.kvcapsule.codecs.kriging import Selection, greedy_selection
 from capsight.kvcapsule.codecs.learnt import LearntCodec
-from capsight.kvcapsule.kriging import Selection, greedy_selection
 from capsight.kvcapsule.plan import Run
 
 

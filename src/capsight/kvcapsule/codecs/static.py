@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from capsight.errors import OptionError
+from capsight.kvcapsule.attention import LatentBlocks, TokenMap
 from capsight.kvcapsule.codecs.base import LayerCodec, check_kept, check_ridge, take_tensors
 from capsight.kvcapsule.codecs.block import Payload
-from capsight.kvcapsule.kriging import pivoted_cholesky, prediction_weights, with_nugget
-from capsight.kvcapsule.latent import LatentBlocks, TokenMap
-from capsight.kvcapsule.moments import LayerMoments, rms
+from capsight.kvcapsule.codecs.kriging import pivoted_cholesky, prediction_weights, with_nugget
+from capsight.kvcapsule.codecs.moments import LayerMoments, rms
 
 
 class StaticCodec(LayerCodec):

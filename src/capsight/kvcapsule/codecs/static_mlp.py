@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from capsight.errors import CapsightError, OptionError
+from capsight.kvcapsule.attention import LatentBlocks
 from capsight.kvcapsule.codecs.base import take_tensors
 from capsight.kvcapsule.codecs.block import Payload
+from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.codecs.static import StaticCodec
 from capsight.kvcapsule.codecs.token_mlp import TokenMlp
-from capsight.kvcapsule.latent import LatentBlocks
-from capsight.kvcapsule.moments import LayerMoments
 
 MLP = ("mlp_in", "mlp_bias", "mlp_out")
 

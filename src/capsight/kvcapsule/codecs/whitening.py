@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from capsight.kvcapsule.kriging import with_nugget
+from capsight.kvcapsule.codecs.kriging import with_nugget
 
 RIDGE = 1e-3
 """Variance added to every channel, as a fraction of the mean variance."""

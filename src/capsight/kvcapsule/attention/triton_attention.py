@@ -9,9 +9,9 @@ import triton
 from torch import Tensor
 from triton.errors import TritonError
 
-from capsight.kvcapsule.latent.blocks import BlockRows, LatentBlocks, TokenMap
-from capsight.kvcapsule.latent.choice import LatentKernelError
-from capsight.kvcapsule.latent.kernels import over_capsules, over_exact
+from capsight.kvcapsule.attention.blocks import BlockRows, LatentBlocks, TokenMap
+from capsight.kvcapsule.attention.choice import LatentKernelError
+from capsight.kvcapsule.attention.kernels import over_capsules, over_exact
 
 _TOKENS = 64  # exact tokens in a tile
 _STEPS = 4  # tiles of them in a share

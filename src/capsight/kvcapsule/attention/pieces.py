@@ -9,7 +9,7 @@ from itertools import accumulate, chain, pairwise
 import torch
 from torch import Tensor
 
-from capsight.kvcapsule.latent.blocks import BlockRows, KeptTokens
+from capsight.kvcapsule.attention.blocks import BlockRows, KeptTokens
 
 _CHUNKS = 512, 256, 128
 """Tokens of a chunk: the first of these of which a piece has sixteen on average, or the last."""

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from capsight.errors import LayoutError
+from capsight.kvcapsule.attention import KeptTokens, LatentBlocks
+from capsight.kvcapsule.cache.exact_rows import ExactRows
+from capsight.kvcapsule.cache.intake import Intake
+from capsight.kvcapsule.cache.placement import Placement
+from capsight.kvcapsule.cache.scratch import Scratch
+from capsight.kvcapsule.cache.waiting import EncodeQueue
 from capsight.kvcapsule.codecs import BlockCodec
-from capsight.kvcapsule.exact_rows import ExactRows
-from capsight.kvcapsule.intake import Intake
-from capsight.kvcapsule.latent import KeptTokens, LatentBlocks
-from capsight.kvcapsule.placement import Placement
 from capsight.kvcapsule.plan import CapsulePlan, Run
-from capsight.kvcapsule.scratch import Scratch
-from capsight.kvcapsule.waiting import EncodeQueue
 from capsight.layout import PromptLayout
 
 

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from capsight.kvcapsule.budget import Budget, share_out
+from capsight.kvcapsule.calibration.fit import calibrate, check_options, kept_tokens, measure_needs, solve
+from capsight.kvcapsule.calibration.key_mlp import train_key_mlps
 from capsight.kvcapsule.codecs import LayerCodec, StaticMlpCodec
 from capsight.kvcapsule.fingerprint import model_fingerprint
-from capsight.kvcapsule.fit import calibrate, check_options, kept_tokens, measure_needs, solve
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
-from capsight.kvcapsule.key_mlp import train_key_mlps
 
 
 def fit_capsule(

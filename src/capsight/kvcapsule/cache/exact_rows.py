@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from capsight.kvcapsule.latent import BlockRows
-from capsight.kvcapsule.placement import Placement
-from capsight.kvcapsule.scratch import Scratch
+from capsight.kvcapsule.attention import BlockRows
+from capsight.kvcapsule.cache.placement import Placement
+from capsight.kvcapsule.cache.scratch import Scratch
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,9 +14,9 @@ from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from capsight.kvcapsule.calibration.key_samples import KeySamples, collect_keys
 from capsight.kvcapsule.codecs import LayerCodec, StaticMlpCodec
 from capsight.kvcapsule.codecs.token_mlp import TokenMlp
-from capsight.kvcapsule.key_samples import KeySamples, collect_keys
 
 BATCH, MOST_STEPS, EVERY, PATIENCE = 48, 500, 20, 4
 """Blocks of a step; most steps; steps from one look at held-out blocks to the next; looks without gain."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from capsight.errors import CalibrationError
-from capsight.kvcapsule.fit import calibration_inputs, prefilled_blocks
-from capsight.kvcapsule.queries import recorded_queries
+from capsight.kvcapsule.calibration.fit import calibration_inputs, prefilled_blocks
+from capsight.kvcapsule.calibration.queries import recorded_queries
 from capsight.layout import build_layout
 
 BLOCKS = 6

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from capsight.kvcapsule.block_sample import BlockSample
-from capsight.kvcapsule.moments import LayerMoments
-from capsight.kvcapsule.vision_attention import VisionAttention
+from capsight.kvcapsule.calibration.block_sample import BlockSample
+from capsight.kvcapsule.calibration.vision_attention import VisionAttention
+from capsight.kvcapsule.codecs.moments import LayerMoments
 
 Moments = dict[int, LayerMoments]
 """Second moments by layer index."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from capsight.errors import CalibrationError, CapsuleFileError
-from capsight.kvcapsule.calibration import Calibration
+from capsight.kvcapsule.calibration.statistics import Calibration
+from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.fingerprint import model_fingerprint, tensors_fingerprint
-from capsight.kvcapsule.moments import LayerMoments
 from capsight.kvcapsule.store import HEADER_FILE, read_folder, write_folder
 
 KIND = "capsight.fit"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from capsight.kvcapsule.placement import Placement
+from capsight.kvcapsule.cache.placement import Placement
 from capsight.kvcapsule.plan import Run
 
 

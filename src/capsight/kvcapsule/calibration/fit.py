@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from capsight.errors import CalibrationError, OptionError
-from capsight.kvcapsule.block_sample import relative_error
 from capsight.kvcapsule.budget import DEFAULT_BUDGET, Budget, LayerNeeds, check_budget, measured_counts
-from capsight.kvcapsule.calibration import Calibration, Moments
+from capsight.kvcapsule.calibration.block_sample import relative_error
+from capsight.kvcapsule.calibration.fit_journal import FitJournal
+from capsight.kvcapsule.calibration.statistics import Calibration, Moments
 from capsight.kvcapsule.codecs import CODECS, AdaptiveCodec, LayerCodec
-from capsight.kvcapsule.fit_journal import FitJournal
-from capsight.kvcapsule.moments import LayerMoments
+from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.plan import CapsulePlan
 from capsight.layout import build_layout
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from capsight.kvcapsule.latent import kept, plain
-from capsight.kvcapsule.latent.blocks import BlockRows, KeptTokens, LatentBlocks, TokenMap
-from capsight.kvcapsule.latent.choice import Kind, LatentKernelError, give_up, reason_against, warn
+from capsight.kvcapsule.attention import kept, plain
+from capsight.kvcapsule.attention.blocks import BlockRows, KeptTokens, LatentBlocks, TokenMap
+from capsight.kvcapsule.attention.choice import Kind, LatentKernelError, give_up, reason_against, warn
 
 __all__ = ["BlockRows", "KeptTokens", "LatentBlocks", "LatentKernelError", "TokenMap", "latent_attention"]
 
@@ -51,7 +51,7 @@ def latent_attention(
         kind = Kind.of(query, blocks.keys)
         reason = reason_against(kind)
         if not reason:
-            from capsight.kvcapsule.latent import triton_attention  # needs triton
+            from capsight.kvcapsule.attention import triton_attention  # needs triton
 
             try:
                 return triton_attention.attend(*given)

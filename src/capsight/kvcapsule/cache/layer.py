@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from capsight.errors import CapsightError
+from capsight.kvcapsule.cache.ledger import Ledger
+from capsight.kvcapsule.cache.placement import Placement
+from capsight.kvcapsule.cache.waiting import Waiting
 from capsight.kvcapsule.codecs import BlockCodec, Payload
-from capsight.kvcapsule.ledger import Ledger
-from capsight.kvcapsule.placement import Placement
-from capsight.kvcapsule.waiting import Waiting
 
 
 class CapsuleLayer(DynamicLayer):

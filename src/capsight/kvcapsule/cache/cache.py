@@ -13,12 +13,12 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from capsight.errors import CapsightError, ModelMismatchError
+from capsight.kvcapsule.attention import KeptTokens, LatentBlocks
+from capsight.kvcapsule.cache.exact_rows import ExactRows
+from capsight.kvcapsule.cache.layer import CapsuleLayer
+from capsight.kvcapsule.cache.ledger import Ledger
+from capsight.kvcapsule.cache.row_order import RowOrder
 from capsight.kvcapsule.codecs import BlockCodec
-from capsight.kvcapsule.exact_rows import ExactRows
-from capsight.kvcapsule.latent import KeptTokens, LatentBlocks
-from capsight.kvcapsule.layer import CapsuleLayer
-from capsight.kvcapsule.ledger import Ledger
-from capsight.kvcapsule.row_order import RowOrder
 from capsight.layout import PromptLayout
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from capsight.kvcapsule.latent.blocks import BlockRows, LatentBlocks, TokenMap
+from capsight.kvcapsule.attention.blocks import BlockRows, LatentBlocks, TokenMap
 
 _QUERIES = 128  # query tokens at a time: bounds the memory of their scores
 _CACHED = 2**18  # numbers at a time that a CPU converts to the dtype of the sums: 1 MB of float32

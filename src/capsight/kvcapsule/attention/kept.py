@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from capsight.kvcapsule.latent.blocks import BlockRows, KeptTokens
-from capsight.kvcapsule.latent.pieces import Chunks, Runs, pieces_of
+from capsight.kvcapsule.attention.blocks import BlockRows, KeptTokens
+from capsight.kvcapsule.attention.pieces import Chunks, Runs, pieces_of
 from capsight.partial_attention import Partial, partial_attention
 
 
