@@ -1,0 +1,237 @@
+"""Trains a judge: ``python -m judges.train --judge mosaic --out runs/mosaic`` (in ``tools/``); resumes by itself."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from judges.dense import Heads
+from judges.lessons import Lesson, Teacher
+from judges.packed import Packed, fast_tower
+from judges.prompts import Prompt, draw_prompt, split_rng
+from judges.questions import KINDS
+from judges.shapes import JUDGES, Judge, untrained
+
+#: Muon's learning rate over AdamW's.
+MUON = 3.0
+#: Pictures and steps of a stage, its learning rate at the start and at the end, (pictures of a prompt, ...).
+STAGES: dict[str, tuple[int, int, float, float, tuple[int, ...]]] = {
+    "see": (24, 400, 1.5e-3, 1e-4, ()),
+    "read": (24, 500, 1.2e-3, 1.2e-3, (1, 1, 2)),
+    "compare": (24, 3000, 1.2e-3, 1e-5, (1, 2, 2, 4, 4)),
+}
+#: Kinds that are asked more often than others, as they are learnt late.
+_OFTEN = ("count", "at", "differ", "odd", "same_ground", "where", "which_scene")
+
+
+def features_of(judge: Judge, model: Any, lesson: Lesson) -> Tensor:
+    """Vision tokens [pictures * cells, width]."""
+    pixels = lesson.pixels.to(model.dtype)
+    if judge.mrope:
+        return model.model.visual(pixels, grid_thw=lesson.grid_thw).pooler_output
+    return model.model.get_image_features(pixels).pooler_output.flatten(0, 1)
+
+
+def answers(judge: Judge, model: Any, lesson: Lesson, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [n, V] of all answer tokens, the right tokens, and their weights."""
+    B, pictures = lesson.groups[0].ids.shape[0], len(lesson.firsts)
+    embed = model.get_input_embeddings()
+    prefix = embed(lesson.prefix).expand(B, -1, -1).clone()
+    cells = judge.grid**2
+    for k, first in enumerate(lesson.firsts):
+        prefix[:, first : first + cells] = features.view(B, pictures, cells, -1)[:, k].to(prefix.dtype)
+    embeds = [prefix.flatten(0, 1), *(embed(g.ids).flatten(0, 2) for g in lesson.groups)]
+    positions = [lesson.positions.repeat(1, B)]
+    for group in lesson.groups:
+        _, Q, T = group.ids.shape
+        positions.append((lesson.after + torch.arange(T)).repeat(3, B * Q))
+    where = torch.cat(positions, 1)
+    hidden = model.model.language_model(
+        inputs_embeds=torch.cat(embeds)[None],
+        position_ids=where[:, None] if judge.mrope else where[:1],
+        attention_mask=None,
+        use_cache=False,
+    ).last_hidden_state[0]
+    hidden = hidden[prefix.shape[0] * prefix.shape[1] :]
+    labels = torch.cat([g.labels.flatten() for g in lesson.groups])
+    weights = torch.cat([g.weights.flatten() for g in lesson.groups])
+    asked = labels >= 0
+    return model.lm_head(hidden[asked]).float(), labels[asked], weights[asked]
+
+
+def stage_prompts(judge: Judge, stage: str, step: int) -> list[Prompt]:
+    """The prompts of one step."""
+    pictures, _, _, _, counts = STAGES[stage]
+    rng = split_rng(judge.name, "train", step, stage)
+    if not counts:
+        return [draw_prompt(rng, judge.grid, judge.style, 1, 0) for _ in range(pictures)]
+    count = rng.choice(counts)
+    questions = {1: 12, 2: 16, 4: 24}[count]
+    kinds = (*(k for k in KINDS if k != "describe"), *_OFTEN)
+    prompts = []
+    for _ in range(pictures // count):
+        one = draw_prompt(rng, judge.grid, judge.style, count, questions, kinds)
+        long = [draw_long(one, rng, k) for k in rng.sample(range(count), min(count, 2))]
+        prompts.append(Prompt(one.scenes, (*one.questions, *long)))
+    return prompts
+
+
+def draw_long(prompt: Prompt, rng: Any, k: int) -> Any:
+    """The question for a description of picture `k`."""
+    from judges.questions import Question, _describe
+
+    q = _describe(prompt.scenes[k].world, k, rng)
+    return Question(q.task, f"picture {k + 1}: {q.text}", q.answer, q.pieces)
+
+
+class Trainer:
+    """Trains through the stages; everything it needs to go on lies in one checkpoint."""
+
+    def __init__(self, judge: Judge, out: Path) -> None:
+        """Begin or resume in folder `out`."""
+        self.judge, self.out = judge, out
+        out.mkdir(parents=True, exist_ok=True)
+        saved = out / "tokenizer"
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(saved) if saved.exists() else judge.tokenizer()
+        tokenizer.save_pretrained(saved)
+        self.teacher = Teacher(judge, tokenizer)
+        self.model = untrained(judge, tokenizer).train()
+        self.heads = Heads(self.model.config.get_text_config().hidden_size)
+        for parameter in self.model.parameters():  # not buffers: rotary frequencies stay exact
+            parameter.data = parameter.data.bfloat16()
+        if judge.mrope:
+            fast_tower(judge, self.model.model.visual)
+        self.packed = Packed(self.model.model.language_model)
+        self.stage, self.step, self.seconds = "see", 0, 0.0
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.pairs: list[tuple[Tensor, Tensor]] = []  # (parameter in bfloat16, its float32 original)
+        if (out / "checkpoint.pt").exists():
+            state = torch.load(out / "checkpoint.pt", weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.heads.load_state_dict(state["heads"])
+            self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
+            if self.stage in STAGES and state["optimizers"]:
+                self._start()
+                for (_, original), one in zip(self.pairs, state["originals"], strict=True):
+                    original.copy_(one)
+                for optimizer, one in zip(self.optimizers, state["optimizers"], strict=True):
+                    optimizer.load_state_dict(one)
+
+    @property
+    def _tower(self) -> list[nn.Module]:
+        core = self.model.model
+        return [core.visual] if self.judge.mrope else [core.vision_tower, core.multi_modal_projector]
+
+    def _start(self) -> None:
+        self.model.requires_grad_(self.stage != "see")
+        for part in self._tower:
+            part.requires_grad_(self.stage == "see")
+        wanted = [*self.model.parameters(), *(self.heads.parameters() if self.stage == "see" else ())]
+        self.pairs = [(p, p.detach().float().clone()) for p in wanted if p.requires_grad]
+        embedding = self.model.get_input_embeddings().weight
+        matrices = [m for p, m in self.pairs if p.ndim == 2 and p is not embedding]
+        others = [m for p, m in self.pairs if p.ndim != 2 or p is embedding]
+        self.optimizers = [
+            torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0),
+        ]
+
+    def _save(self) -> None:
+        state = {
+            "model": self.model.state_dict(), "heads": self.heads.state_dict(), "stage": self.stage,
+            "step": self.step, "seconds": self.seconds, "optimizers": [o.state_dict() for o in self.optimizers],
+            "originals": [m for _, m in self.pairs],
+        }  # fmt: skip
+        torch.save(state, self.out / "checkpoint.tmp")
+        os.replace(self.out / "checkpoint.tmp", self.out / "checkpoint.pt")
+
+    def _loss(self, lesson: Lesson) -> tuple[Tensor, dict[str, float]]:
+        with torch.set_grad_enabled(self.stage == "see"):
+            features = features_of(self.judge, self.model, lesson)
+        if self.stage == "see":
+            return self.heads(features.float(), lesson.dense)
+        self.packed.begin(lesson, self.judge.grid**2)
+        logits, target, weights = answers(self.judge, self.model, lesson, features)
+        loss = (nn.functional.cross_entropy(logits, target, reduction="none") * weights).sum() / weights.sum()
+        pointing, seen = self.packed.loss()
+        right = (logits.argmax(-1) == target).float().mean().item()
+        return loss + 0.2 * pointing, {"answers": loss.item(), "tokens": right, **seen}
+
+    @torch.no_grad()
+    def _standardise(self) -> None:
+        """Give the tower's output zero mean and the spread of text embeddings."""
+        lesson = self.teacher(stage_prompts(self.judge, "compare", -1))
+        features = features_of(self.judge, self.model, lesson)
+        last = [m for m in self._tower[-1].modules() if isinstance(m, nn.Linear)][-1]
+        scale = features.float().std() / 0.1
+        last.weight.div_(scale)
+        last.bias.sub_(features.mean(0)).div_(scale)
+
+    def run(self, every: int = 25) -> None:
+        """Train to the end; log and checkpoint every `every` steps."""
+        names = [*STAGES, "done"]
+        totals: dict[str, float] = {}
+        began, count = time.time(), 0
+        while self.stage != "done":
+            pictures, steps, lr, end, counts = STAGES[self.stage]
+            if not self.optimizers:
+                self._start()
+            prompts = stage_prompts(self.judge, self.stage, self.step)
+            lesson = self.teacher(prompts) if counts else self._pictures(prompts)
+            loss, seen = self._loss(lesson)
+            loss.backward()
+            for parameter, original in self.pairs:
+                original.grad = None if parameter.grad is None else parameter.grad.float()
+                parameter.grad = None
+            nn.utils.clip_grad_norm_([m for _, m in self.pairs], 1.0)
+            now = min(1.0, (self.step + 1) / 30) * (lr + (end - lr) * self.step / steps)
+            for optimizer, factor in zip(self.optimizers, (MUON, 1.0), strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = now * factor
+                optimizer.step()
+            for parameter, original in self.pairs:
+                parameter.data.copy_(original)
+            for key, value in {"loss": loss.item(), **seen}.items():
+                totals[key] = totals.get(key, 0.0) + value
+            self.step, count = self.step + 1, count + 1
+            if self.step == steps:
+                if self.stage == "see":
+                    self._standardise()
+                self.stage, self.step, self.optimizers = names[names.index(self.stage) + 1], 0, []
+            if self.step % every == 0:
+                took = time.time() - began
+                self.seconds += took
+                row = {"stage": self.stage, "step": self.step, "seconds_a_step": round(took / count, 3)}
+                row |= {k: round(v / count, 3) for k, v in totals.items()}
+                with (self.out / "log.jsonl").open("a") as log:
+                    log.write(json.dumps(row) + "\n")
+                print(row, flush=True)
+                self._save()
+                totals, began, count = {}, time.time(), 0
+
+    def _pictures(self, prompts: list[Prompt]) -> Lesson:
+        from judges.dense import labels_of
+
+        pixels, grid = self.teacher.pixels(prompts)
+        dense = labels_of([s.world for p in prompts for s in p.scenes])
+        return Lesson(pixels, grid, dense, torch.empty(0), torch.empty(0), 0, [], [])
+
+
+def train(
+    judge: Annotated[str, typer.Option(help="Which judge.")],
+    out: Annotated[Path, typer.Option(help="Folder of checkpoint, log and tokenizer.")],
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Train a judge, or go on where a run in OUT stopped."""
+    torch.set_num_threads(threads)
+    Trainer(JUDGES[judge], out).run()
+
+
+if __name__ == "__main__":
+    typer.run(train)
