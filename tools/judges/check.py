@@ -3,8 +3,8 @@
     python -m judges.check --judge mosaic --run runs/mosaic    (in tools/; a checkpoint)
     python -m judges.check --judge mosaic                      (the weights that ship)
 
-Right answers are forced token by token, and an answer counts when every token would have been said: what greedy
-generation gives, in one forward pass. `benchmarks/judges.py` generates.
+Right answers are forced token by token, and an answer counts when every token would have been said: what
+greedy generation gives, in one forward pass. `benchmarks/judges.py` generates.
 """
 
 from collections import defaultdict
@@ -25,7 +25,12 @@ from judges.train import answers, features_of
 
 @torch.no_grad()
 def accuracy(
-    judge: Judge, model: Any, tokenizer: PreTrainedTokenizerFast, split: str, prompts: int, questions: int = 24
+    judge: Judge,
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    split: str,
+    prompts: int,
+    questions: int = 24,
 ) -> dict[int, dict[str, tuple[int, int]]]:
     """(right, asked) by number of pictures and kind."""
     teacher, packed = Teacher(judge, tokenizer), Packed(model.model.language_model)
@@ -53,7 +58,10 @@ def _in_order(prompt: Prompt) -> list[Any]:
 
 def table(found: dict[int, dict[str, tuple[int, int]]]) -> str:
     """A Markdown table of percentages: kinds down, numbers of pictures across."""
-    lines = ["| kind | " + " | ".join(f"{n} picture{'s' * (n > 1)}" for n in found) + " |", "|---|" + "--:|" * len(found)]
+    lines = [
+        "| kind | " + " | ".join(f"{n} picture{'s' * (n > 1)}" for n in found) + " |",
+        "|---|" + "--:|" * len(found),
+    ]
     for kind in KINDS:
         cells = [f"{100 * c[kind][0] / c[kind][1]:.1f}" if kind in c else "" for c in found.values()]
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")

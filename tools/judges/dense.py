@@ -22,7 +22,7 @@ class Labels:
 
 
 def labels_of(worlds: list[World]) -> Labels:
-    """Labels of all cells, one picture after the other; ground and texture are asked where they are seen alone."""
+    """Labels of all cells, picture by picture; ground and texture are asked where they are seen alone."""
     columns: dict[str, list[int]] = {name: [] for name in _SIZES}
     for w in worlds:
         ground, texture, time = COLORS.index(w.ground), TEXTURES.index(w.texture), TIMES.index(w.time)

@@ -68,7 +68,9 @@ def _shape(shape: str, size: int) -> Floats:
     if shape == "star":
         turns = np.arange(10) * np.pi / 5 - np.pi / 2
         reach = np.where(np.arange(10) % 2, 0.2 * s, 0.52 * s)
-        draw.polygon([(m + r * np.cos(t), m + r * np.sin(t)) for r, t in zip(reach, turns, strict=True)], fill=255)
+        draw.polygon(
+            [(m + r * np.cos(t), m + r * np.sin(t)) for r, t in zip(reach, turns, strict=True)], fill=255
+        )
     elif shape == "ring":
         draw.ellipse((a, a, b, b), outline=255, width=int(0.22 * s))
     elif shape == "square":
@@ -150,5 +152,3 @@ def draw(world: World, style: Style, rng: random.Random) -> Image.Image:
     noise = np.random.default_rng(rng.getrandbits(32)).standard_normal((side, side), np.float32)
     canvas += style.noise * noise[:, :, None]
     return Image.fromarray((canvas.clip(0, 1) * 255).astype(np.uint8))
-
-

@@ -43,7 +43,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What one step learns from: pictures, their dense labels, and (except for the tower alone) the token rows.
+    """What one step learns from: pictures, their dense labels, and the token rows (the tower alone: none).
 
     Attributes:
         pixels: what the tower takes.

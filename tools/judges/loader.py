@@ -12,9 +12,7 @@ from judges.shapes import JUDGES
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-def load_judge(
-    name: str, dtype: torch.dtype = torch.float32, folder: Path | None = None
-) -> tuple[Any, Any]:
+def load_judge(name: str, dtype: torch.dtype = torch.float32, folder: Path | None = None) -> tuple[Any, Any]:
     """A trained judge in eval mode, and its processor (left padding, pictures in RGB).
 
     Args:
@@ -28,7 +26,9 @@ def load_judge(
     path = (folder or WEIGHTS) / name
     if name not in JUDGES or not (path / "model.safetensors").is_file():
         trained = sorted(p.parent.name for p in (folder or WEIGHTS).glob("*/model.safetensors"))
-        raise FileNotFoundError(f"no judge called {name!r} lies in {path.parent}; trained: {', '.join(trained) or 'none'}")
+        raise FileNotFoundError(
+            f"no judge called {name!r} lies in {path.parent}; trained: {', '.join(trained) or 'none'}"
+        )
     from transformers import PreTrainedTokenizerFast
 
     judge = JUDGES[name]
@@ -44,7 +44,9 @@ def judge_prompt(name: str, split: str, index: int, pictures: int, questions: in
     return draw_prompt(rng, judge.grid, judge.style, pictures, questions)
 
 
-def judge_items(name: str, split: str, pictures: int, count: int, first: int = 0, questions: int = 12) -> list[Item]:
+def judge_items(
+    name: str, split: str, pictures: int, count: int, first: int = 0, questions: int = 12
+) -> list[Item]:
     """The same as items of `capsight.evaluation`, the kind of a question as its task."""
     items = []
     for index in range(first, first + count):

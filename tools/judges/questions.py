@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from judges.world import COLORS, COLUMNS, SHAPES, Cell, World
+from judges.world import COLORS, COLUMNS, SHAPES, TEXTURES, TIMES, Cell, World
 
 #: (picture, cell number) of a prompt; cell -1 stands for the prompt's first token.
 Place = tuple[int, int]
@@ -73,7 +73,9 @@ def _empty(w: World, k: int, rng: random.Random) -> Question | None:
     if w.grid**2 / 4 < occupied < w.grid**2 / 3:
         return None
     everywhere = [(k, i) for i in range(w.grid**2)]
-    return _question("empty", "is it mostly empty?", _piece("no" if occupied > w.grid**2 / 4 else "yes", everywhere))
+    return _question(
+        "empty", "is it mostly empty?", _piece("no" if occupied > w.grid**2 / 4 else "yes", everywhere)
+    )
 
 
 def _common(w: World, k: int, rng: random.Random) -> Question | None:
@@ -127,14 +129,18 @@ def _color(w: World, k: int, rng: random.Random) -> Question | None:
         return None
     shape = rng.choice(w.single)
     cell = w.where(shape)[0]
-    return _question("color", f"what color is the {shape}?", _piece(w.things[cell].color, places(k, w, [cell])))
+    return _question(
+        "color", f"what color is the {shape}?", _piece(w.things[cell].color, places(k, w, [cell]))
+    )
 
 
 def _number(w: World, k: int, rng: random.Random) -> Question | None:
     if not w.numbers:
         return None
     cell, thing = rng.choice(w.numbers)
-    return _question("number", f"what is the {thing.color} number?", _piece(thing.number, places(k, w, [cell])))
+    return _question(
+        "number", f"what is the {thing.color} number?", _piece(thing.number, places(k, w, [cell]))
+    )
 
 
 def _describe(w: World, k: int, rng: random.Random) -> Question:
@@ -158,8 +164,9 @@ def _describe(w: World, k: int, rng: random.Random) -> Question:
 
 
 _SINGLE: dict[str, Callable[[World, int, random.Random], Question | None]] = {
-    "ground": _ground, "texture": _texture, "time": _time, "empty": _empty, "common": _common, "count": _count,
-    "at": _at, "where": _where, "present": _present, "color": _color, "number": _number, "describe": _describe,
+    "ground": _ground, "texture": _texture, "time": _time, "empty": _empty, "common": _common,
+    "count": _count, "at": _at, "where": _where, "present": _present, "color": _color, "number": _number,
+    "describe": _describe,
 }  # fmt: skip
 
 
@@ -202,7 +209,11 @@ def _odd(ws: list[World], rng: random.Random) -> Question | None:
         return None
     k = next(i for i, w in enumerate(ws) if counts[w.ground] == 1)
     everywhere = [p for i, w in enumerate(ws) for p in places(i, w, w.empty)]
-    return _question("odd", "which ground is the odd one out?", _piece(str(k + 1), places(k, ws[k], ws[k].empty), everywhere))
+    return _question(
+        "odd",
+        "which ground is the odd one out?",
+        _piece(str(k + 1), places(k, ws[k], ws[k].empty), everywhere),
+    )
 
 
 def _differ(ws: list[World], rng: random.Random) -> Question | None:
@@ -229,8 +240,7 @@ KINDS = (*_SINGLE, *_CROSS)
 #: Words of a question that say what is asked for.
 SUBJECTS = frozenset(
     {*COLORS, *SHAPES, *(f"{s}s" for s in SHAPES), "ground", "texture", "time", "empty", "common", "describe",
-     "color", "many", "where", "number", "at", "odd", "differ", "same", "plain", "striped", "dotted", "checked", "day", "dusk",
-     "night"}
+     "color", "many", "where", "number", "at", "odd", "differ", "same", *TEXTURES, *TIMES}
 )  # fmt: skip
 
 

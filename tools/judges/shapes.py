@@ -69,18 +69,38 @@ class Judge:
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Byte-level BPE trained on the wording of train prompts; digits never merge."""
         start, pad, end = self.image
-        return _tokenizer(_wording(self), ("<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", start, end, pad, "<|video_pad|>"), start, pad, end)
+        return _tokenizer(
+            _wording(self),
+            (
+                "<|pad|>",
+                "<|system|>",
+                "<|user|>",
+                "<|assistant|>",
+                "<|end|>",
+                start,
+                end,
+                pad,
+                "<|video_pad|>",
+            ),
+            start,
+            pad,
+            end,
+        )
 
 
 def _wording(judge: Judge) -> Iterable[str]:
     for index in range(150):
-        prompt = draw_prompt(split_rng(judge.name, "train", index, "wording"), judge.grid, judge.style, 1 + index % 4, 20)
+        prompt = draw_prompt(
+            split_rng(judge.name, "train", index, "wording"), judge.grid, judge.style, 1 + index % 4, 20
+        )
         for q in prompt.questions:
             yield q.text
             yield q.answer
 
 
-def _tokenizer(corpus: Iterable[str], special: tuple[str, ...], start: str, pad: str, end: str) -> PreTrainedTokenizerFast:
+def _tokenizer(
+    corpus: Iterable[str], special: tuple[str, ...], start: str, pad: str, end: str
+) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -104,8 +124,8 @@ def _tokenizer(corpus: Iterable[str], special: tuple[str, ...], start: str, pad:
         padding_side="left",
         clean_up_tokenization_spaces=False,
         extra_special_tokens={
-            "start_image_token": start, "end_image_token": end, "context_image_token": pad, "image_token": pad,
-            "video_token": "<|video_pad|>",
+            "start_image_token": start, "end_image_token": end, "context_image_token": pad,
+            "image_token": pad, "video_token": "<|video_pad|>",
         },
     )  # fmt: skip
 
@@ -129,7 +149,9 @@ def _text_config(tokenizer: PreTrainedTokenizerFast, **own: Any) -> dict[str, An
 class Qwen2VLImagesProcessor(Qwen2VLProcessor):
     """Qwen2-VL's processor for images only: its video half needs torchvision."""
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None) -> None:
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None
+    ) -> None:
         """Take the parts."""
         self.image_token, self.video_token = tokenizer.image_token, tokenizer.video_token
         ids = tokenizer.get_vocab()
@@ -192,7 +214,8 @@ def _tiles_model(tokenizer: PreTrainedTokenizerFast) -> Any:
         ),
         vision_config={
             "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "image_size": [8 * CELL, 8 * CELL], "patch_size": [CELL // 2, CELL // 2], "layer_scale_init_value": 1.0,
+            "image_size": [8 * CELL, 8 * CELL], "patch_size": [CELL // 2, CELL // 2],
+            "layer_scale_init_value": 1.0,
         },
         image_token_id=ids["<IMG_CONTEXT>"],
         image_seq_length=64,
@@ -220,7 +243,8 @@ JUDGES = {
         _mosaic_model, _mosaic_processor, mrope=True,
     ),
     "tiles": Judge(
-        "tiles", 23, 8, TILES, ("<img>", "<IMG_CONTEXT>", "</img>"), _tiles_model, _tiles_processor, mrope=False
+        "tiles", 23, 8, TILES, ("<img>", "<IMG_CONTEXT>", "</img>"),
+        _tiles_model, _tiles_processor, mrope=False,
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What a judge's picture holds: a ground, things on a grid of cells, a crowd of one thing, numbers, a time of day."""
+"""What a judge's picture holds: a ground, things in the cells of a grid, a crowd, numbers, a time of day."""
 
 import random
 from dataclasses import dataclass, replace
@@ -44,9 +44,7 @@ class World:
     @property
     def empty(self) -> list[Cell]:
         """The cells in which only the ground is seen."""
-        return [
-            (r, c) for r in range(self.grid) for c in range(self.grid) if (r, c) not in self.things
-        ]
+        return [(r, c) for r in range(self.grid) for c in range(self.grid) if (r, c) not in self.things]
 
     def where(self, shape: str) -> list[Cell]:
         """The cells of a shape."""
@@ -65,16 +63,24 @@ class World:
 
 
 def draw_world(rng: random.Random, grid: int, ground: str = "") -> World:
-    """Draw what a picture holds: half of them mostly empty, the others with a crowd in up to half the cells."""
+    """Draw what a picture holds: mostly empty ones, and crowds in up to half of the cells."""
     ground = ground or rng.choice(COLORS)
     colors = [c for c in COLORS if c != ground]
     shapes = rng.sample(SHAPES, rng.randint(2, 4) + 1)
     area = grid * grid
     size = rng.choice(
-        (0, rng.randint(2, 5), rng.randint(2, 5), rng.randint(area // 6, area // 5), rng.randint(area // 3, area // 2))
+        (
+            0,
+            rng.randint(2, 5),
+            rng.randint(2, 5),
+            rng.randint(area // 6, area // 5),
+            rng.randint(area // 3, area // 2),
+        )
     )
     plates = rng.sample(colors, rng.randint(1, 2))
-    cells = rng.sample([(r, c) for r in range(grid) for c in range(grid)], size + len(shapes) - 1 + len(plates))
+    cells = rng.sample(
+        [(r, c) for r in range(grid) for c in range(grid)], size + len(shapes) - 1 + len(plates)
+    )
     crowd = shapes.pop() if size else ""
     shapes = shapes[:4]
     things: dict[Cell, Thing] = {}
