@@ -37,8 +37,8 @@ def export(
         f"{text.num_key_value_heads} KV heads, {made.grid**2} vision tokens a picture. Initial weights from "
         f"seed {made.seed}; prompts from the seeds `capsight/judges/{judge}/...` (`prompts.split_rng`).",
         f"Trained by `python -m judges.train --judge {judge} --out runs/{judge}` in `tools/`: one CPU "
-        f"thread, {state['seconds'] / 60:.0f} minutes on a busy machine; at the end {steps[-1]['tokens']:.3f} of the "
-        "answer tokens right.",
+        f"thread, {state['seconds'] / 60:.0f} minutes on a busy machine; at the end "
+        f"{steps[-1]['tokens']:.3f} of the answer tokens right.",
         f"Exact match with the full cache in %, test split, {prompts} prompts of each number of pictures "
         f"(`python -m judges.check --judge {judge} --split test --prompts {prompts}`):",
         table(found),
