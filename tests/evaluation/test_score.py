@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capsight.evaluation.score import exact_match, mcnemar_p, wilson_interval
+from capsight.evaluation import exact_match
+from capsight.evaluation.score import mcnemar_p, wilson_interval
 
 
 def test_exact_match_folds_case_and_spaces_only():

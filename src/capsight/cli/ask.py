@@ -50,7 +50,7 @@ def ask(
             max_new_tokens=max_new_tokens,
             do_sample=False,
         )
-    print(processor.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)[0].strip())
+    print(processor.tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)[0].strip())
     Console(stderr=True).print(
         f"[dim]KV cache {human_bytes(held.nbytes)}, full {human_bytes(held.nbytes_full)}[/]"
     )

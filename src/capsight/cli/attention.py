@@ -11,8 +11,9 @@ from rich.console import Console
 from capsight.blindsight import HeadMap
 from capsight.blindsight.draw import draw_attention
 from capsight.cli.models import REFERENCE, check_out, load_model
+from capsight.cli.options import picture_item
 from capsight.errors import OptionError
-from capsight.evaluation import Ask, Item, open_image, reference_items
+from capsight.evaluation import reference_items
 from capsight.evaluation.asking import process
 
 
@@ -30,7 +31,7 @@ def attention(
     chosen = HeadMap.from_pretrained(head_map)
     vlm, processor = load_model(model)
     if image:
-        item = Item("command line", tuple(open_image(path) for path in image), (Ask(prompt, ""),))
+        item = picture_item(image, prompt)
     elif model == REFERENCE:
         item = next(iter(reference_items("calibration", 4, 1)))
     else:

@@ -10,9 +10,8 @@ import typer
 from rich.console import Console
 
 from capsight.cli.models import REFERENCE, check_out, load_model
-from capsight.cli.options import BitsOption, RetainedOption, chosen_capsule
+from capsight.cli.options import BitsOption, RetainedOption, chosen_capsule, picture_item
 from capsight.cli.output import human_bytes
-from capsight.evaluation import Ask, Item, open_image
 from capsight.evaluation.asking import process
 from capsight.runtime import enable
 
@@ -29,13 +28,13 @@ def encapsulate(
 ) -> None:
     """Read images once and write their capsules to a file; `capsight ask` answers questions from it."""
     check_out(out)
-    images = tuple(open_image(path) for path in image)
+    item = picture_item(image)
     vlm, processor = load_model(model, dtype, device)
-    inputs = process(processor, Item("command line", images, (Ask("", ""),)), [""])
+    inputs = process(processor, item, [""])
     with enable(vlm, capsule=chosen_capsule(capsule, model, retained, bits)) as fast, torch.no_grad():
         cache = fast.encapsulate(**{name: value.to(vlm.device) for name, value in inputs.items()})
         fast.save(out)
     Console().print(
-        f"{cache.get_seq_length()} tokens of {len(images)} images -> {out} "
+        f"{cache.get_seq_length()} tokens of {len(image)} images -> {out} "
         f"(KV cache {human_bytes(cache.nbytes)}, full {human_bytes(cache.nbytes_full)})"
     )

@@ -14,9 +14,10 @@ from rich.console import Console
 from capsight.cli.models import REFERENCE, load_model
 from capsight.cli.output import human_bytes
 from capsight.errors import OptionError
-from capsight.evaluation import Item, jsonl_items, open_image, reference_items
+from capsight.evaluation import Item, jsonl_items, reference_items
 from capsight.evaluation.asking import process
 from capsight.kvcapsule import KVCapsule
+from capsight.pictures import open_image
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 

@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 
 from capsight.cli.models import REFERENCE, load_model
-from capsight.cli.options import BitsOption, RetainedOption, chosen_capsule
+from capsight.cli.options import BitsOption, RetainedOption, chosen_capsule, picture_item
 from capsight.cli.output import human_bytes
 from capsight.errors import OptionError
-from capsight.evaluation import Ask, Item, ask_item, open_image
+from capsight.evaluation import ask_item
 from capsight.runtime import check_decode, enable
 
 
@@ -46,10 +46,9 @@ def generate(
     way = None if decode is None else check_decode(decode)
     if capsule == "none" and (retained, bits) != (None, None):
         raise OptionError("--capsule none is the full cache; leave out --retained and --bits")
-    images = tuple(open_image(path) for path in image or ())
+    item = picture_item(image or (), prompt)
     vlm, processor = load_model(model, dtype, device)
     loaded = None if capsule == "none" else chosen_capsule(capsule, model, retained, bits)
-    item = Item("command line", images, (Ask(prompt, ""),))
     with enable(vlm, capsule=loaded, decode=way) as fast, torch.no_grad():
         answers = ask_item(fast, processor, item, protocol, max_new_tokens)
     print(answers.texts[0])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from capsight.cli.models import load_capsule
+from capsight.evaluation import Ask, Item
 from capsight.kvcapsule import KVCapsule
+from capsight.pictures import open_image
 
 OWN_BITS = 16
 """What `--bits` calls numbers in the cache's own dtype."""
@@ -31,3 +35,13 @@ def chosen_capsule(source: str | None, model: str, retained: float | None, bits:
     if retained is not None:
         capsule = capsule.with_retained(retained)
     return capsule if bits is None else capsule.with_bits(None if bits == OWN_BITS else bits)
+
+
+def picture_item(paths: Sequence[Path], question: str = "") -> Item:
+    """A question about the pictures in some files, named after them.
+
+    Raises:
+        OptionError: a file is no picture.
+    """
+    name = ", ".join(map(str, paths)) or "the prompt"
+    return Item(name, tuple(open_image(path) for path in paths), (Ask(question, ""),))

@@ -16,6 +16,7 @@ from torch import Tensor
 from capsight.errors import LayoutError, OptionError
 from capsight.evaluation.drafts import GREEDY, append_tokens
 from capsight.evaluation.items import Item
+from capsight.evaluation.prompting import chat_text, process
 from capsight.layout import build_layout
 from capsight.runtime import FastModel
 from capsight.runtime.split import TOKEN_ENTRIES, first_tokens
@@ -39,23 +40,6 @@ class Answers:
     first_logits: Tensor
     nbytes: int
     nbytes_full: int
-
-
-def chat_text(processor: Any, images: int, question: str) -> str:
-    """One user turn of `images` images and a question, rendered by the processor's chat template."""
-    content: list[dict[str, str]] = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-    return str(
-        processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-    )
-
-
-def process(processor: Any, item: Item, questions: Sequence[str]) -> dict[str, Any]:
-    """Processor outputs for one row per question, each with all images of the item."""
-    texts = [chat_text(processor, len(item.images), q) for q in questions]
-    images = [list(item.images) for _ in questions] if item.images else None
-    return dict(processor(text=texts, images=images, return_tensors="pt", padding=True))
 
 
 def ask_item(
@@ -95,7 +79,7 @@ def ask_item(
         return_dict_in_generate=True,
     )
     new = out.sequences[:, inputs["input_ids"].shape[1] :]
-    texts = processor.batch_decode(new, skip_special_tokens=True)
+    texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
     sizes = sizes or cache_nbytes(out.past_key_values)
     return Answers(tuple(t.strip() for t in texts), out.logits[0].float(), *sizes)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from capsight.evaluation.asking import Answers
 from capsight.evaluation.items import Item
-from capsight.evaluation.score import exact_match
+from capsight.evaluation.metric import exact_match, score
 from capsight.evaluation.sharing import FULL
 
 
@@ -18,7 +18,7 @@ class MethodRecord:
 
     Attributes:
         texts: its answers.
-        right: whether they matched exactly.
+        right: how right they are, 0-1; None where no right answer is known.
         agrees: whether they equal the full cache's.
         kl: KL divergence of the first answer token from the full cache's distribution, in nats.
         nbytes: bytes of its cache before the answers.
@@ -26,7 +26,7 @@ class MethodRecord:
     """
 
     texts: list[str]
-    right: list[bool]
+    right: list[float | None]
     agrees: list[bool]
     kl: list[float]
     nbytes: int
@@ -50,8 +50,8 @@ class ItemRecord:
     methods: dict[str, MethodRecord]
 
     @classmethod
-    def of(cls, item: Item, answers: Mapping[str, Answers]) -> ItemRecord:
-        """Compare answers with the right ones and with those of the full cache."""
+    def of(cls, item: Item, answers: Mapping[str, Answers], metric: str = "exact") -> ItemRecord:
+        """Compare answers with the right ones, by `metric`, and with those of the full cache, exactly."""
         full = answers[FULL]
         theirs = full.first_logits.log_softmax(-1)
         methods = {}
@@ -59,7 +59,7 @@ class ItemRecord:
             kl = (theirs.exp() * (theirs - ours.first_logits.log_softmax(-1))).sum(-1).clamp_min(0)
             methods[name] = MethodRecord(
                 list(ours.texts),
-                [exact_match(text, ask.answer) for text, ask in zip(ours.texts, item.asks, strict=True)],
+                [score(text, a.references, metric) for text, a in zip(ours.texts, item.asks, strict=True)],
                 [exact_match(text, other) for text, other in zip(ours.texts, full.texts, strict=True)],
                 [round(value, 8) for value in kl.tolist()],
                 ours.nbytes,

@@ -13,6 +13,7 @@ from capsight.blindsight import HeadMap
 from capsight.evaluation.asking import Answers
 from capsight.evaluation.items import Item
 from capsight.evaluation.journal import Journal
+from capsight.evaluation.metric import check_metric
 from capsight.evaluation.parallel import check_workers, in_order
 from capsight.evaluation.record import ItemRecord
 from capsight.evaluation.score import Outcome
@@ -49,6 +50,7 @@ def evaluate(
     journal: Journal | None = None,
     on_item: Callable[[Item, Mapping[str, Answers]], None] | None = None,
     workers: int = 1,
+    metric: str = "exact",
 ) -> dict[str, MethodResult]:
     """Ask every question with the full cache and with every method.
 
@@ -64,16 +66,19 @@ def evaluate(
         on_item: called after each item, for progress bars and transcripts; without answers where the
             item was in the journal, or another process had it.
         workers: processes, of one thread each if there are several (CPU, Linux).
+        metric: how answers are scored: "exact", "normalised", "anls" or "relaxed".
 
     Returns:
         Results by method name, "full" first.
 
     Raises:
-        OptionError: the protocol is unknown, a method has a name that is taken, or `workers` cannot be.
+        OptionError: the protocol or the metric is unknown, a method has a name that is taken, or `workers`
+            cannot be.
         CapsightError: a method or the head map does not fit the model.
     """
     asking = Asking(model, processor, methods, protocol, head_map, max_new_tokens)
     check_workers(workers, model.device.type)
+    check_metric(metric)
     results = {
         name: MethodResult(module_nbytes=methods[name].module_nbytes if name in methods else 0)
         for name in asking.names
@@ -84,7 +89,7 @@ def evaluate(
     def ask(item: Item) -> ItemRecord:
         with torch.no_grad():
             answers.update(asking.ask(item))
-        return ItemRecord.of(item, answers)
+        return ItemRecord.of(item, answers, metric)
 
     for item, record in _records(ask, items, done, workers):
         if journal is not None and item.name not in done:

@@ -1,4 +1,4 @@
-"""Exact match, its confidence interval, and paired comparisons of two methods."""
+"""Shares of right answers, their confidence intervals, and paired comparisons of two methods."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Outcome:
         item: name of the item.
         task: its task.
         images: image count of the prompt.
-        right: whether the answer matched exactly.
+        right: how right the answer is, 0-1 (`capsight.evaluation.metric`); None where no right one is known.
         agrees: whether it equals the full cache's answer.
         kl: KL divergence of the first answer token from the full cache's distribution, in nats.
     """
@@ -25,18 +25,13 @@ class Outcome:
     item: str
     task: str
     images: int
-    right: bool
+    right: float | None
     agrees: bool
     kl: float
 
 
-def exact_match(answer: str, reference: str) -> bool:
-    """Equal after trimming and folding spaces and case."""
-    return " ".join(answer.lower().split()) == " ".join(reference.lower().split())
-
-
-def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, as fractions."""
+def wilson_interval(right: float, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, as fractions; of scores between 0 and 1 it is a little too wide."""
     if total == 0:
         return 0.0, 1.0
     p, denominator = right / total, 1 + z * z / total
@@ -45,14 +40,26 @@ def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, flo
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def mcnemar_p(ours: Sequence[bool], theirs: Sequence[bool]) -> float:
-    """Exact two-sided McNemar test on paired right/wrong outcomes: probability under no difference."""
-    b = sum(a and not t for a, t in zip(ours, theirs, strict=True))
-    c = sum(t and not a for a, t in zip(ours, theirs, strict=True))
+def mcnemar_p(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Exact two-sided McNemar test on paired scores: probability under no difference.
+
+    Of scores between 0 and 1 it is the sign test: which of the two is the higher one counts.
+    """
+    b = sum(a > t for a, t in zip(ours, theirs, strict=True))
+    c = sum(t > a for a, t in zip(ours, theirs, strict=True))
     n, k = b + c, min(b, c)
     if n == 0:
         return 1.0
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+
+
+def scored_pairs(ours: Iterable[Outcome], theirs: Iterable[Outcome]) -> list[tuple[str, float, float]]:
+    """Item and both scores, of the questions that have one; both sides in the same order."""
+    return [
+        (a.item, a.right, b.right)
+        for a, b in zip(ours, theirs, strict=True)
+        if a.right is not None and b.right is not None
+    ]
 
 
 def difference_interval(
@@ -68,9 +75,9 @@ def difference_interval(
         theirs: of another, on the same questions in the same order.
         draws: resamples.
     """
-    gains: dict[str, list[int]] = {}
-    for a, b in zip(ours, theirs, strict=True):
-        gains.setdefault(a.item, []).append(int(a.right) - int(b.right))
+    gains: dict[str, list[float]] = {}
+    for item, a, b in scored_pairs(ours, theirs):
+        gains.setdefault(item, []).append(a - b)
     if not gains:
         return 0.0, 0.0
     sums = np.array([(sum(rows), len(rows)) for rows in gains.values()])  # [items, 2]
@@ -91,8 +98,7 @@ class Share:
 
 
 def accuracy(outcomes: Iterable[Outcome]) -> Share:
-    """Exact match over outcomes, in percent."""
-    rows = list(outcomes)
-    right = sum(o.right for o in rows)
-    low, high = wilson_interval(right, len(rows))
-    return Share(100 * right / len(rows) if rows else 0.0, 100 * low, 100 * high, len(rows))
+    """Mean score of the outcomes that have one, in percent; 0 of 0 where none has."""
+    scores = [o.right for o in outcomes if o.right is not None]
+    low, high = wilson_interval(sum(scores), len(scores))
+    return Share(100 * sum(scores) / max(1, len(scores)), 100 * low, 100 * high, len(scores))

@@ -130,7 +130,7 @@ class _Prompt:
         said, first = self._over(cache) if self._after else self._on(cache)
         if method is None:
             self._drafts = said
-        texts = self._processor.batch_decode(said, skip_special_tokens=True)
+        texts = self._processor.tokenizer.batch_decode(said, skip_special_tokens=True)
         return Answers(tuple(text.strip() for text in texts), first, *nbytes)
 
     def _over(self, cache: Any) -> tuple[list[list[int]], Tensor]:

@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from capsight.evaluation.run import MethodResult
-from capsight.evaluation.score import Outcome, accuracy, difference_interval, mcnemar_p
+from capsight.evaluation.score import Outcome, accuracy, difference_interval, mcnemar_p, scored_pairs
 from capsight.evaluation.sharing import FULL
 
 
 def summary(results: Mapping[str, MethodResult]) -> dict[str, Any]:
-    """Everything the tables show of each method: over all questions, per task and per image count."""
+    """Everything the tables show of each method: over all questions, per task and per image count.
+
+    `questions` are those with a right answer, `unscored` the others. Without any of the former
+    `exact_match` is None; groups without any are left out.
+    """
     full = results[FULL]
     report: dict[str, Any] = {}
     for name, result in results.items():
@@ -19,9 +23,11 @@ def summary(results: Mapping[str, MethodResult]) -> dict[str, Any]:
         for label in ("images", "task"):
             for value in sorted({getattr(o, label) for o in result.outcomes}, key=_order):
                 group = [o for o in result.outcomes if getattr(o, label) == value]
-                groups.setdefault(label, {})[str(value)] = _share(group)
+                if accuracy(group).total:
+                    groups.setdefault(label, {})[str(value)] = _share(group)
         total = max(1, len(result.outcomes))
         report[name] = _share(result.outcomes) | {
+            "unscored": sum(o.right is None for o in result.outcomes),
             "drop": round(accuracy(full.outcomes).percent - accuracy(result.outcomes).percent, 2),
             "drop_interval": _interval(full.outcomes, result.outcomes),
             "p_value": _p_value(full.outcomes, result.outcomes),
@@ -44,7 +50,7 @@ def paired(results: Mapping[str, MethodResult], first: str) -> list[dict[str, An
 
     Returns:
         A row for each pair: `difference` in points (positive where `method` is better) with its
-        `interval`, how many questions `only` each of them got right, and `p_value`.
+        `interval`, on how many questions `only` each of them was (more) right, and `p_value`.
     """
     rows = []
     for name, ours in results.items():
@@ -52,7 +58,7 @@ def paired(results: Mapping[str, MethodResult], first: str) -> list[dict[str, An
         for other, theirs in results.items() if method == first and retained is not None else ():
             if split_label(other) == (method, retained) or split_label(other)[1] != retained:
                 continue
-            pairs = [(a.right, b.right) for a, b in zip(ours.outcomes, theirs.outcomes, strict=True)]
+            pairs = [(a, b) for _, a, b in scored_pairs(ours.outcomes, theirs.outcomes)]
             share, base = accuracy(ours.outcomes), accuracy(theirs.outcomes)
             rows.append(
                 {
@@ -60,7 +66,7 @@ def paired(results: Mapping[str, MethodResult], first: str) -> list[dict[str, An
                     "against": other,
                     "difference": round(share.percent - base.percent, 2),
                     "interval": _interval(ours.outcomes, theirs.outcomes),
-                    "only": [sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)],
+                    "only": [sum(a > b for a, b in pairs), sum(b > a for a, b in pairs)],
                     "p_value": _p_value(ours.outcomes, theirs.outcomes),
                 }
             )
@@ -79,14 +85,15 @@ def split_label(label: str) -> tuple[str, float | None]:
 def _share(outcomes: list[Outcome]) -> dict[str, Any]:
     share = accuracy(outcomes)
     return {
-        "exact_match": round(share.percent, 2),
+        "exact_match": round(share.percent, 2) if share.total else None,
         "interval": [round(share.low, 2), round(share.high, 2)],
         "questions": share.total,
     }
 
 
 def _p_value(ours: list[Outcome], theirs: list[Outcome]) -> float:
-    return round(mcnemar_p([o.right for o in ours], [o.right for o in theirs]), 6)
+    pairs = scored_pairs(ours, theirs)
+    return round(mcnemar_p([a for _, a, _ in pairs], [b for _, _, b in pairs]), 6)
 
 
 def _interval(ours: list[Outcome], theirs: list[Outcome]) -> list[float]:

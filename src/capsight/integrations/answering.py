@@ -16,12 +16,11 @@ from capsight.errors import OptionError
 from capsight.evaluation import FULL, PROTOCOLS
 from capsight.evaluation.asking import to_device
 from capsight.evaluation.drafts import append_tokens, collect_logits
+from capsight.evaluation.prompting import Message, call, render
 from capsight.kvcapsule import CacheMethod
+from capsight.pictures import picture
 from capsight.runtime import enable
 from capsight.runtime.split import TOKEN_ENTRIES
-
-Message = dict[str, Any]
-"""A chat message as processors' templates take it; images in `content` are `{"type": "image"}`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +89,7 @@ class Answerer:
 
         Args:
             messages: the conversation.
-            images: PIL images, in the order of their placeholders.
+            images: paths, PIL images or arrays, in the order of their placeholders.
             max_new_tokens: most tokens of the answer.
             **options: further ones of `generate`; greedy unless they say otherwise.
         """
@@ -100,7 +99,7 @@ class Answerer:
             options = {"do_sample": False, **options, "max_new_tokens": max_new_tokens}
             tokens = fast.generate(past_key_values=cache, **inputs, **options)
         new = tokens[:, inputs["input_ids"].shape[1] :]
-        return str(self.processor.batch_decode(new, skip_special_tokens=True)[0]).strip()
+        return str(self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)[0]).strip()
 
     def score(
         self, messages: Sequence[Message], images: Sequence[Any], continuation: str
@@ -111,7 +110,7 @@ class Answerer:
 
         Args:
             messages: the conversation.
-            images: PIL images, in the order of their placeholders.
+            images: paths, PIL images or arrays, in the order of their placeholders.
             continuation: what the model would go on with.
 
         Raises:
@@ -135,9 +134,8 @@ class Answerer:
         return logs.gather(1, target[:, None]).sum().item(), bool((logs.argmax(-1) == target).all())
 
     def _inputs(self, messages: Sequence[Message], images: Sequence[Any]) -> dict[str, Any]:
-        text = self.processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        pictures = [list(images)] if images else None
-        inputs = dict(self.processor(text=[text], images=pictures, return_tensors="pt"))
+        pictures = [picture(image) for image in images]
+        inputs = call(self.processor, [render(self.processor, messages)], [pictures], "the prompt")
         return to_device(inputs, self.model.device)
 
     def _enabled(self) -> Any:

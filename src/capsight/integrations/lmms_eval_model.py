@@ -9,8 +9,8 @@ import torch
 from lmms_eval.api.model import lmms
 
 from capsight.errors import OptionError
-from capsight.evaluation import open_image
-from capsight.integrations.answering import Answerer, Message, until_stop
+from capsight.evaluation.prompting import Message
+from capsight.integrations.answering import Answerer, until_stop
 
 _GENERATION = ("temperature", "top_p", "top_k", "num_beams", "repetition_penalty")
 
@@ -88,7 +88,7 @@ class CapsightModel(lmms):
             context, continuation, to_visual, doc_id, task, split = request.args
             document = self.task_dict[task][split][doc_id]
             said = continuation(document) if callable(continuation) else continuation
-            images = [_picture(image) for image in _visuals(to_visual, document)]
+            images = _visuals(to_visual, document)
             content: list[Message] = [{"type": "image"}] * len(images)
             messages = [{"role": "user", "content": [*content, {"type": "text", "text": context}]}]
             scores.append(self.answerer.score(messages, images, said))
@@ -111,7 +111,7 @@ def _chat(messages: Sequence[Message]) -> tuple[list[Message], list[Any]]:
     def parts(content: Any) -> Iterator[Message]:
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if part["type"] == "image":
-                images.append(_picture(part["url"]))
+                images.append(part["url"])
                 yield {"type": "image"}
             elif part["type"] == "text":
                 yield {"type": "text", "text": part["text"]}
@@ -123,9 +123,3 @@ def _chat(messages: Sequence[Message]) -> tuple[list[Message], list[Any]]:
 
 def _visuals(to_visual: Callable[[Any], Any] | None, document: Any) -> list[Any]:
     return [] if to_visual is None else list(to_visual(document) or ())
-
-
-def _picture(image: Any) -> Any:
-    from pathlib import Path
-
-    return open_image(Path(image)) if isinstance(image, str) else image.convert("RGB")

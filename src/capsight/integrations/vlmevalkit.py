@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from capsight.errors import OptionError
-from capsight.evaluation import open_image
 from capsight.integrations.answering import Answerer
 
 
@@ -32,7 +31,7 @@ def model_class() -> Any:
             self.answerer = Answerer.load(**options)
 
         def generate_inner(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
-            images = [open_image(Path(part["value"])) for part in message if part["type"] == "image"]
+            images = [part["value"] for part in message if part["type"] == "image"]
             content = [
                 {"type": "image"} if p["type"] == "image" else {"type": "text", "text": p["value"]}
                 for p in message
