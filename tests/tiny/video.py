@@ -47,6 +47,7 @@ class FrameVideos:
 
     def __init__(self, key: str, size: int) -> None:
         self.key, self.size = key, size
+        self.num_frames, self.fps = 4, 1  # SmolVLM's chat template asks for them
         self.model_input_names = (key,)
 
     def __call__(self, videos: list[Any], **kwargs: Any) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def read(source: str | os.PathLike[str]) -> HeadMap:
         raise CapsuleFileError(f"{path} is missing; is this the folder of a saved head map?") from error
     except OSError as error:
         raise CapsuleFileError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:  # also what is not UTF-8
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8
         raise CapsuleFileError(f"{path} is not JSON ({error}); save or download it again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CapsuleFileError(f"{path} is not a head map")

@@ -72,7 +72,7 @@ class Journal:
                 else:
                     record = ItemRecord.from_json(values)
                     self.done[record.item] = record
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 if isinstance(error, OptionError):
                     raise
                 raise OptionError(f"{self._path}, line {number} is damaged; delete the file") from error

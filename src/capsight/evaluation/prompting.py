@@ -80,10 +80,10 @@ def vision_tokens(processor: Any) -> set[str]:
         *getattr(processor, "__dict__", {}).items(),
         *getattr(tokenizer, "special_tokens_map", {}).items(),
     )
-    special = ((text, text) for text in getattr(tokenizer, "all_special_tokens", ()))
+    added = (str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values())
     return {
         text
-        for name, text in (*((n, t) for n, t in named if n.endswith("_token")), *special)
+        for name, text in (*((n, t) for n, t in named if n.endswith("_token")), *((t, t) for t in added))
         if isinstance(text, str) and text and any(word in name for word in _VISION)
     }
 

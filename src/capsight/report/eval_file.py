@@ -124,4 +124,6 @@ def _row(name: str, row: Fields) -> MethodRow:
 
 
 def _cell(fields: Fields) -> Cell:
+    if fields.raw().get("questions") == 0:
+        fields.fail("no question has a right answer, so there is no accuracy to report")
     return Cell(fields.number("exact_match"), *fields.interval("interval"), fields.count("questions"))

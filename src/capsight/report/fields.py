@@ -38,6 +38,8 @@ class Fields:
             values = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise CapsuleFileError(f"cannot read {path}: {error.strerror or error}") from error
+        except RecursionError as error:
+            raise CapsuleFileError(f"{path} is nested too deeply; write it again with `{writer}`") from error
         except ValueError as error:  # also what is not UTF-8
             raise CapsuleFileError(f"{path} is not JSON ({error}); write it again with `{writer}`") from error
         return cls(values, path, "", writer)
