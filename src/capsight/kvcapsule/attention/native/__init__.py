@@ -1,0 +1,13 @@
+"""Decode attention in native code: one call for all rows and KV heads of a layer.
+
+The C++ beside this file is compiled at first use and kept (`build`); without a compiler attention stays with
+torch, and a warning says so.
+"""
+
+from __future__ import annotations
+
+from capsight.kvcapsule.attention.native.build import NativeBuildError, missing
+from capsight.kvcapsule.attention.native.decode import decode_attention, supports
+from capsight.kvcapsule.attention.native.source import Source, Steps
+
+__all__ = ["NativeBuildError", "Source", "Steps", "decode_attention", "missing", "supports"]

@@ -1,0 +1,144 @@
+"""Compiles the C++ of this folder at first use, once for each machine and version, and loads it.
+
+Nothing of torch is compiled in, so it takes seconds, and what was compiled serves any version of torch. It
+is put in place in one step: several processes may compile at once, and one that is cut off leaves nothing
+that others would wait for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from capsight.errors import CapsightError
+
+SWITCH = "CAPSIGHT_NATIVE"
+"""Environment variable: 0 keeps attention with torch, 1 makes it an error if native code cannot be used."""
+
+INTERFACE = 1
+SOURCES = ("decode.cpp", "chunk.h", "tile.h", "vectors.h")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-w")
+LEVELS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+    "DEFAULT": (),
+}
+"""Compiler flags for what `torch.backends.cpu.get_cpu_capability` finds; others are what compilers assume."""
+
+_P, _N = ctypes.c_void_p, ctypes.c_int64
+ARGUMENTS = (_P, ctypes.c_int32, _N, _N, _N, _N, _P, _N, ctypes.c_float, _N, _P, _P)
+
+_TIMEOUT_S = 300
+_log = logging.getLogger("capsight")
+
+
+class NativeBuildError(CapsightError):
+    """The native code cannot be compiled or loaded here; set CAPSIGHT_NATIVE=0 to go without."""
+
+
+@cache
+def missing() -> str:
+    """Why attention stays with torch; empty if it has native code. Compiles at the first call.
+
+    Raises:
+        NativeBuildError: there is no native code, and the switch asks for it.
+    """
+    wanted = os.environ.get(SWITCH, "")
+    if wanted == "0":
+        reason = f"{SWITCH} is 0"
+    else:
+        try:
+            library()
+        except NativeBuildError as error:
+            if wanted == "1":
+                raise
+            reason = str(error)
+            warnings.warn(
+                f"attention over capsules runs in torch, more slowly: {reason}", RuntimeWarning, stacklevel=2
+            )
+        else:
+            reason = ""
+    _log.info("attention over capsules: %s", f"torch ({reason})" if reason else "native code")
+    return reason
+
+
+@cache
+def library(level: str | None = None) -> ctypes.CDLL:
+    """The native code, compiled if need be.
+
+    Args:
+        level: a name of `LEVELS`; None for the best of this machine.
+
+    Raises:
+        NativeBuildError: it cannot be compiled or loaded.
+    """
+    level = torch.backends.cpu.get_cpu_capability() if level is None else level
+    flags = (*FLAGS, *(LEVELS.get(level, ()) if platform.machine() in ("x86_64", "AMD64") else ()))
+    compiler = _compiler()
+    here = Path(__file__).parent
+    text = b"".join((here / name).read_bytes() for name in SOURCES)
+    told = repr((flags, compiler, platform.machine(), sys.platform)).encode()
+    path = _folder() / f"decode-{hashlib.sha256(text + told).hexdigest()[:20]}.so"
+    for fresh in (not path.exists(), True):
+        if fresh:
+            _compile(compiler, flags, here / SOURCES[0], path)
+        try:
+            found = ctypes.CDLL(str(path))
+            if found.capsight_interface() == INTERFACE:
+                found.capsight_decode.argtypes, found.capsight_decode.restype = list(ARGUMENTS), None
+                return found
+        except (OSError, AttributeError) as error:
+            if fresh:
+                raise NativeBuildError(f"{path} cannot be loaded: {error}") from None
+    raise NativeBuildError(f"{path} is of another version; delete it")
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX", "")
+    for name in (named,) if named else ("c++", "g++", "clang++"):
+        found = shutil.which(name)
+        if found:
+            return found
+    raise NativeBuildError(f"no C++ compiler ({named or 'c++, g++ or clang++'}) was found")
+
+
+@cache
+def _folder() -> Path:
+    """Where compiled code is kept; a folder of this process alone, if nothing lasting can be written."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(root) / "capsight"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="capsight-"))
+
+
+def _compile(compiler: str, flags: tuple[str, ...], source: Path, path: Path) -> None:
+    """Compile to `path`; with OpenMP, where the compiler has it, else for one thread."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            for threads in (("-fopenmp",), ()):
+                command = [compiler, *flags, *threads, str(source), "-o", str(made)]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+                if done.returncode == 0:
+                    made.replace(path)
+                    return
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NativeBuildError(f"{compiler} failed: {error}") from None
+    last = (done.stderr.strip().splitlines() or ["no message"])[0]
+    raise NativeBuildError(f"{compiler} failed: {last}")

@@ -1,0 +1,196 @@
+// One chunk of a piece of tokens, attended by the queries of its KV head.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "tile.h"
+
+namespace capsight {
+
+// Tokens with one KV head's piece for every row; plain memory, as the caller has it.
+struct Source {
+  const char *keys, *values;
+  int64_t token_stride, head_stride;  // bytes
+  const int64_t *starts, *counts;     // [B, H], tokens
+  const char *key_step, *key_low, *value_step, *value_low;  // of each token and head, or null
+  int64_t step_token_stride, step_head_stride;              // numbers
+  const char *size, *mean;              // [groups, H, D] of channels of keys, or null
+  int64_t group, group_stride;          // tokens of a group (0: one for all), numbers from one to the next
+  const float* bias;                    // added to scores, or null
+  const int64_t* bias_starts;           // [B, H]
+  int64_t bias_stride;                  // from one query of a KV head to the next
+  int32_t format, step_format, group_format;
+};
+
+struct Task {
+  int64_t piece, first, count;  // piece = row * H + head
+  const Source* source;
+};
+
+// Numbers from number `at` on.
+void read(const void* x, int32_t format, int64_t at, int64_t count, float* out) {
+  if (format == F32) std::memcpy(out, (const float*)x + at, count * 4);
+  else if (format == BF16)
+    for (int64_t i = 0; i < count; i++) out[i] = number(x, at + i, BF16);
+  else
+    for (int64_t i = 0; i < count; i++) out[i] = number(x, at + i, F16);
+}
+void write(const float* x, int64_t count, int32_t format, void* out, int64_t at) {
+  if (format == F32) std::memcpy((float*)out + at, x, count * 4);
+  else if (format == BF16)
+    for (int64_t i = 0; i < count; i++) ((uint16_t*)out)[at + i] = to_bfloat(x[i]);
+  else
+    for (int64_t i = 0; i < count; i++) ((uint16_t*)out)[at + i] = to_half(x[i]);
+}
+
+// Attention of up to MOST queries of one KV head over one chunk of its tokens: an online softmax.
+class Chunk {
+ public:
+  // Queries [.., D] of a KV head from number `before` on.
+  Chunk(const Source& source, const float* query, int64_t before, int64_t count, int64_t channels, int64_t head)
+      : kernels(capsight::kernels(count - before, source.format)),
+        taken(std::min<int64_t>(count - before, kernels.queries)),
+        s(source), query(query + before * channels), before(before), channels(channels), head(head), each((channels + kernels.parts - 1) / kernels.parts),
+        vectors((each + W - 1) / W), width(kernels.parts * vectors * W), q(kernels.queries * width),
+        out(kernels.queries * width) {
+    std::fill_n(most, MOST, -INFINITY);
+    if (each % W) whole.resize(TILE * vectors * W * kernels.bytes);
+  }
+
+  void attend(const Task& task) {
+    start = s.starts[task.piece] + task.first;
+    steps = start * s.step_token_stride + head * s.step_head_stride;
+    bias = s.bias ? s.bias + s.bias_starts[task.piece] + before * s.bias_stride + task.first : nullptr;
+    int64_t at = head * s.head_stride + start * s.token_stride, group = -1;
+    alignas(64) float p[MOST * TILE] = {}, part[MOST * TILE];
+    for (int64_t first = 0; first < task.count; first += TILE, at += TILE * s.token_stride) {
+      int count = std::min<int64_t>(TILE, task.count - first);
+      for (int done = 0; done < count;) {
+        int64_t now = s.group ? (start + first + done) / s.group : 0;
+        if (now != group) take_group(group = now);
+        int here = s.group ? std::min<int64_t>(count - done, (now + 1) * s.group - start - first - done) : count;
+        bool all = here == count;
+        kernels.dots(tile(s.keys, at + done * s.token_stride, here, s.values + at + done * s.token_stride), q.data(), all ? p : part);
+        for (int64_t c = 0; c < taken && !all; c++) std::copy_n(part + c * TILE, here, p + c * TILE + done);
+        adjust(p, first + done, done, here);
+        done += here;
+      }
+      softmax(p, count);
+      if (s.value_step) spread(p, first, count);
+      kernels.sums(tile(s.values, at, count, s.keys + at + TILE * s.token_stride), p, out.data());
+    }
+  }
+
+  // [most, total, D numbers] of each query; how many there are.
+  int64_t results(float* x) const {
+    for (int64_t c = 0; c < taken; c++, x += channels + 2) {
+      x[0] = most[c], x[1] = total[c];
+      const float* own = &out[c * width];
+      for (int64_t i = 0; i < each; i++) x[2 + i] = own[i] + lowest[c];
+      for (int64_t i = each; i < channels; i++) x[2 + i] = own[vectors * W + i - each] + lowest[c];
+    }
+    return taken;
+  }
+
+ private:
+  const Kernels kernels;
+  const int64_t taken;
+  const Source& s;
+  const float* query;  // [taken, D], scaled
+  const int64_t before, channels, head, each, vectors, width;
+  std::vector<float> q, out;  // [queries, width]
+  std::vector<char> whole;    // a tile whose parts are filled up to full vectors
+  float most[MOST], total[MOST] = {}, lowest[MOST] = {};  // largest score, normaliser, sum of p * low
+  float mean[MOST], own[MOST];                            // q . mean, sum(q size)
+  int64_t start, steps;
+  const float* bias;
+
+  // Channels as they come to where tiles have them.
+  void copy(const float* from, float* to) const {
+    std::copy_n(from, each, to);
+    if (kernels.parts == 2) std::copy_n(from + each, channels - each, to + vectors * W);
+  }
+
+  Tile tile(const char* of, int64_t at, int count, const char* next) {
+    const char* tokens = of + at;
+    int64_t stride = s.token_stride;
+    if (each % W) {
+      stride = vectors * W * kernels.bytes;
+      for (int t = 0; t < count; t++)
+        std::memcpy(&whole[t * stride], tokens + t * s.token_stride, each * kernels.bytes);
+      tokens = whole.data();
+    }
+    return {tokens, stride, count, int(vectors), int(width), next, int(each * kernels.bytes + 63) / 64};
+  }
+
+  void take_group(int64_t group) {
+    int64_t at = group * s.group_stride + head * channels;
+    if (!s.size && !s.key_low) {
+      for (int64_t c = 0; c < taken; c++) copy(query + c * channels, &q[c * width]);
+      std::fill_n(mean, MOST, 0.f);
+      return;
+    }
+    std::vector<float> size(channels, 1.f), middle(channels), x(channels);
+    if (s.size) read(s.size, s.group_format, at, channels, size.data());
+    if (s.mean) read(s.mean, s.group_format, at, channels, middle.data());
+    for (int64_t c = 0; c < taken; c++) {
+      const float* given = query + c * channels;
+      mean[c] = own[c] = 0;
+      for (int64_t i = 0; i < channels; i++) mean[c] += given[i] * middle[i], own[c] += x[i] = given[i] * size[i];
+      copy(x.data(), &q[c * width]);
+    }
+  }
+
+  // From products with levels to scores.
+  void adjust(float* p, int64_t first, int done, int count) {
+    float step[TILE], low[TILE];
+    if (s.key_step || s.mean)
+      for (int t = 0; t < count; t++) {
+        int64_t at = steps + (first + t) * s.step_token_stride;
+        step[t] = s.key_step ? number(s.key_step, at, s.step_format) : 1;
+        low[t] = s.key_low ? number(s.key_low, at, s.step_format) : 0;
+      }
+    for (int64_t c = 0; c < taken; c++) {
+      float* x = p + c * TILE + done;
+      if (s.key_step || s.mean)
+        for (int t = 0; t < count; t++) x[t] = x[t] * step[t] + (low[t] * own[c] + mean[c]);
+      if (bias)
+        for (int t = 0; t < count; t++) x[t] += bias[c * s.bias_stride + first + t];
+    }
+  }
+
+  // From scores to probabilities before they are normalised.
+  void softmax(float* p, int count) {
+    for (int64_t c = 0; c < taken; c++) {
+      float* x = p + c * TILE;
+      for (int t = count; t < TILE; t++) x[t] = -INFINITY;
+      vf best = get<vf>(x);
+      for (int t = W; t < TILE; t += W) {
+        vf other = get<vf>(x + t);
+        best = other > best ? other : best;
+      }
+      float top = most[c];
+      for (int i = 0; i < W; i++) top = best[i] > top ? best[i] : top;
+      float shift = top == -INFINITY ? 0 : top, keep = std::exp(most[c] - shift);
+      vf sum = {};
+      for (int t = 0; t < TILE; t += W) {
+        vf y = exp_of(get<vf>(x + t) - shift);
+        put(x + t, y);
+        sum += y;
+      }
+      most[c] = top, total[c] = total[c] * keep + sum_of(sum), lowest[c] *= keep;
+      for (int64_t i = 0; i < width && keep != 1; i += W) put(&out[c * width + i], get<vf>(&out[c * width + i]) * keep);
+    }
+  }
+
+  // From probabilities to factors of levels, and what offsets add to every channel.
+  void spread(float* p, int64_t first, int count) {
+    for (int t = 0; t < count; t++) {
+      int64_t at = steps + (first + t) * s.step_token_stride;
+      float step = number(s.value_step, at, s.step_format), low = number(s.value_low, at, s.step_format);
+      for (int64_t c = 0; c < taken; c++) lowest[c] += p[c * TILE + t] * low, p[c * TILE + t] *= step;
+    }
+  }
+};
+
+}  // namespace capsight

@@ -1,0 +1,75 @@
+// Attention of few queries over ragged pieces of keys and values, one call for all rows and KV heads.
+//
+// Every (row, KV head) has a piece in each of several sources (kept tokens, exact tokens). A piece is cut
+// into chunks, so that threads share them; chunks are attended with an online softmax and added up by the
+// logs of their normalisers (Flash-Decoding). Numbers are read as they are stored: 32 or 16 bits, or 8 or 4
+// with steps and offsets, which are applied to queries, scores and probabilities instead of to channels:
+//   q . (mean + size * (step_t * level_t + low_t)) = q . mean + step_t * (q size . level_t) + low_t * sum(q size)
+#include "chunk.h"
+
+namespace capsight {
+
+constexpr int64_t CHUNK = 512;
+constexpr int64_t FEW = 1 << 16;  // numbers that are not worth a second thread
+
+void attend(const Task& task, const float* query, int64_t count, int64_t channels, int64_t head, float* out) {
+  for (int64_t done = 0; done < count;) {
+    Chunk chunk(*task.source, query, done, count, channels, head);
+    chunk.attend(task);
+    done += chunk.results(out + done * (channels + 2));
+  }
+}
+
+}  // namespace capsight
+
+using namespace capsight;
+
+// Attention of queries [B, H, C, D] to out, likewise, and float lse [B, H, C]; 0 and -inf where nothing is seen.
+extern "C" void capsight_decode(
+    const void* query, int32_t format, int64_t batch, int64_t heads, int64_t count, int64_t channels,
+    const Source* sources, int64_t source_count, float scaling, int64_t threads, void* out, float* lse) {
+  int64_t pieces = batch * heads, own = count * channels, part = count * (channels + 2), tokens = 0;
+  std::vector<Task> tasks;
+  std::vector<int64_t> ends;  // [B, H]
+  for (int64_t piece = 0; piece < pieces; piece++) {
+    for (int64_t i = 0; i < source_count; i++) {
+      int64_t all = sources[i].counts[piece];
+      tokens += all;
+      for (int64_t first = 0; first < all; first += CHUNK)
+        tasks.push_back({piece, first, std::min(CHUNK, all - first), sources + i});
+    }
+    ends.push_back(tasks.size());
+  }
+  std::vector<float> parts(tasks.size() * part), scaled(pieces * own);
+  read(query, format, 0, pieces * own, scaled.data());
+  for (float& x : scaled) x *= scaling;
+  int64_t done = tasks.size();
+#pragma omp parallel num_threads(threads) if (threads > 1 && tokens * channels > FEW)
+  {
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < done; i++) {
+      const Task& t = tasks[i];
+      attend(t, &scaled[t.piece * own], count, channels, t.piece % heads, &parts[i * part]);
+    }
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < pieces * count; row++) {
+      int64_t piece = row / count, c = row % count, first = piece ? ends[piece - 1] : 0;
+      float most = -INFINITY, total = 0;
+      for (int64_t i = first; i < ends[piece]; i++) most = std::max(most, parts[i * part + c * (channels + 2)]);
+      float* sum = &scaled[row * channels];
+      std::fill_n(sum, channels, 0.f);
+      for (int64_t i = first; i < ends[piece]; i++) {
+        const float* x = &parts[i * part + c * (channels + 2)];
+        float share = x[0] == -INFINITY ? 0 : std::exp(x[0] - most);
+        total += share * x[1];
+        for (int64_t d = 0; d < channels; d++) sum[d] += share * x[2 + d];
+      }
+      float factor = total == 0 ? 0 : 1 / total;
+      for (int64_t d = 0; d < channels; d++) sum[d] *= factor;
+      write(sum, channels, format, out, row * channels);
+      lse[row] = total == 0 ? -INFINITY : most + std::log(total);
+    }
+  }
+}
+
+extern "C" int32_t capsight_interface() { return 1; }

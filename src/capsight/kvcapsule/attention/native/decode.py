@@ -1,0 +1,82 @@
+"""Attention of few queries over ragged pieces of tokens: the native call, and the same in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from capsight.kvcapsule.attention.native.build import library, missing
+from capsight.kvcapsule.attention.native.source import FORMATS, NativeSource, Source
+
+Attended = tuple[Tensor, Tensor]
+
+
+def supports(query: Tensor) -> bool:
+    """Whether `decode_attention` runs natively for such queries; compiles at the first call that may."""
+    wanted = query.requires_grad and torch.is_grad_enabled()
+    return query.device.type == "cpu" and query.dtype in FORMATS and not wanted and not missing()
+
+
+def decode_attention(query: Tensor, sources: Sequence[Source], scaling: float) -> Attended:
+    """Attention over the pieces of all sources together.
+
+    Scores and sums are float32.
+
+    Args:
+        query: `[B, Hq, Q, D]`, float32, bfloat16 or float16; Hq is a multiple of H. For few queries: tokens
+            are read again for every eight queries of a KV head.
+        sources: what is read.
+        scaling: factor of the scores.
+
+    Returns:
+        `[B, Hq, Q, D]` in the dtype of `query`, 0 where nothing is seen; and float32 `[B, Hq, Q]`, the log of
+        the normaliser, minus infinity there.
+    """
+    if torch.compiler.is_compiling():
+        tensors, numbers = [], []
+        for source in sources:
+            tensors += [query.new_empty(0) if x is None else x for x in source.tensors]
+            numbers += source.numbers
+        return _decode_attention(query, tensors, numbers, scaling)
+    return _run(query, sources, scaling)
+
+
+def _run(query: Tensor, sources: Sequence[Source], scaling: float, level: str | None = None) -> Attended:
+    query = query.contiguous()
+    batch, heads = sources[0].starts.shape
+    out = torch.empty_like(query)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    library(level).capsight_decode(
+        query.data_ptr(),
+        FORMATS[query.dtype],
+        batch,
+        heads,
+        query.shape[1] // heads * query.shape[2],
+        query.shape[3],
+        (NativeSource * len(sources))(*(source.native for source in sources)),
+        len(sources),
+        scaling,
+        torch.get_num_threads(),
+        out.data_ptr(),
+        lse.data_ptr(),
+    )
+    return out, lse
+
+
+@torch.library.custom_op("capsight::decode_attention", mutates_args=())
+def _decode_attention(
+    query: Tensor, tensors: list[Tensor], numbers: list[int], scaling: float
+) -> tuple[Tensor, Tensor]:
+    """`decode_attention` as one operation of a compiled graph."""
+    each = len(tensors) // (len(numbers) // 3)
+    starts = range(0, len(tensors), each)
+    sources = [Source.of(tensors[i : i + each], numbers[3 * n : 3 * n + 3]) for n, i in enumerate(starts)]
+    return _run(query, sources, scaling)
+
+
+@_decode_attention.register_fake
+def _(query: Tensor, tensors: list[Tensor], numbers: list[int], scaling: float) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
