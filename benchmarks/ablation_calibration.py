@@ -71,7 +71,7 @@ class Blocks:
 
 def _runs(x: Tensor, plan: CapsulePlan) -> Tensor:
     """The runs in `[B, H, S, D]`: `[M, H, N, D]`."""
-    return torch.stack([x[row, :, start : start + plan.block_size] for row, start in plan.runs])
+    return torch.stack([x[run.row, :, run.start : run.end] for run in plan.runs])
 
 
 @dataclass

@@ -27,3 +27,7 @@ class CapsuleFileError(CapsightError):
 
 class CalibrationError(CapsightError):
     """Calibration data is empty, too small, or holds NaN or infinite values."""
+
+
+class UnlikeCalibrationWarning(UserWarning):
+    """Pictures are far from those that a capsule was fitted to, and lose more than the others."""

@@ -148,7 +148,7 @@ def test_keys_before_rope_are_what_the_model_projects(qwen):
     keys, values = prefilled_blocks(qwen.model, inputs, 16)[1]
     hook.remove()
     runs = CapsulePlan.from_layout(layout, 16).runs
-    projected = torch.stack([seen[0][row, start : start + 16] for row, start in runs])  # [M, N, H * D]
+    projected = torch.stack([seen[0][row, start : start + 16] for row, start, *_ in runs])  # [M, N, H * D]
     before = BeforeRope(qwen.model.get_decoder().rotary_emb)
     place = torch.tensor([places(layout, 16)[run] for run in runs])
     found, same = before.there(keys, values, place)

@@ -41,7 +41,7 @@ class Plain:
         returned = self.kv.clone(), self.hidden.clone()
         for row_index in range(len(self.kv[0])):  # what a row completes at once is encoded together
             complete = self.plan.complete(self.kv.shape[3])
-            starts = [start for row, start in complete if row == row_index and (row, start) not in self.done]
+            starts = [run.start for run in complete if run.row == row_index and run[:2] not in self.done]
             if not starts:
                 continue
             self.done |= {(row_index, start) for start in starts}

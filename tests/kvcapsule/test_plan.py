@@ -17,8 +17,8 @@ CPU = torch.device("cpu")
 def test_runs_tails_and_neighbouring_images():
     layout = PromptLayout((row(40, 2, (4, 15), (15, 20)), row(40, 0)))
     plan = CapsulePlan.from_layout(layout, 4)
-    assert plan.runs == (Run(0, 4), Run(0, 8), Run(0, 15))
-    assert plan.complete(12) == (Run(0, 4), Run(0, 8))
+    assert plan.runs == (Run(0, 4, 4), Run(0, 8, 4), Run(0, 15, 4))
+    assert plan.complete(12) == (Run(0, 4, 4), Run(0, 8, 4))
     assert plan.capsule_tokens == 12
     assert plan.real_tokens(40) == 78
     assert plan.real_tokens(1) == 1

@@ -33,7 +33,7 @@ class EvictingBaseline(Baseline):
         return {row: self.kept * len(indices) for row, indices in runs_by_row(runs).items()}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(eq=False)
 class KeptPayload(RaggedPayload):
     """What is kept may differ by head: an entry is one token of one head, `counts` is int32 `[M, H]`."""
 

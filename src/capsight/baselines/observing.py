@@ -150,4 +150,4 @@ class ObservingCache(CapsuleCache):
 
 def at_runs(scores: Tensor, runs: Sequence[Run], size: int) -> Tensor:
     """The scores `[B, H, S]` of the tokens of `runs`: `[M, H, N]` with N = `size`."""
-    return torch.stack([scores[row, :, start : start + size] for row, start in runs])
+    return torch.stack([scores[row, :, start : start + size] for row, start, *_ in runs])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from capsight.kvcapsule.codecs import LayerCodec, QuantisedCodec
 from capsight.kvcapsule.info import CapsuleInfo
 
-_INDEX_NBYTES = 16  # of a run in `Placement`: row and start, shared by all layers
+_INDEX_NBYTES = 24  # of a run in `Placement`: row, start and length, shared by all layers
 
 
 def break_even_tokens(
@@ -24,8 +24,10 @@ def break_even_tokens(
     Returns:
         The smallest such number of tokens, a multiple of the block size; None if capsules save nothing.
     """
-    size, item, saved = info.block_size, info.itemsize, -_INDEX_NBYTES
+    size, item, saved = info.block_size, info.itemsize, 0.0
+    if size > 1:  # a run of single tokens is a whole image
+        saved -= _INDEX_NBYTES
     for layer in info.layers:
         full = 2 * size * layer.heads * layer.head_dim * item
         saved += full - stored[layer.index].payload_nbytes(layer.heads, layer.head_dim, item)
-    return size * (module_nbytes // (saved * batch) + 1) if saved > 0 else None
+    return size * int(module_nbytes // (saved * batch) + 1) if saved > 0 else None

@@ -36,6 +36,7 @@ def take_apart(cache: CapsuleCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     length, sliding = cache.get_seq_length(), {}
     tensors: dict[str, Tensor] = {}
+    written: list[Payload] = []
     settled = {layer.placement.settled for layer in cache.capsule_layers.values() if layer.placement}
     layers: list[Any] = cache.layers
     if not length or len(settled) != 1 or any(layer.get_seq_length() != length for layer in layers):
@@ -45,8 +46,11 @@ def take_apart(cache: CapsuleCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
             assert layer._packed is not None
             assert layer._tail is not None
             tensors |= {f"layers.{index}.exact": layer._packed, f"layers.{index}.tail": layer._tail}
-            for name, tensor in (layer.payload.tensors if layer.payload else {}).items():
-                tensors[f"layers.{index}.capsule.{name}"] = tensor
+            payload = layer.payload
+            if payload is not None and all(payload is not other for other in written):  # layers may share one
+                written.append(payload)
+                for name, tensor in payload.tensors.items():
+                    tensors[f"layers.{index}.capsule.{name}"] = tensor
         elif isinstance(layer, DynamicSlidingWindowLayer):
             held: tuple[Any, Any] = (layer.keys, layer.values)
             sliding[str(index)] = layer.cumulative_length
@@ -147,7 +151,7 @@ def _fill(
     """Give a layer its exact tokens and capsules."""
     ledger, prefix = cache._ledger, f"layers.{index}."
     plan, runs = ledger.plan, ledger.complete(settled)
-    spans = exact_spans(runs, plan.pads, plan.block_size, settled)
+    spans = exact_spans(runs, plan.pads, settled)
     exact = sum(end - start for row in spans for start, end in row)
     packed = parts.take(prefix + "exact", (2, exact, sizes.heads, sizes.head_dim))
     tail = parts.take(prefix + "tail", (2, parts.batch, None, sizes.heads, sizes.head_dim))
@@ -155,8 +159,12 @@ def _fill(
     layer.codec.to(device)
     layer.placement = ledger.place(runs, settled, device)
     layer._packed, layer._tail = packed.to(device), tail.to(device)
-    if runs:
-        many = {name: len(runs) * len(like) for name, like in template.tensors.items()}
+    first = next(iter(cache.capsule_layers.values()))
+    if runs and layer.codec.sharing > 1 and layer is not first:
+        layer.payload = first.payload
+    elif runs:
+        count = sum(run.length for run in runs) // plan.block_size
+        many = {name: count * len(like) for name, like in template.tensors.items()}
         capsules = type(template)(
             {
                 name: parts.take(f"{prefix}capsule.{name}", (many[name], *like.shape[1:]), like.dtype)
@@ -210,10 +218,8 @@ def _template(layer: CapsuleLayer, sizes: LayerInfo, dtype: torch.dtype) -> Payl
     """The capsule of one block of zeros: names, shapes and dtypes are those of any other."""
     if dtype not in _DTYPES:
         raise CapsuleFileError(f"the saved cache holds keys in {dtype}; save it again")
-    device = next(layer.codec.buffers()).device
-    zeros = torch.zeros(1, sizes.heads, layer.codec.block_size, sizes.head_dim, dtype=dtype, device=device)
     with torch.no_grad():
-        return layer.codec.encode_runs(zeros, zeros, [Run(0, 0)])
+        return layer.codec.template(sizes.heads, sizes.head_dim, dtype)
 
 
 def _field(values: Mapping[str, Any], name: str, kind: type) -> Any:

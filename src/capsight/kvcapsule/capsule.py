@@ -16,7 +16,7 @@ from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.calibration.fit import kept_tokens
 from capsight.kvcapsule.calibration.fit_capsule import fit_capsule
 from capsight.kvcapsule.capsule_file import make_codec, read_capsule, write_capsule
-from capsight.kvcapsule.codecs import LayerCodec, QuantisedCodec
+from capsight.kvcapsule.codecs import JointCodec, LayerCodec, QuantisedCodec
 from capsight.kvcapsule.codecs.adaptive import Weights
 from capsight.kvcapsule.codecs.quantise import check_bits
 from capsight.kvcapsule.fingerprint import model_fingerprint
@@ -158,6 +158,11 @@ class KVCapsule:
         Raises:
             OptionError: out of range, or the codec has to be fitted for it.
         """
+        if self.info.share is not None:
+            codecs = {
+                i: codec.at(retained) for i, codec in self.codecs.items() if isinstance(codec, JointCodec)
+            }
+            return type(self)(codecs, replace(self.info, share=retained))
         return self._resized(kept_tokens(retained, self.info.block_size), self.info.budget)
 
     def with_budget(self, budget: Budget) -> Self:
@@ -174,6 +179,8 @@ class KVCapsule:
     def _resized(self, kept: int, budget: Budget) -> Self:
         """This capsule with `kept` tokens of a block on average."""
         info = self.info
+        if info.share is not None:
+            raise OptionError("the joint codec stores all layers together; it has no budget to share out")
         counts = share_out(budget, info.needs, len(info.layers), kept, info.block_size)
         layers = tuple(replace(layer, kept=n) for layer, n in zip(info.layers, counts, strict=True))
         codecs = {layer.index: self.codecs[layer.index].resized(layer.kept) for layer in layers}
@@ -220,6 +227,8 @@ class KVCapsule:
         """
         if bits is not None:
             check_bits(bits)
+            if self.info.share is not None:
+                raise OptionError("joint latents choose their bits by what is retained; use with_retained")
         return type(self)(self.codecs, replace(self.info, bits=bits))
 
     @property

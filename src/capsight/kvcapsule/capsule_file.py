@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from capsight.errors import CapsuleFileError, OptionError
-from capsight.kvcapsule.codecs import CODECS, LayerCodec
+from capsight.kvcapsule.codecs import CODECS, JointCodec, LayerCodec
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
 from capsight.kvcapsule.store import locate, read_folder, write_folder
 
@@ -72,6 +72,8 @@ def make_codec(tensors: Mapping[str, Tensor], info: CapsuleInfo, layer: LayerInf
     """
     shape = (layer.heads, info.block_size, layer.head_dim)
     codec = CODECS[info.codec].from_tensors(tensors, shape, layer.kept)
+    if info.share is not None and isinstance(codec, JointCodec):
+        return codec.at(info.share)
     if "weights" in info.options:
         return codec.with_weights(info.options["weights"])
     return codec

@@ -49,6 +49,7 @@ class CapsuleInfo:
         blocks: calibration blocks seen.
         bits: bits of a stored number, 8 or 4; None for the numbers as they are.
         budget: how the average retained count is shared out over the layers.
+        share: of the bytes of a 16-bit cache that latents may take (joint); None for other codecs.
         needs: what the layers need, where that was measured; in the order of `layers`.
     """
 
@@ -63,6 +64,7 @@ class CapsuleInfo:
     bits: int | None = None
     budget: Budget = "uniform"
     needs: LayerNeeds | None = None
+    share: float | None = None
 
     def to_header(self) -> dict[str, Any]:
         """JSON-ready values."""
@@ -99,6 +101,9 @@ class CapsuleInfo:
             raise CapsuleFileError(
                 f"field bits of the capsule file is {fields['bits']!r}, expected 8, 4 or null"
             )
+        share = fields["share"]
+        if share is not None and not (isinstance(share, float | int) and 0 < share <= 1):
+            raise CapsuleFileError(f"field share of the capsule file is {share!r}, expected a fraction")
         try:
             budget = check_budget(header.get("budget", "uniform"))
         except OptionError as error:

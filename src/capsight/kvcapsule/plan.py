@@ -13,18 +13,28 @@ DEFAULT_BLOCK_SIZE = 64
 
 
 class Run(NamedTuple):
-    """`block_size` consecutive vision tokens of one vision block: the content of one capsule per layer."""
+    """Consecutive vision tokens of one vision block that become capsules together.
+
+    `block_size` of them, the content of one capsule per layer; or, where a block is a single token, all of
+    the vision block.
+    """
 
     row: int
     start: int
+    length: int = 1
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.start + self.length
 
 
 @dataclass(frozen=True, slots=True)
 class CapsulePlan:
     """The capsule runs of a batch of prompts: a pure function of its layout (our design).
 
-    A vision block of n tokens holds `n // block_size` runs, counted from its first token. The
-    tail of a block, text, delimiters and generated tokens are exact.
+    A vision block of n tokens holds `n // block_size` runs, counted from its first token; with blocks of one
+    token it is one run. The tail of a block, text, delimiters and generated tokens are exact.
 
     Attributes:
         block_size: tokens in a run (N).
@@ -32,7 +42,7 @@ class CapsulePlan:
         runs: all runs, ascending by row, then start.
 
     Raises:
-        OptionError: `block_size` is less than 2.
+        OptionError: `block_size` is less than 1.
     """
 
     block_size: int
@@ -41,22 +51,22 @@ class CapsulePlan:
 
     def __post_init__(self) -> None:
         """Check the block size."""
-        if self.block_size < 2:
-            raise OptionError(f"block_size must be at least 2 tokens, not {self.block_size}")
+        if self.block_size < 1:
+            raise OptionError(f"block_size must be at least 1 token, not {self.block_size}")
 
     @classmethod
     def from_layout(cls, layout: PromptLayout, block_size: int = DEFAULT_BLOCK_SIZE) -> CapsulePlan:
         """The plan of a layout.
 
         Raises:
-            OptionError: `block_size` is less than 2.
+            OptionError: `block_size` is less than 1.
         """
-        step = max(block_size, 1)
         runs = tuple(
-            Run(index, start)
+            Run(index, start, length)
             for index, row in enumerate(layout.rows)
             for block in row.blocks
-            for start in range(block.start, block.end - step + 1, step)
+            for length in (block_size if block_size > 1 else max(block.end - block.start, 1),)
+            for start in range(block.start, block.end - length + 1, length)
         )
         return cls(block_size, tuple(row.pad_left for row in layout.rows), runs)
 
@@ -68,27 +78,25 @@ class CapsulePlan:
     @property
     def capsule_tokens(self) -> int:
         """Tokens of all rows that become capsules."""
-        return len(self.runs) * self.block_size
+        return sum(run.length for run in self.runs)
 
     def complete(self, seen: int) -> tuple[Run, ...]:
         """The runs that lie wholly inside the first `seen` tokens of their row."""
-        return tuple(run for run in self.runs if run.start + self.block_size <= seen)
+        return tuple(run for run in self.runs if run.end <= seen)
 
     def real_tokens(self, seen: int) -> int:
         """How many of the first `seen` tokens of all rows are not left padding."""
         return sum(max(seen - pad, 0) for pad in self.pads)
 
 
-def exact_spans(
-    runs: Iterable[Run], pads: Sequence[int], block_size: int, seen: int
-) -> list[list[tuple[int, int]]]:
+def exact_spans(runs: Iterable[Run], pads: Sequence[int], seen: int) -> list[list[tuple[int, int]]]:
     """Per row, the spans `[start, end)` of the first `seen` tokens that are neither padding nor in a run."""
     spans: list[list[tuple[int, int]]] = [[] for _ in pads]
     reached = list(pads)
-    for row, start in runs:
-        if reached[row] < start:
-            spans[row].append((reached[row], start))
-        reached[row] = start + block_size
+    for run in runs:
+        if reached[run.row] < run.start:
+            spans[run.row].append((reached[run.row], run.start))
+        reached[run.row] = run.end
     for row, end in enumerate(reached):
         if end < seen:
             spans[row].append((end, seen))

@@ -58,7 +58,7 @@ class CapsuleCache(Cache):
                 f"{full}; fit a capsule for this model"
             )
         self._config = config
-        self._ledger = Ledger(layout, list(codecs.values()))
+        self._ledger = Ledger(layout, list(codecs.values()), config)
         self._leaves_from: int | None = None  # tokens held from which on capsules may be left to attention
         self._orders: WeakSet[RowOrder] = WeakSet()
         self.honours_key_bias = False
@@ -214,11 +214,17 @@ class CapsuleCache(Cache):
         placements = {
             id(p): p for layer in self.capsule_layers.values() if (p := layer.placement) is not None
         }
-        return sum(self.layer_nbytes) + sum(placement.nbytes for placement in placements.values())
+        shared = sum(placement.nbytes for placement in placements.values())
+        payloads = {id(x): x for layer in self.capsule_layers.values() if (x := layer.payload) is not None}
+        exact = sum(
+            layer.exact_nbytes if isinstance(layer, CapsuleLayer) else _stock_nbytes(layer)
+            for layer in self.layers
+        )
+        return exact + sum(payload.nbytes for payload in payloads.values()) + shared
 
     @property
     def layer_nbytes(self) -> list[int]:
-        """Bytes of capsules and exact tokens in each layer."""
+        """Bytes of capsules and exact tokens in each layer; what layers share is shared out."""
         return [
             layer.nbytes if isinstance(layer, CapsuleLayer) else _stock_nbytes(layer) for layer in self.layers
         ]

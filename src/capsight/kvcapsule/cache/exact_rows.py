@@ -41,10 +41,9 @@ class ExactRows:
     def build(cls, placement: Placement) -> ExactRows:
         """Line up the exact tokens of `placement`."""
         runs = Counter(run.row for run in placement.runs)
-        exact = [
-            max(placement.settled - pad, 0) - placement.block_size * runs[row]
-            for row, pad in enumerate(placement.pads)
-        ]
+        exact = [max(placement.settled - pad, 0) for pad in placement.pads]
+        for run in placement.runs:
+            exact[run.row] -= run.length
         width, rows = max(exact), placement.exact_rows
         first = torch.tensor([width - count for count in exact], device=rows.device)
         slots = _ranks(rows) + first[rows]

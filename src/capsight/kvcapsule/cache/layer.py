@@ -41,7 +41,7 @@ class CapsuleLayer(DynamicLayer):
         self.is_initialized = False
         self.placement: Placement | None = None
         self._payload: Payload | None = None
-        self._waiting: tuple[Waiting, Tensor] | None = None  # new blocks, and which runs they are: bool [M]
+        self._waiting: tuple[Waiting, Tensor] | None = None  # new blocks, and `Intake.order`
         self._packed: Tensor | None = None  # [2, E, H, D]
         self._tail: Tensor | None = None  # [2, B, T, H, D]
         self._bias: Tensor | None = None  # [B, H or 1, 1, S]
@@ -50,12 +50,9 @@ class CapsuleLayer(DynamicLayer):
     def payload(self) -> Payload | None:
         """Capsules of all complete runs, in the order of the runs: by row, then position."""
         if self._waiting is not None:
-            waiting, fresh = self._waiting
+            waiting, order = self._waiting
             self._waiting, new = None, self._ledger.queue.payload(waiting)
             if self._payload is not None:
-                order = torch.empty(len(fresh), dtype=torch.int64, device=fresh.device)
-                order[~fresh] = torch.arange(len(fresh) - int(fresh.sum()), device=fresh.device)
-                order[fresh] = torch.arange(len(fresh) - int(fresh.sum()), len(fresh), device=fresh.device)
                 new = self._payload.join(new).select(order)
             self._payload = new
         return self._payload
@@ -127,7 +124,14 @@ class CapsuleLayer(DynamicLayer):
         assert self._packed is not None
         assert self._tail is not None
         length = self.get_seq_length() + new_keys.shape[2]
-        capsules = None if self.payload is None else self.codec.decode(self.payload)
+        capsules = None
+        if self.payload is not None:
+            positions = (
+                self._ledger.positions(placement.runs, new_keys.device)
+                if self.codec.needs_positions
+                else None
+            )
+            capsules = self.codec.decode_at(self.payload, positions, new_keys.dtype)
         run_slots, exact_slots = placement.run_slots(length), placement.exact_slots(length)
         results = []
         for kind, (role, new) in enumerate((("keys", new_keys), ("values", new_values))):
@@ -154,11 +158,14 @@ class CapsuleLayer(DynamicLayer):
         self._tail = keys.new_empty(2, keys.shape[0], 0, keys.shape[1], keys.shape[3])
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (keys, values)]  # [B * S, H, D]
         if intake.runs:
-            size = (len(intake.runs), self.codec.block_size)
+            size = (-1, self.codec.block_size)
             taken = [x.index_select(0, intake.blocks).unflatten(0, size) for x in flat]  # [M, N, H, D]
             new_keys, new_values = (x.transpose(1, 2) for x in taken)
-            waiting = self._ledger.queue.add(self.codec, new_keys, new_values, intake.runs)
-            self._waiting = waiting, intake.fresh
+            positions = (
+                self._ledger.positions(intake.runs, keys.device) if self.codec.needs_positions else None
+            )
+            waiting = self._ledger.queue.add(self.codec, new_keys, new_values, intake.runs, positions)
+            self._waiting = waiting, intake.order
         self._packed = torch.stack([x.index_select(0, intake.exact) for x in flat])
         self.placement = intake.placement
 
@@ -198,7 +205,7 @@ class CapsuleLayer(DynamicLayer):
             CapsightError: it would.
         """
         runs, remaining = self.placement.runs if self.placement else (), self.get_seq_length() - removed
-        end = max((run.start + self.codec.block_size for run in runs), default=0)
+        end = max((run.end for run in runs), default=0)
         if removed and end > remaining:
             raise CapsightError(
                 f"cannot crop to {remaining} tokens: the last image capsule ends at {end}; crop to no less "
@@ -216,8 +223,12 @@ class CapsuleLayer(DynamicLayer):
     @property
     def nbytes(self) -> int:
         """Bytes of capsules and exact tokens."""
-        exact = sum(part.nbytes for part in (self._packed, self._tail) if part is not None)
-        return exact + (0 if self.payload is None else self.payload.nbytes)
+        return self.exact_nbytes + (0 if self.payload is None else self.payload.nbytes // self.codec.sharing)
+
+    @property
+    def exact_nbytes(self) -> int:
+        """Bytes of exact tokens."""
+        return sum(part.nbytes for part in (self._packed, self._tail) if part is not None)
 
     @property
     def nbytes_full(self) -> int:

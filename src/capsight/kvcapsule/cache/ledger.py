@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from capsight.errors import LayoutError
 from capsight.kvcapsule.attention import KeptTokens, LatentBlocks
@@ -14,9 +15,10 @@ from capsight.kvcapsule.cache.intake import Intake
 from capsight.kvcapsule.cache.placement import Placement
 from capsight.kvcapsule.cache.scratch import Scratch
 from capsight.kvcapsule.cache.waiting import EncodeQueue
-from capsight.kvcapsule.codecs import BlockCodec
+from capsight.kvcapsule.codecs import BlockCodec, TokenPositions
 from capsight.kvcapsule.plan import CapsulePlan, Run
 from capsight.layout import PromptLayout
+from capsight.layout.positions import rope_positions
 
 
 class Ledger:
@@ -30,9 +32,9 @@ class Ledger:
         left: what the last update left to it, until it is taken.
     """
 
-    def __init__(self, layout: PromptLayout, codecs: Sequence[BlockCodec]) -> None:
+    def __init__(self, layout: PromptLayout, codecs: Sequence[BlockCodec], config: PreTrainedConfig) -> None:
         """Plan `layout` in runs of the block size of `codecs`, which are those of all layers."""
-        self._given = layout
+        self._given, self._config = layout, config
         self._layout = layout
         self._block_size = block_size = codecs[0].block_size
         self._last: Placement | None = None
@@ -44,6 +46,7 @@ class Ledger:
         self.left: tuple[LatentBlocks | KeptTokens, ExactRows] | None = None
         self._exact: tuple[Placement, ExactRows] | None = None
         self._intake: tuple[Placement | None, Intake] | None = None
+        self._positions: tuple[tuple[Run, ...], TokenPositions] | None = None
 
     @property
     def layout(self) -> PromptLayout:
@@ -119,6 +122,15 @@ class Ledger:
             self._intake = last
         return last[1]
 
+    def positions(self, runs: tuple[Run, ...], device: torch.device) -> TokenPositions:
+        """Positions of the tokens of `runs`; worked out once for all layers, and as long as runs stay."""
+        known = self._positions
+        if known is None or known[0] != runs or known[1].thw.device != device:
+            places = rope_positions(self._layout, self._config)  # [3, B, S]
+            thw = torch.cat([places[:, run.row, run.start : run.end] for run in runs], 1)
+            known = self._positions = runs, TokenPositions(thw.to(device))
+        return known[1]
+
     def exact_rows(self, placement: Placement) -> ExactRows:
         """The exact tokens of `placement` side by side; worked out once for all layers."""
         if self._exact is None or self._exact[0] is not placement:
@@ -126,7 +138,7 @@ class Ledger:
         return self._exact[1]
 
     def _set_layout(self, layout: PromptLayout) -> None:
-        self._layout, self._last, self._exact, self._intake = layout, None, None, None
+        self._layout, self._last, self._exact, self._intake, self._positions = layout, None, None, None, None
         self._complete = (-1, ())
         self.plan = CapsulePlan.from_layout(layout, self._block_size)
 

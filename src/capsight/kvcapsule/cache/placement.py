@@ -22,6 +22,7 @@ class Placement:
         runs: the runs stored as capsules, ascending.
         run_rows: int64 `[M]`, row of each run.
         run_starts: int64 `[M]`, first position of each run.
+        run_lengths: int64 `[M]`, its tokens.
         exact_rows: int64 `[E]`, row of each exact token.
         exact_cols: int64 `[E]`, position of each exact token, ascending within a row.
     """
@@ -32,6 +33,7 @@ class Placement:
     runs: tuple[Run, ...]
     run_rows: Tensor
     run_starts: Tensor
+    run_lengths: Tensor
     exact_rows: Tensor
     exact_cols: Tensor
 
@@ -40,7 +42,7 @@ class Placement:
         cls, runs: tuple[Run, ...], pads: tuple[int, ...], block_size: int, settled: int, device: torch.device
     ) -> Placement:
         """Place `runs` (ascending) in rows of `settled` tokens."""
-        spans = exact_spans(runs, pads, block_size, settled)
+        spans = exact_spans(runs, pads, settled)
         rows = [torch.full((end - start,), row) for row, part in enumerate(spans) for start, end in part]
         cols = [torch.arange(start, end) for part in spans for start, end in part]
         none = torch.empty(0, dtype=torch.int64)
@@ -51,6 +53,7 @@ class Placement:
             runs,
             torch.tensor([run.row for run in runs], dtype=torch.int64, device=device),
             torch.tensor([run.start for run in runs], dtype=torch.int64, device=device),
+            torch.tensor([run.length for run in runs], dtype=torch.int64, device=device),
             torch.cat([none, *rows]).to(device),
             torch.cat([none, *cols]).to(device),
         )
@@ -58,12 +61,15 @@ class Placement:
     @property
     def nbytes(self) -> int:
         """Bytes of the index tensors."""
-        return sum(t.nbytes for t in (self.run_rows, self.run_starts, self.exact_rows, self.exact_cols))
+        runs = (self.run_rows, self.run_starts, self.run_lengths)
+        return sum(t.nbytes for t in (*runs, self.exact_rows, self.exact_cols))
 
     def run_slots(self, length: int) -> Tensor:
-        """Flat positions of the runs' tokens in rows of `length` tokens: int64 `[M * N]`."""
+        """Flat positions of the runs' T tokens in rows of `length` tokens: int64 `[T]`."""
         first = self.run_rows * length + self.run_starts  # [M]
-        return (first[:, None] + torch.arange(self.block_size, device=first.device)).flatten()
+        before = self.run_lengths.cumsum(0) - self.run_lengths
+        own = torch.repeat_interleave(first - before, self.run_lengths)
+        return own + torch.arange(len(own), device=own.device)
 
     def exact_slots(self, length: int) -> Tensor:
         """Flat positions of the exact tokens in rows of `length` tokens: int64 `[E]`."""
@@ -73,15 +79,20 @@ class Placement:
         """The placement of a batch made of `rows` of this one (repeats allowed).
 
         Returns:
-            The new placement, and int64 indices into the old runs `[M']` and old exact tokens `[E']`.
+            The new placement, and int64 indices into the old capsules and old exact tokens `[E']`.
         """
         runs_of: list[list[int]] = [[] for _ in self.pads]
         for index, run in enumerate(self.runs):
             runs_of[run.row].append(index)
         run_index = [index for row in rows for index in runs_of[row]]
         runs = tuple(
-            Run(new, self.runs[index].start) for new, row in enumerate(rows) for index in runs_of[row]
+            self.runs[index]._replace(row=new) for new, row in enumerate(rows) for index in runs_of[row]
         )
+        if self.block_size == 1:
+            ends = self.run_lengths.cumsum(0).tolist()
+            run_index = [
+                t for index in run_index for t in range(ends[index] - self.runs[index].length, ends[index])
+            ]
         device = self.run_rows.device
         placement = Placement.build(
             runs, tuple(self.pads[row] for row in rows), self.block_size, self.settled, device

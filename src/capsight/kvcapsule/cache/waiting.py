@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from capsight.kvcapsule.codecs import BlockCodec, Payload
+from capsight.kvcapsule.codecs import BlockCodec, Payload, TokenPositions
 from capsight.kvcapsule.plan import Run
 
 
@@ -18,12 +19,10 @@ class Waiting:
 
     Attributes:
         codec: the layer's.
-        blocks: keys and values `[M, H, N, D]`; empty once they are encoded.
         payload: their capsules, once they are encoded.
     """
 
     codec: BlockCodec
-    blocks: tuple[Tensor, ...]
     payload: Payload | None = None
 
 
@@ -38,14 +37,23 @@ class EncodeQueue:
         self._codecs = tuple(codecs)
         self._ready: dict[BlockCodec, BlockCodec] = {}  # what makes codecs ready goes with a layer's blocks
         self._waiting: list[Waiting] = []
+        self._held: Any = None  # what their codecs have gathered
         self._runs: tuple[Run, ...] = ()
 
-    def add(self, codec: BlockCodec, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> Waiting:
-        """Take blocks `[M, H, N, D]`; may encode them and all that wait."""
+    def add(
+        self,
+        codec: BlockCodec,
+        keys: Tensor,
+        values: Tensor,
+        runs: Sequence[Run],
+        positions: TokenPositions | None = None,
+    ) -> Waiting:
+        """Take blocks `[M, H, N, D]` of tokens at `positions`; may encode them and all that wait."""
         if tuple(runs) != self._runs or (self._waiting and type(self._waiting[0].codec) is not type(codec)):
             self.flush()
         self._runs = tuple(runs)
-        waiting = Waiting(codec, (keys, values))
+        waiting = Waiting(codec)
+        self._held = codec.gather(self._held, keys, values, positions)
         self._waiting.append(waiting)
         if len(self._waiting) >= codec.layers_together:
             self.flush()
@@ -62,17 +70,17 @@ class EncodeQueue:
     def flush(self) -> None:
         """Encode all that waits."""
         waiting, self._waiting = self._waiting, []
+        held, self._held = self._held, None
         if not waiting:
             return
         codecs = [self._take_ready(each.codec) for each in waiting]
-        keys, values = ([each.blocks[kind] for each in waiting] for kind in (0, 1))
-        payloads = type(codecs[0]).encode_layers(codecs, keys, values, self._runs)
+        payloads = type(codecs[0]).encode_gathered(codecs, held, self._runs)
         for each, payload in zip(waiting, payloads, strict=True):
-            each.payload, each.blocks = payload, ()
+            each.payload = payload
 
     def clear(self) -> None:
         """Forget all that waits."""
-        self._waiting, self._ready = [], {}
+        self._waiting, self._ready, self._held = [], {}, None
 
     def _take_ready(self, codec: BlockCodec) -> BlockCodec:
         if codec not in self._ready:

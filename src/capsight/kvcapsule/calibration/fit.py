@@ -98,7 +98,6 @@ def add_sample(found: Calibration, model: Any, inputs: Mapping[str, Any], block_
     found.sample.add(blocks)
 
 
-@torch.no_grad()
 def prefilled_blocks(
     model: Any, inputs: Mapping[str, Any], block_size: int
 ) -> dict[int, tuple[Tensor, Tensor]]:
@@ -106,12 +105,21 @@ def prefilled_blocks(
     plan = CapsulePlan.from_layout(build_layout(inputs, model.config), block_size)
     if not plan.runs:
         return {}
+    return {
+        index: (_blocks(keys, plan), _blocks(values, plan))
+        for index, (keys, values) in prefilled(model, inputs).items()
+    }
+
+
+@torch.no_grad()
+def prefilled(model: Any, inputs: Mapping[str, Any]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys after RoPE and values `[B, H, S, D]` of a prompt, by full-attention layer."""
     cache = DynamicCache(config=model.config)
     on_device = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     # generate, not forward: it derives the positions of padded rows as later calls will.
     model.generate(**on_device, past_key_values=cache, max_new_tokens=1, do_sample=False, num_beams=1)
     return {
-        index: (_blocks(layer.keys, plan), _blocks(layer.values, plan))
+        index: (layer.keys, layer.values)
         for index, layer in enumerate(cache.layers)
         if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None
     }
@@ -177,6 +185,8 @@ def check_options(
     Raises:
         OptionError: an option is unknown or out of range.
     """
+    if block_size < 2:
+        raise OptionError(f"block_size must be at least 2 tokens, not {block_size}")
     plan = CapsulePlan(block_size, (), ())
     dry = LayerMoments(1, plan.block_size, 1)
     dry.update(torch.zeros(1, 1, block_size, 1), torch.zeros(1, 1, block_size, 1))
@@ -201,7 +211,7 @@ def kept_tokens(retained: float, block_size: int) -> int:
 
 def _blocks(x: Tensor, plan: CapsulePlan) -> Tensor:
     """The runs of `plan` in keys or values `[B, H, S, D]`: `[M, H, N, D]`."""
-    return torch.stack([x[row, :, start : start + plan.block_size] for row, start in plan.runs])
+    return torch.stack([x[run.row, :, run.start : run.end] for run in plan.runs])
 
 
 def _as_inputs(sample: Any, processor: Any) -> Mapping[str, Any]:

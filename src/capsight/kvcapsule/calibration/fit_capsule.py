@@ -7,10 +7,13 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from capsight.errors import OptionError
 from capsight.kvcapsule.budget import Budget, share_out
 from capsight.kvcapsule.calibration.fit import calibrate, check_options, kept_tokens, measure_needs, solve
+from capsight.kvcapsule.calibration.joint_fit import DEFAULT_RANK, check_rank, fit_joint
 from capsight.kvcapsule.calibration.key_mlp import train_key_mlps
-from capsight.kvcapsule.codecs import LayerCodec, StaticMlpCodec
+from capsight.kvcapsule.codecs import JointCodec, LayerCodec, StaticMlpCodec
+from capsight.kvcapsule.codecs.joint import check_share
 from capsight.kvcapsule.fingerprint import model_fingerprint
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
 
@@ -28,6 +31,8 @@ def fit_capsule(
     options: Mapping[str, Any],
 ) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
     """Fit a codec to every full-attention layer of a model; arguments and errors are `KVCapsule.fit`'s."""
+    if codec == JointCodec.name:
+        return _joint(model, processor, samples, retained, progress, budget, resume, options)
     budget = check_options(codec, retained, block_size, budget, options)  # before the long part
     if codec == StaticMlpCodec.name:
         samples = list(samples)  # they are read twice
@@ -40,19 +45,58 @@ def fit_capsule(
     info = CapsuleInfo(
         codec=codec,
         block_size=block_size,
-        itemsize=model.dtype.itemsize,
         layers=tuple(
             LayerInfo(index, codecs[index].kept, layer.shape[0], layer.shape[2])
             for index, layer in sorted(found.moments.items())
         ),
         options=dict(options),
-        fingerprint=model_fingerprint(model),
-        model_config=_without_paths(json.loads(model.config.to_json_string(use_diff=False))),
+        **_about(model),
         blocks=next(iter(found.moments.values())).blocks,
         budget=budget,
         needs=needs,
     )
     return codecs, info
+
+
+def _joint(
+    model: Any,
+    processor: Any,
+    samples: Iterable[Any],
+    retained: float,
+    progress: bool,
+    budget: Budget | None,
+    resume: str | os.PathLike[str] | None,
+    options: Mapping[str, Any],
+) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
+    """The joint codec: all layers share a latent, so there is no budget to share out."""
+    check_share(retained)
+    if budget not in (None, "uniform"):
+        raise OptionError("the joint codec stores all layers together; use budget='uniform'")
+    if unknown := sorted(set(options) - {"rank"}):
+        raise OptionError(f"the joint codec has no option {unknown}; it has ['rank']")
+    rank = check_rank(options.get("rank", DEFAULT_RANK))
+    fitted, seen = fit_joint(model, processor, samples, rank, progress, resume)
+    codecs: dict[int, LayerCodec] = {index: codec.at(retained) for index, codec in fitted.items()}
+    heads, head_dim = next(iter(fitted.values())).mean.shape[1:]
+    info = CapsuleInfo(
+        codec=JointCodec.name,
+        block_size=1,
+        layers=tuple(LayerInfo(index, 1, heads, head_dim) for index in codecs),
+        options=dict(options),
+        **_about(model),
+        blocks=seen,
+        share=retained,
+    )
+    return codecs, info
+
+
+def _about(model: Any) -> dict[str, Any]:
+    """What is noted of the model."""
+    return {
+        "itemsize": model.dtype.itemsize,
+        "fingerprint": model_fingerprint(model),
+        "model_config": _without_paths(json.loads(model.config.to_json_string(use_diff=False))),
+    }
 
 
 def _without_paths(config: dict[str, Any]) -> dict[str, Any]:

@@ -106,6 +106,7 @@ def _taken_apart(found: Calibration) -> tuple[dict[str, Any], dict[str, Tensor]]
     seen, sample = found.sample.state()
     for layer, (keys, values) in sample.items():
         tensors |= {f"{layer}.sample.keys": keys, f"{layer}.sample.values": values}
+    tensors |= {f"tokens.{name}": tensor for name, tensor in found.tokens.state().items()}
     header = {
         "blocks": {str(layer): moments.blocks for layer, moments in found.moments.items()},
         "sampled": seen,
@@ -133,5 +134,8 @@ def _put_together(header: Mapping[str, Any], tensors: Mapping[str, Tensor], bloc
         found.moments[layer] = moments
         samples[layer] = tensors[f"{layer}.sample.keys"], tensors[f"{layer}.sample.values"]
     found.sample.restore(int(header["sampled"]), samples)
+    if "tokens.seen" in tensors:
+        own = {name: tensors[f"tokens.{name}"] for name in ("tokens", "keys", "total", "seen")}
+        found.tokens.restore(own)
     found.attention.restore({int(k): (float(t), int(n)) for k, (t, n) in header["attention"].items()})
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from capsight.kvcapsule.calibration.block_sample import BlockSample
+from capsight.kvcapsule.calibration.token_sample import TokenSample
 from capsight.kvcapsule.calibration.vision_attention import VisionAttention
 from capsight.kvcapsule.codecs.moments import LayerMoments
 
@@ -20,8 +21,10 @@ class Calibration:
         moments: second moments of the image blocks, for every full-attention layer.
         sample: a few of the blocks.
         attention: what each layer pays to vision tokens.
+        tokens: single tokens with what all layers hold of them.
     """
 
     moments: Moments = field(default_factory=dict)
     sample: BlockSample = field(default_factory=BlockSample)
     attention: VisionAttention = field(default_factory=VisionAttention)
+    tokens: TokenSample = field(default_factory=TokenSample)

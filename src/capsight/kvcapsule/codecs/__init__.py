@@ -8,13 +8,16 @@ from capsight.kvcapsule.codecs.base import LayerCodec
 from capsight.kvcapsule.codecs.block import BlockCodec, Payload
 from capsight.kvcapsule.codecs.evict import EvictCodec
 from capsight.kvcapsule.codecs.heads import HeadsCodec
+from capsight.kvcapsule.codecs.joint import JointCodec
+from capsight.kvcapsule.codecs.positions import TokenPositions
 from capsight.kvcapsule.codecs.quantised import QuantisedCodec
 from capsight.kvcapsule.codecs.ragged import RaggedPayload
 from capsight.kvcapsule.codecs.static import StaticCodec
 from capsight.kvcapsule.codecs.static_mlp import StaticMlpCodec
 
 CODECS: dict[str, type[LayerCodec]] = {
-    codec.name: codec for codec in (HeadsCodec, AdaptiveCodec, EvictCodec, StaticCodec, StaticMlpCodec)
+    codec.name: codec
+    for codec in (JointCodec, HeadsCodec, AdaptiveCodec, EvictCodec, StaticCodec, StaticMlpCodec)
 }
 """Codec classes by name."""
 
@@ -24,10 +27,12 @@ __all__ = [
     "BlockCodec",
     "EvictCodec",
     "HeadsCodec",
+    "JointCodec",
     "LayerCodec",
     "Payload",
     "QuantisedCodec",
     "RaggedPayload",
     "StaticCodec",
     "StaticMlpCodec",
+    "TokenPositions",
 ]

@@ -66,7 +66,7 @@ class LayerCodec(BlockCodec):
         return self.encode(keys, values)
 
     @abstractmethod
-    def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> int:
+    def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> float:
         """Bytes of a block's capsule, on average, for H heads of size D and numbers of `itemsize` bytes."""
 
     def typical_keys(self, payload: Payload) -> tuple[Tensor, Tensor] | None:

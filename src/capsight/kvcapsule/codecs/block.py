@@ -5,17 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from capsight.errors import CapsightError
 from capsight.kvcapsule.attention import KeptTokens, LatentBlocks
+from capsight.kvcapsule.codecs.positions import TokenPositions
 from capsight.kvcapsule.plan import Run
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(eq=False)
 class Payload:
     """Capsules of M blocks in one layer: named tensors, each with the blocks along its first axis."""
 
@@ -44,10 +45,14 @@ class BlockCodec(nn.Module, ABC):
         name: the name by which options, files and messages call the codec.
         block_size: tokens in a block (N).
         layers_together: how many layers are best encoded in one go.
+        sharing: how many layers hold the same payload.
+        needs_positions: whether it has to know the positions of tokens.
     """
 
     name: ClassVar[str]
     layers_together: int = 1
+    sharing: int = 1
+    needs_positions: ClassVar[bool] = False
 
     def __init__(self, block_size: int) -> None:
         """Set the block size."""
@@ -92,6 +97,35 @@ class BlockCodec(nn.Module, ABC):
             runs: where the M blocks lie.
         """
         return [c.encode_runs(k, v, runs) for c, k, v in zip(codecs, keys, values, strict=True)]
+
+    def gather(self, held: Any, keys: Tensor, values: Tensor, positions: TokenPositions | None) -> Any:
+        """Hold this layer's blocks, with those of other layers, until they are encoded.
+
+        Args:
+            held: what other layers have left here; None in the first.
+            keys: `[M, H, N, D]`, after RoPE.
+            values: `[M, H, N, D]`.
+            positions: of their tokens, where `needs_positions`.
+        """
+        return [*(held or ()), (keys, values)]
+
+    @classmethod
+    def encode_gathered(cls, codecs: Sequence[BlockCodec], held: Any, runs: Sequence[Run]) -> list[Payload]:
+        """Store what `gather` holds of several layers; `runs` are where the blocks lie."""
+        keys, values = (list(part) for part in zip(*held, strict=True))
+        return cls.encode_layers(codecs, keys, values, runs)
+
+    def decode_at(
+        self, payload: Payload, positions: TokenPositions | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Keys, after RoPE, and values `[M, H, N, D]` of capsules whose tokens are at `positions`."""
+        return self.decode(payload)
+
+    def template(self, heads: int, head_dim: int, dtype: torch.dtype) -> Payload:
+        """A capsule of one block: names, shapes and dtypes are those of any other."""
+        device = next(self.buffers()).device
+        zeros = torch.zeros(1, heads, self.block_size, head_dim, dtype=dtype, device=device)
+        return self.encode_runs(zeros, zeros, [Run(0, 0, self.block_size)])
 
     @abstractmethod
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:

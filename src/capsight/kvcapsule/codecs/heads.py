@@ -61,7 +61,7 @@ class HeadsCodec(LearntCodec):
 
     def encode(self, keys: Tensor, values: Tensor) -> RaggedPayload:
         """Choose the kept tokens of blocks `[M, H, N, D]`, all of one row, and copy them."""
-        return self.encode_runs(keys, values, [Run(0, 0)] * len(keys))
+        return self.encode_runs(keys, values, [Run(0, 0, self.block_size)] * len(keys))
 
     def encode_runs(self, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> RaggedPayload:
         """Choose the kept tokens of blocks `[M, H, N, D]` and copy them."""

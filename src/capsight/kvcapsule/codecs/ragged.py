@@ -13,7 +13,7 @@ from capsight.kvcapsule.codecs.base import index_dtype
 from capsight.kvcapsule.codecs.block import Payload
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(eq=False)
 class RaggedPayload(Payload):
     """E kept entries of M blocks, each one token of one KV head.
 

@@ -30,7 +30,7 @@ class SelectingCodec(LearntCodec):
 
     def encode(self, keys: Tensor, values: Tensor) -> Payload:
         """Choose the kept tokens of blocks `[M, H, N, D]` and copy them."""
-        return self.encode_layers([self], [keys], [values], [Run(0, 0)] * len(keys))[0]
+        return self.encode_layers([self], [keys], [values], [Run(0, 0, self.block_size)] * len(keys))[0]
 
     @classmethod
     def encode_layers(

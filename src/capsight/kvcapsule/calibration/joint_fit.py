@@ -1,0 +1,186 @@
+"""Fitting the joint codec: sampled tokens of all layers, their principal axes, and what bits cost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capsight.errors import CalibrationError, OptionError
+from capsight.kvcapsule.calibration.fit import calibration_inputs, prefilled
+from capsight.kvcapsule.calibration.fit_journal import FitJournal
+from capsight.kvcapsule.calibration.token_sample import TokenSample
+from capsight.kvcapsule.codecs.joint import JointCodec
+from capsight.kvcapsule.codecs.levels import GROUP, distortions
+from capsight.kvcapsule.codecs.rotary import Rotary, find_rotary
+from capsight.layout import build_layout
+from capsight.layout.positions import rope_positions
+
+DEFAULT_RANK = 512
+"""Coordinates that a fit keeps at most (K); how many are stored follows from `retained`."""
+VALUE_WEIGHT = 1.5
+"""Weight of values against keys, both brought to unit size: 1 to 2 is alike on the development judges."""
+_EXACT = 4096  # numbers a token up to which the covariance is made; beyond, axes come from a randomised SVD
+_EXTRA = 64  # vectors more than asked for in the randomised SVD
+
+
+def fit_joint(
+    model: Any,
+    processor: Any,
+    samples: Iterable[Any],
+    rank: int,
+    progress: bool,
+    resume: str | os.PathLike[str] | None,
+) -> tuple[dict[int, JointCodec], int]:
+    """Fit the joint codec in one pass over calibration samples; arguments are those of `KVCapsule.fit`.
+
+    Returns:
+        The codec of each layer, at `retained` 1, and the number of vision tokens seen.
+
+    Raises:
+        CalibrationError: no sample has an image, layers differ in shape, or numbers are not finite.
+    """
+    journal = None if resume is None else FitJournal(resume, model, 1)
+    sample = TokenSample() if journal is None else journal.found.tokens
+    rotary: Rotary | None = None
+    layers: list[int] = []
+    shape = 0, 0
+    for inputs in calibration_inputs(model, processor, samples, progress):
+        found = (
+            vision_tokens(model, inputs) if rotary is None or not (journal and journal.has(inputs)) else {}
+        )
+        if not found:
+            continue
+        if rotary is None:
+            layers, shape = sorted(found), _one_shape(found)
+            rotary = find_rotary(model, layers)
+            if journal and journal.has(inputs):
+                continue
+        layout = build_layout(inputs, model.config)
+        places = rope_positions(layout, model.config)
+        spans = [(row, block) for row, r in enumerate(layout.rows) for block in r.blocks]
+        positions = torch.cat([places[:, row, block.start : block.end] for row, block in spans], 1)
+        sample.add(token_vectors(found, rotary, positions))
+        if journal is not None:
+            journal.record()
+    if journal is not None:
+        journal.finish()
+    if rotary is None:
+        raise CalibrationError("no calibration sample has an image; give samples with images")
+    return solve_joint(sample.mean, sample.tokens, layers, shape, rotary, rank), sample.seen
+
+
+def vision_tokens(model: Any, inputs: Mapping[str, Any]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys after RoPE and values `[T, H, D]` of all vision tokens of a prompt, by full-attention layer."""
+    layout = build_layout(inputs, model.config)
+    spans = [(row, block) for row, r in enumerate(layout.rows) for block in r.blocks]
+    if not spans:
+        return {}
+    return {
+        index: tuple(  # type: ignore[misc]
+            torch.cat([x[row, :, block.start : block.end].transpose(0, 1) for row, block in spans])
+            for x in pair
+        )
+        for index, pair in prefilled(model, inputs).items()
+    }
+
+
+def _one_shape(found: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[int, int]:
+    shapes = {tuple(x.shape[1:]) for pair in found.values() for x in pair}
+    if len(shapes) != 1:
+        raise CalibrationError(
+            f"keys and values of this model's layers differ in shape ({sorted(shapes)}); use codec='heads'"
+        )
+    heads, head_dim = shapes.pop()
+    return heads, head_dim
+
+
+@torch.no_grad()
+def token_vectors(layers: Mapping[int, tuple[Tensor, Tensor]], rotary: Rotary, positions: Tensor) -> Tensor:
+    """What all layers hold of T tokens: `[T, L * 2 * H * D]`, keys before RoPE, then values, by layer.
+
+    Args:
+        layers: keys after RoPE and values `[T, H, D]` by layer index.
+        rotary: how keys were turned.
+        positions: int64 `[3, T]`.
+    """
+    cos, sin = rotary.tables(positions)
+    parts = []
+    for _, (keys, values) in sorted(layers.items()):
+        plain = rotary.unturn(keys.float().cpu().transpose(0, 1), cos, sin).transpose(0, 1)
+        parts += [plain.flatten(1), values.float().cpu().flatten(1)]
+    return torch.cat(parts, 1)
+
+
+@torch.no_grad()
+def solve_joint(
+    mean: Tensor, tokens: Tensor, layers: Sequence[int], shape: tuple[int, int], rotary: Rotary, rank: int
+) -> dict[int, JointCodec]:
+    """The codec of each layer.
+
+    Args:
+        mean: float32 `[F]`, F = L * 2 * H * D.
+        tokens: `[n, F]`, sampled.
+        layers: their L indices, ascending.
+        shape: KV heads and head size (H, D).
+        rotary: how keys are turned.
+        rank: coordinates to keep at most (K), rounded up to a multiple of `GROUP`.
+
+    Raises:
+        CalibrationError: the tokens do not differ.
+    """
+    parts = (len(layers), 2, *shape)
+    x = tokens.float() - mean
+    spread = x.view(-1, len(layers), 2, shape[0] * shape[1]).square().mean((0, 3)).sqrt()  # [L, 2]
+    if not (spread > 0).all():
+        raise CalibrationError("all calibration tokens are alike; give pictures that differ")
+    weight = torch.tensor([1.0, VALUE_WEIGHT]) / spread
+    x *= weight[:, :, None].expand(-1, -1, shape[0] * shape[1]).flatten()
+    axes = principal_axes(x, -(-rank // GROUP) * GROUP).bfloat16()  # [F, K]
+    latents = x @ axes.float()
+    typical = (1 - latents.square().sum() / x.square().sum()).clamp_min(0)
+    shared = {
+        "lost": distortions(latents),
+        "typical": typical.view(1),
+        "frequencies": rotary.frequencies,
+        "pairs": rotary.axes,
+        "turning": torch.tensor([float(rotary.interleaved), rotary.scaling, len(layers)]),
+    }
+    means, rows = mean.view(parts), axes.view(*parts, -1)
+    return {
+        layer: JointCodec(
+            {
+                "mean": means[i],
+                "axes": rows[i],
+                "weight": weight[i],
+                **{name: x.clone() for name, x in shared.items()},
+            }
+        )
+        for i, layer in enumerate(layers)
+    }
+
+
+def principal_axes(x: Tensor, rank: int) -> Tensor:
+    """Leading principal axes of rows `[n, F]` of mean zero: `[F, rank]`, zeros where there are no more."""
+    most = min(*x.shape, rank)
+    if x.shape[1] <= _EXACT:
+        axes = torch.linalg.eigh((x.T @ x).double()).eigenvectors.flip(1)[:, :most].float()
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            axes = torch.svd_lowrank(x, q=min(most + _EXTRA, *x.shape), niter=3)[2][:, :most]
+    return torch.nn.functional.pad(axes, (0, rank - most))
+
+
+def check_rank(rank: Any) -> int:
+    """Refuse a rank that is no positive whole number.
+
+    Raises:
+        OptionError: it is none.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise OptionError(f"rank is a positive whole number, not {rank!r}")
+    return rank

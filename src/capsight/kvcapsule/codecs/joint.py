@@ -1,0 +1,265 @@
+"""The `joint` codec: one latent per vision token for all layers (ours; cf. xKV, KVTC, arXiv 2511.01815).
+
+A token's keys before RoPE and its values, of all full-attention layers and KV heads, are one vector x.
+Calibration gives its mean and principal axes U; what is stored is z = U^T W (x - mean), its leading
+coordinates in 8, 4 or 2 bits. Every layer reads the same z through its own rows of U: keys and values are
+mean + W^-1 U z, and keys are turned to their positions. W makes keys and values of all layers alike in size.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from capsight.errors import CapsightError, OptionError, UnlikeCalibrationWarning
+from capsight.kvcapsule.codecs.base import LayerCodec, take_tensors
+from capsight.kvcapsule.codecs.block import Payload
+from capsight.kvcapsule.codecs.levels import GROUP, pack, share_bits, unpack
+from capsight.kvcapsule.codecs.moments import LayerMoments
+from capsight.kvcapsule.codecs.positions import TokenPositions
+from capsight.kvcapsule.codecs.rotary import Rotary
+from capsight.kvcapsule.plan import Run
+
+_WHOLE = 2**31  # block size of a codec that stores nothing: no image is as long
+_UNLIKE = 4.0  # times the loss on calibration images from which on images are said to be unlike them
+_SHAPES: dict[str, tuple[int | None, ...]] = {
+    "lost": (None, 4),
+    "typical": (1,),
+    "frequencies": (None,),
+    "pairs": (None,),
+    "turning": (3,),
+}
+_DTYPES = {"axes": torch.bfloat16, "lost": torch.float64, "frequencies": torch.float64, "pairs": torch.int64}
+
+
+@dataclass(slots=True, eq=False)
+class OpenLatents:
+    """Latents `[T, R]` in a form to calculate with, and how many layers have yet to read them."""
+
+    latents: Tensor
+    left: int
+
+
+class JointPayload(Payload):
+    """Latents of T tokens; the same object in every layer.
+
+    Tensors:
+        codes: uint8 `[T, C]`.
+        scales: float16 `[T, R / GROUP]`.
+    """
+
+    open: OpenLatents | None = None
+    _selected: tuple[Tensor, Any] | None = None
+    _joined: tuple[Payload, Any] | None = None
+
+    def select(self, index: Tensor) -> Self:
+        """The tokens at `index`: the same object for the same index, so that layers go on sharing."""
+        if self._selected is None or self._selected[0] is not index:
+            self._selected = index, Payload.select(self, index)
+        return self._selected[1]
+
+    def join(self, other: Payload) -> Self:
+        """These tokens, then the other ones; shared likewise."""
+        if self._joined is None or self._joined[0] is not other:
+            self._joined = other, Payload.join(self, other)
+        return self._joined[1]
+
+
+def check_share(retained: float) -> None:
+    """Refuse a share of the bytes that is none.
+
+    Raises:
+        OptionError: `retained` is not in (0, 1].
+    """
+    if not 0 < retained <= 1:
+        raise OptionError(f"retained is a fraction in (0, 1], not {retained}")
+
+
+class Gathered(NamedTuple):
+    """What layers have added up of T tokens.
+
+    Attributes:
+        latents: float32 `[T, R]`.
+        energy: float32 `[]`, sum of the squares of W (x - mean).
+        layers: how many have.
+    """
+
+    latents: Tensor
+    energy: Tensor
+    layers: int
+
+
+class JointCodec(LayerCodec):
+    """One layer's share of the joint codec; a block is one token.
+
+    Buffers:
+        mean: float32 `[2, H, D]`, of keys before RoPE and of values.
+        axes: bfloat16 `[2, H, D, K]`, this layer's rows of U, most variance first.
+        weight: float32 `[2]`, this layer's entries of W for keys and values.
+        lost: float64 `[K / GROUP, 4]`, see `levels.distortions`; it and what follows is alike in all layers.
+        typical: float32 `[1]`, share of the variance that K coordinates lose on calibration images.
+        frequencies, pairs: float64 and int64 `[P]`, see `Rotary`.
+        turning: float32 `[3]`: interleaved, scaling, layers that share a latent (L).
+    """
+
+    name: ClassVar[str] = "joint"
+    needs_positions: ClassVar[bool] = True
+    mean: Tensor
+    axes: Tensor
+    weight: Tensor
+    lost: Tensor
+    typical: Tensor
+    turning: Tensor
+
+    def __init__(self, tensors: Mapping[str, Tensor], retained: float = 1.0) -> None:
+        """Take buffers by name, and the share of the bytes to keep.
+
+        Raises:
+            OptionError: `retained` is not in (0, 1], or holds not a single group.
+        """
+        check_share(retained)
+        super().__init__(_WHOLE if retained == 1 else 1, 1)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        interleaved, scaling, layers = tensors["turning"].tolist()
+        self.rotary = Rotary(tensors["frequencies"], tensors["pairs"], bool(interleaved), scaling)
+        self.layers_together = self.sharing = int(layers)
+        self.share = retained
+        heads, head_dim = self.mean.shape[1:]
+        self.full_nbytes = 2 * 2 * heads * head_dim * self.layers_together  # of a token in 16 bits
+        self.levels = share_bits(self.lost, retained * self.full_nbytes)
+
+    @classmethod
+    def fit(cls, moments: LayerMoments, kept: int, **options: Any) -> Self:
+        """Not fitted layer by layer: see `calibration.joint`."""
+        raise OptionError("the joint codec is fitted to all layers at once; use KVCapsule.fit")
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int, int], kept: int) -> Self:
+        """The codec whose `state_dict()` gave `tensors`, at `retained` 1."""
+        heads, _, head_dim = shape
+        shapes = {"mean": (2, heads, head_dim), "axes": (2, heads, head_dim, None), "weight": (2,), **_SHAPES}
+        taken = dict(zip(shapes, take_tensors(tensors, shapes, _DTYPES), strict=True))
+        sizes = taken["axes"].shape[3], len(taken["lost"]) * GROUP
+        pairs = len(taken["pairs"])
+        fits = sizes[0] == sizes[1] and pairs == len(taken["frequencies"]) and 2 * pairs <= head_dim
+        known = ((taken["pairs"] >= 0) & (taken["pairs"] < 3)).all() and (taken["turning"][1:] > 0).all()
+        if not fits or not known or not (taken["weight"] > 0).all():
+            raise OptionError("the tensors of the joint codec do not fit together")
+        return cls(taken)
+
+    def at(self, retained: float) -> Self:
+        """This codec at another share of the bytes; buffers are shared.
+
+        Raises:
+            OptionError: `retained` is not in (0, 1], or too small.
+        """
+        return type(self)(dict(self.named_buffers()), retained)
+
+    @property
+    def retained(self) -> float:
+        """Bytes of a latent over those of the token's keys and values of all layers in 16 bits."""
+        return 1.0 if self.block_size == _WHOLE else self.levels.nbytes / self.full_nbytes
+
+    def gather(
+        self, held: Gathered | None, keys: Tensor, values: Tensor, positions: TokenPositions | None
+    ) -> Gathered:
+        """Add this layer's part of the latents: keys and values need not wait for other layers.
+
+        Args:
+            held: what other layers have added up.
+            keys: `[T, H, 1, D]`, after RoPE.
+            values: `[T, H, 1, D]`.
+            positions: of the T tokens.
+        """
+        assert positions is not None
+        k = self.rotary.unturn(
+            keys[:, :, 0].float().transpose(0, 1), *positions.tables(self.rotary)
+        )  # [H, T, D]
+        x = torch.stack((k.transpose(0, 1), values[:, :, 0].float()), 1)  # [T, 2, H, D]
+        x = (x - self.mean) * self.weight[:, None, None]
+        part = x.flatten(1) @ self._axes(torch.float32).flatten(0, 2)
+        energy = x.square().sum()
+        if held is None:
+            return Gathered(part, energy, 1)
+        device = held.latents.device
+        return Gathered(held.latents.add_(part.to(device)), held.energy + energy.to(device), held.layers + 1)
+
+    @classmethod
+    def encode_gathered(cls, codecs: Sequence[Any], held: Gathered, runs: Sequence[Run]) -> list[Payload]:
+        """Store latents that all layers have added to."""
+        first = codecs[0]
+        first._compare(held)
+        payload = JointPayload(dict(zip(("codes", "scales"), pack(held.latents, first.levels), strict=True)))
+        return [payload] * len(codecs)
+
+    def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values `[T, H, 1, D]`, float32."""
+        keys, values = self.expand(self.latents(payload))
+        return keys[:, :, None], values[:, :, None]
+
+    def decode_at(
+        self, payload: Payload, positions: TokenPositions | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Keys at `positions` and values, `[T, H, 1, D]`."""
+        assert positions is not None
+        keys, values = self.expand(self.latents(payload))
+        keys = self.rotary.turn(keys.transpose(0, 1), *positions.tables(self.rotary)).transpose(0, 1)
+        return keys[:, :, None].to(dtype), values[:, :, None].to(dtype)
+
+    def latents(self, payload: Payload) -> Tensor:
+        """Latents float32 `[T, R]`; unpacked once for all layers, and forgotten after the last one."""
+        assert isinstance(payload, JointPayload)
+        if payload.open is None:
+            codes, scales = payload.tensors["codes"], payload.tensors["scales"]
+            payload.open = OpenLatents(
+                unpack(codes, scales, self.levels, torch.float32), self.layers_together
+            )
+        found = payload.open.latents
+        payload.open.left -= 1
+        if payload.open.left <= 0:
+            payload.open = None
+        return found
+
+    def encode(self, keys: Tensor, values: Tensor) -> Payload:
+        """Not encoded layer by layer: see `gather`."""
+        raise CapsightError("the joint codec stores all layers at once")
+
+    def template(self, heads: int, head_dim: int, dtype: torch.dtype) -> Payload:
+        """The latent of one token."""
+        zeros = torch.zeros(1, self.levels.rank, device=self.mean.device)
+        return JointPayload(dict(zip(("codes", "scales"), pack(zeros, self.levels), strict=True)))
+
+    def expand(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values `[T, H, D]` of latents `[T, R]`."""
+        axes = self._axes(latents.dtype) / self.weight[:, None, None, None].to(latents.dtype)
+        both = (latents @ axes.flatten(0, 2).mT).view(-1, *self.mean.shape) + self.mean.to(latents.dtype)
+        return both[:, 0], both[:, 1]
+
+    def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> float:
+        """Bytes of a token, shared out over the layers."""
+        return self.levels.nbytes / self.layers_together
+
+    def _axes(self, dtype: torch.dtype) -> Tensor:
+        """`[2, H, D, R]`."""
+        return self.axes[..., : self.levels.rank].to(dtype)
+
+    def _compare(self, held: Gathered) -> None:
+        """Say so where images lose far more than those of calibration did."""
+        kept, energy = held.latents.square().sum(), held.energy
+        typical = float(self.typical) + float(
+            self.lost[self.levels.rank // GROUP :, 0].sum() / self.lost[:, 0].sum()
+        )
+        lost = float(1 - kept / energy.clamp_min(1e-30))
+        if lost > max(_UNLIKE * typical, 0.02):
+            warnings.warn(
+                f"these images are unlike those the capsule was fitted to: latents lose {lost:.0%} of "
+                f"their variance, {typical:.1%} in calibration; fit with such samples, or retain more",
+                UnlikeCalibrationWarning,
+                stacklevel=2,
+            )

@@ -1,0 +1,127 @@
+"""`Rotary`: how a model turns its keys by their positions (RoPE, M-RoPE), found by trying it out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from capsight.errors import CalibrationError
+
+_TRIED = ((0, 0, 0), (900, 0, 0), (0, 900, 0), (0, 0, 900), (37, 37, 37), (61, 5, 17))
+"""Positions (t, h, w) at which one token's key is looked at."""
+_CLOSE = {torch.float32: 2e-3, torch.float64: 2e-3, torch.float16: 0.02, torch.bfloat16: 0.06}
+"""Largest relative error of keys turned by what was found."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rotary:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864; three axes: Qwen2-VL, arXiv 2409.12191).
+
+    Attributes:
+        frequencies: float64 `[P]`, radians per position of each pair of channels.
+        axes: int64 `[P]`, which of t, h, w turns a pair: 0, 1 or 2; all 0 with one-dimensional positions.
+        interleaved: pairs are channels (2 i, 2 i + 1); else (i, i + P).
+        scaling: factor of the turned channels (YaRN); 1 for plain RoPE.
+
+    Channels from 2 P on are not turned.
+    """
+
+    frequencies: Tensor
+    axes: Tensor
+    interleaved: bool
+    scaling: float
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for rotations that are equal."""
+        return (*self.frequencies.tolist(), *self.axes.tolist(), self.interleaved, self.scaling)
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, scaled: float32 `[T, P]` each, of positions `[3, T]`."""
+        device = positions.device
+        angles = positions.double()[self.axes.to(device)].T * self.frequencies.to(device)
+        return (angles.cos() * self.scaling).float(), (angles.sin() * self.scaling).float()
+
+    def turn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Keys `[..., T, D]` turned by tables `[T, P]`; the first `2 P` channels, the others as they are."""
+        rotated = 2 * len(self.axes)
+        whole = keys[..., :rotated]
+        a, b = (whole[..., ::2], whole[..., 1::2]) if self.interleaved else whole.chunk(2, -1)
+        x, y = a * cos - b * sin, b * cos + a * sin
+        turned = torch.stack((x, y), -1).flatten(-2) if self.interleaved else torch.cat((x, y), -1)
+        return turned if rotated == keys.shape[-1] else torch.cat((turned, keys[..., rotated:]), -1)
+
+    def unturn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Keys before RoPE: undoes `turn`."""
+        square = self.scaling**2
+        return self.turn(keys, cos / square, -sin / square)
+
+
+@torch.no_grad()
+def find_rotary(model: Any, layers: Sequence[int]) -> Rotary:
+    """How the full-attention `layers` of a model turn keys.
+
+    One token is run on its own at several positions: it attends to nothing but itself, so its keys differ
+    by their rotation alone. Frequencies are those of the model's rotary module; which channels form a pair
+    and which axis turns it is what explains the keys.
+
+    Raises:
+        CalibrationError: nothing that is known explains them, or layers differ.
+    """
+    decoder = model.get_decoder()
+    frequencies, scaling = _frequencies(decoder)
+    keys = _keys_at(model, decoder, layers)  # [L, positions, H, D], float64
+    for interleaved in (False, True):
+        axes = _axes(keys, len(frequencies), interleaved)
+        rotary = Rotary(frequencies, axes, interleaved, scaling)
+        cos, sin = (x.double() for x in rotary.tables(torch.tensor(_TRIED).T))
+        plain = rotary.unturn(keys[:, :1].transpose(1, 2), cos[:1], sin[:1])  # [L, H, 1, D]
+        error = rotary.turn(plain, cos, sin) - keys.transpose(1, 2)
+        if float(error.norm() / keys.norm()) < _CLOSE.get(model.dtype, 0.06):
+            return rotary
+    raise CalibrationError(
+        f"cannot tell how this {model.config.model_type} model turns keys by their positions; "
+        "fit with codec='heads', which stores keys as they are"
+    )
+
+
+def _frequencies(decoder: Any) -> tuple[Tensor, float]:
+    """Frequencies `[P]` and scaling of the rotary module of full-attention layers."""
+    module = getattr(decoder, "rotary_emb", None)
+    for prefix in ("", "full_attention_"):
+        found = getattr(module, f"{prefix}inv_freq", None)
+        if isinstance(found, Tensor) and found.ndim == 1:
+            return found.double().cpu(), float(getattr(module, f"{prefix}attention_scaling", 1.0))
+    raise CalibrationError(
+        f"{type(decoder).__name__} has no rotary frequencies that capsight knows; fit with codec='heads'"
+    )
+
+
+def _keys_at(model: Any, decoder: Any, layers: Sequence[int]) -> Tensor:
+    """Keys of one token alone at every position of `_TRIED`: float64 `[L, positions, H, D]`."""
+    text = model.config.get_text_config(decoder=True)
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(1, 1, text.hidden_size, generator=generator)
+    weight = model.get_input_embeddings().weight
+    embeds = (embeds * weight.float().std().cpu()).expand(len(_TRIED), -1, -1).to(weight)
+    positions = torch.tensor(_TRIED, device=weight.device).T[..., None]  # [3, positions, 1]
+    if "mrope_section" not in (getattr(text, "rope_parameters", None) or {}):
+        positions = positions[0]
+    cache = DynamicCache(config=model.config)
+    decoder(inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True)
+    held: list[Any] = cache.layers
+    return torch.stack([held[layer].keys[:, :, 0].double().cpu() for layer in layers])
+
+
+def _axes(keys: Tensor, pairs: int, interleaved: bool) -> Tensor:
+    """The axis that moves each pair of channels most: int64 `[P]`."""
+    whole = keys[..., : 2 * pairs]
+    a, b = (whole[..., ::2], whole[..., 1::2]) if interleaved else whole.chunk(2, -1)
+    moved = [((x[:, 1:4] - x[:, :1]) ** 2).sum((0, 2)) for x in (a, b)]  # [3, P] each
+    return (moved[0] + moved[1]).argmax(0)

@@ -1,0 +1,259 @@
+"""The joint codec: bits, rotations, and caches of every family against a plain reference."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from capsight import enable
+from capsight.errors import CalibrationError, OptionError, UnlikeCalibrationWarning
+from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.calibration.token_sample import TokenSample
+from capsight.kvcapsule.codecs.joint import JointCodec
+from capsight.kvcapsule.codecs.levels import GROUP, Levels, distortions, pack, share_bits, unpack
+from capsight.kvcapsule.codecs.rotary import Rotary, find_rotary
+from capsight.layout import build_layout
+from capsight.layout.positions import rope_positions
+from kvcapsule.conftest import fitted
+from kvcapsule.test_generate import asked, assert_same, batch, full_cache, later_turn, run
+from tiny import TinyVLM
+
+groups = st.integers(0, 3).map(lambda n: n * GROUP)
+ROTARY = Rotary(torch.tensor([0.5, 0.01]).double(), torch.tensor([0, 2]), False, 1.0)
+
+
+def plainly(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """One group of one token, number by number."""
+    numbers = z.tolist()
+    if bits == 2:
+        scale = float(torch.tensor(sum(x * x for x in numbers) / len(numbers)).sqrt().half())
+        points = [p * scale for p in (-1.5104, -0.4528, 0.4528, 1.5104)]
+        return torch.tensor([min(points, key=lambda p: abs(p - x)) for x in numbers])
+    top = 2 ** (bits - 1) - 1
+    scale = float((z.abs().max() / top).half())
+    return torch.tensor([max(-top, min(top, round(x / scale))) * scale for x in numbers])
+
+
+@given(groups, groups, groups, st.integers(1, 5), st.integers(0, 99))
+def test_latents_come_back_as_the_plain_quantiser_gives_them(eight, four, two, tokens, seed):
+    levels = Levels(eight, four, two)
+    z = torch.randn(tokens, max(levels.rank, 1), generator=torch.Generator().manual_seed(seed))[
+        :, : levels.rank
+    ]
+    if not levels.rank:
+        return
+    codes, scales = pack(z, levels)
+    assert codes.nbytes + scales.nbytes == tokens * levels.nbytes
+    found = unpack(codes, scales, levels, torch.float32)
+    kinds = [b for b, n in levels.parts for _ in range(n // GROUP)]
+    for token in range(tokens):
+        for group, bits in enumerate(kinds):
+            own = slice(group * GROUP, (group + 1) * GROUP)
+            torch.testing.assert_close(found[token, own], plainly(z[token, own], bits), atol=2e-3, rtol=1e-3)
+
+
+def test_more_bytes_never_lose_more_and_are_not_exceeded():
+    z = torch.randn(200, 256, generator=torch.Generator().manual_seed(1)) * torch.linspace(8, 0.1, 256)
+    lost = distortions(z)
+    before = float("inf")
+    for nbytes in (10, 20, 40, 80, 160, 300):
+        levels = share_bits(lost, nbytes)
+        assert levels.nbytes <= nbytes
+        error = (unpack(*pack(z, levels), levels, torch.float32) - z[:, : levels.rank]).square().sum()
+        error += z[:, levels.rank :].square().sum()
+        assert float(error) <= before * 1.001
+        before = float(error)
+    with pytest.raises(OptionError, match="hold no latent"):
+        share_bits(lost, 5)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_keys_are_turned_back(interleaved):
+    rotary = Rotary(torch.tensor([1.0, 0.1, 0.003]).double(), torch.tensor([0, 1, 2]), interleaved, 1.5)
+    keys = torch.randn(2, 7, 8)  # two channels are not turned
+    positions = torch.randint(0, 500, (3, 7))
+    tables = rotary.tables(positions)
+    turned = rotary.turn(keys, *tables)
+    torch.testing.assert_close(rotary.unturn(turned, *tables), keys)
+    a, b = (0, 1) if interleaved else (0, 3)
+    angle = positions[0, 4].double()
+    expected = 1.5 * (keys[1, 4, a] * angle.cos() - keys[1, 4, b] * angle.sin())
+    torch.testing.assert_close(turned[1, 4, a], expected.float())
+    torch.testing.assert_close(turned[..., 6:], keys[..., 6:])
+
+
+def vision_kv(vlm: TinyVLM, inputs: Any) -> tuple[DynamicCache, torch.Tensor]:
+    """The full cache of a batch, and which tokens are vision: bool [B, S]."""
+    cache, layout = full_cache(vlm), build_layout(inputs, vlm.config)
+    run(vlm, inputs, cache, max_new_tokens=1)
+    seen = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
+    for index, row in enumerate(layout.rows):
+        for block in row.blocks:
+            seen[index, block.start : block.end] = True
+    return cache, seen
+
+
+def test_one_picture_twice_has_the_same_keys_before_rope(vlm):
+    """In the first layer a token's key before RoPE depends on the token alone, wherever it stands."""
+    picture = vlm.picture(3)
+    inputs = vlm.inputs([([picture, picture], "hi")])
+    cache, _ = vision_kv(vlm, inputs)
+    layers = [i for i, layer in enumerate(cache.layers) if type(layer).__name__ == "DynamicLayer"]
+    rotary = find_rotary(vlm.model, layers)
+    positions = rope_positions(build_layout(inputs, vlm.config), vlm.config)[:, 0]
+    blocks = build_layout(inputs, vlm.config).rows[0].blocks
+    half = len(blocks) // 2
+    embeds = [sum(b.end - b.start for b in part) for part in (blocks[:half], blocks[half:])]
+    assert embeds[0] == embeds[1]
+    if layers[0] != 0:
+        return  # the first layer is another kind: tokens have seen each other
+    plain = rotary.unturn(cache.layers[0].keys[0].float(), *rotary.tables(positions))
+    first, second = (
+        torch.cat([plain[:, b.start : b.end] for b in part], 1) for part in (blocks[:half], blocks[half:])
+    )
+    torch.testing.assert_close(first, second, atol=2e-4, rtol=1e-3)
+
+
+def test_retaining_everything_is_the_full_cache(vlm):
+    inputs = batch(vlm)
+    cache = fitted(vlm, 1.0, codec="joint").cache(inputs)
+    assert_same(run(vlm, inputs, full_cache(vlm)), run(vlm, inputs, cache))
+
+
+def test_what_is_rebuilt_is_mean_and_axes(vlm):
+    """Keys and values of vision tokens against float64 formulas on the full cache; all others exact."""
+    inputs, capsule = batch(vlm), fitted(vlm, 0.9, codec="joint")
+    full, seen = vision_kv(vlm, inputs)
+    cache = capsule.cache(inputs)
+    run(vlm, inputs, cache, max_new_tokens=1)
+    places = rope_positions(build_layout(inputs, vlm.config), vlm.config)[:, seen]
+    codecs = {i: codec for i, codec in capsule.codecs.items() if isinstance(codec, JointCodec)}
+    z: Any = 0
+    for i, codec in codecs.items():
+        turn = codec.rotary.tables(places)
+        k = codec.rotary.unturn(full.layers[i].keys.transpose(1, 2)[seen].transpose(0, 1), *turn).transpose(
+            0, 1
+        )
+        x = torch.stack((k, full.layers[i].values.transpose(1, 2)[seen]), 1) - codec.mean
+        z = z + torch.einsum(
+            "tkhd,kghdr->tr",
+            x.double(),
+            (codec.axes.double() * codec.weight.view(2, 1, 1, 1))[:, None].double(),
+        )
+    first = next(iter(codecs.values()))
+    z = unpack(*pack(z.float(), first.levels), first.levels, torch.float32).double()
+    some = next(iter(cache.capsule_layers))
+    empty = full.layers[some].keys[:, :, :0]
+    for i, codec in codecs.items():
+        keys, values = cache.layers[i]._rebuilt(cache.layers[i].placement, empty, empty)
+        axes = codec.axes.double()[..., : first.levels.rank] / codec.weight.double().view(2, 1, 1, 1)
+        x = torch.einsum("tr,khdr->tkhd", z, axes) + codec.mean
+        k = codec.rotary.turn(x[:, 0].float().transpose(0, 1), *codec.rotary.tables(places)).transpose(0, 1)
+        torch.testing.assert_close(keys.transpose(1, 2)[seen], k, atol=1e-3, rtol=1e-2)
+        torch.testing.assert_close(values.transpose(1, 2)[seen], x[:, 1].float(), atol=1e-3, rtol=1e-2)
+        real = ~seen & inputs["attention_mask"].bool()
+        torch.testing.assert_close(keys.transpose(1, 2)[real], full.layers[i].keys.transpose(1, 2)[real])
+
+
+def test_layers_share_one_latent_whatever_happens_to_rows(qwen):
+    inputs = batch(qwen)
+    cache = fitted(qwen, 0.5, codec="joint").cache(inputs)
+    run(qwen, inputs, cache, max_new_tokens=1)
+    once = cache.nbytes
+
+    def latents(c: Any) -> Any:
+        held = {id(layer.payload): layer.payload for layer in c.capsule_layers.values()}
+        assert len(held) == 1
+        return next(iter(held.values()))
+
+    before = latents(cache).tensors["codes"]
+    copied = deepcopy(cache)
+    assert torch.equal(latents(copied).tensors["codes"], before)
+    copied.batch_repeat_interleave(2)
+    assert len(latents(copied).tensors["codes"]) == 2 * len(before)
+    assert copied.nbytes < 2.1 * once
+    copied.batch_select_indices(torch.tensor([0, 2, 4]))
+    assert torch.equal(latents(copied).tensors["codes"], before)
+
+
+def test_ask_crop_ask_save_and_load(vlm, tmp_path):
+    inputs = batch(vlm)
+    with enable(vlm.model, capsule=fitted(vlm, 0.6, codec="joint")) as fast:
+        held = fast.encapsulate(**inputs)
+        fast.save(tmp_path / "images.safetensors")
+        copied = deepcopy(held)
+        length = held.get_seq_length()
+        first = fast.generate(past_key_values=held, **inputs, max_new_tokens=4, do_sample=False)
+        if not any("sliding" in type(layer).__name__.lower() for layer in held.layers):
+            held.crop(length)
+            again = fast.generate(past_key_values=held, **inputs, max_new_tokens=4, do_sample=False)
+            assert torch.equal(first, again)
+        loaded = fast.load(tmp_path / "images.safetensors")
+        assert loaded.nbytes == copied.nbytes
+        assert torch.equal(
+            first, fast.generate(past_key_values=loaded, **inputs, max_new_tokens=4, do_sample=False)
+        )
+
+
+def test_a_later_turn_goes_on(qwen):
+    inputs = batch(qwen)
+    full, cache = full_cache(qwen), fitted(qwen, 1.0, codec="joint").cache(inputs)
+    first = run(qwen, inputs, full, min_new_tokens=4)
+    assert_same(first, run(qwen, inputs, cache, min_new_tokens=4))
+    again = later_turn(asked(qwen, first.sequences, "and now?"), inputs)
+    assert_same(run(qwen, again, full), run(qwen, again, cache))
+
+
+def test_fractions_bits_budgets_and_options(qwen, tmp_path):
+    capsule = fitted(qwen, 0.5, codec="joint")
+    assert capsule.with_retained(0.25).retained <= 0.25 < capsule.retained <= 0.5
+    capsule.with_retained(0.25).save_pretrained(tmp_path)
+    loaded = KVCapsule.from_pretrained(tmp_path)
+    assert loaded.retained == capsule.with_retained(0.25).retained
+    assert torch.equal(loaded.codecs[0].axes, capsule.codecs[0].axes)
+    for refused in (
+        lambda: capsule.with_bits(4),
+        lambda: capsule.with_budget("water-filled"),
+        lambda: capsule.with_codec("heads"),
+        lambda: capsule.with_retained(0.0),
+        lambda: capsule.with_retained(1e-4),
+        lambda: fitted(qwen, codec="joint", rank=0),
+        lambda: fitted(qwen, codec="joint", ridge=0.1),
+        lambda: fitted(qwen, 1.5, codec="joint"),
+    ):
+        with pytest.raises(OptionError):
+            refused()
+    with pytest.raises(CalibrationError, match="image"):
+        KVCapsule.fit(qwen.model, None, [qwen.inputs([([], "hi")])], codec="joint", progress=False)
+
+
+def test_images_unlike_calibration_are_named(qwen):
+    capsule = fitted(qwen, 0.9, codec="joint", rank=32)
+    codec = capsule.codecs[0]
+    codec.typical.fill_(1e-4)
+    inputs = qwen.inputs([([qwen.picture(7)], "hi")])
+    with pytest.warns(UnlikeCalibrationWarning, match="unlike"):
+        run(qwen, inputs, capsule.cache(inputs), max_new_tokens=1)
+
+
+def test_a_token_sample_is_the_same_in_parts_and_can_be_joined():
+    tokens = torch.randn(300, 8)
+    whole, parts = TokenSample(), TokenSample()
+    whole.add(tokens[:100]), whole.add(tokens[100:])
+    parts.add(tokens[:100])
+    resumed = TokenSample()
+    resumed.restore(parts.state())
+    resumed.add(tokens[100:])
+    assert torch.equal(whole.tokens, resumed.tokens)
+    torch.testing.assert_close(whole.mean, tokens.mean(0))
+    other = TokenSample()
+    other.add(tokens[100:], seed=1)
+    parts.join(other)
+    assert parts.seen == 300
+    torch.testing.assert_close(parts.mean, tokens.mean(0))
