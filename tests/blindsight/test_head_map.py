@@ -1,12 +1,15 @@
 """Head maps: controls, tying, and files good and bad."""
 
 import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from capsight.blindsight import CalibrationRecord, Category, HeadMap, MaskOptions, head_map_file
 from capsight.blindsight.head_map import union
 from capsight.errors import CapsuleFileError, ModelMismatchError, OptionError
+from capsight.files import CHECKSUM, write_header
 
 DENSE, SINK = Category.DENSE, Category.SINK
 INTRA, BOTH = Category.INTRA_IMAGE, Category.INTRA_IMAGE_SINK
@@ -91,9 +94,15 @@ def test_shapes_that_are_none(wrong):
 
 
 def damage(change):
+    """A change, with the checksum made right again."""
+
     def made(content):
         change(content)
-        return json.dumps(content)
+        kept = {k: v for k, v in content.items() if k not in (CHECKSUM, "format", "format_version")}
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "x.json"
+            write_header(path, content["format"], content["format_version"], kept)
+            return path.read_text()
 
     return made
 
@@ -125,6 +134,27 @@ def test_a_damaged_file_is_named(tmp_path, name):
     path = MAP.save_pretrained(tmp_path)
     path.write_text(BAD[name](json.loads(path.read_text())))
     with pytest.raises(CapsuleFileError, match=r"head_map\.json"):
+        HeadMap.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["categories"][0].reverse(),
+        lambda c: c["categories"].reverse(),
+        lambda c: c["options"].update(own_window=9),
+        lambda c: c.update(model=""),
+        lambda c: c.update(calibration=None),
+        lambda c: c.pop(CHECKSUM),
+        lambda c: c.update({CHECKSUM: "0" * 64}),
+    ],
+)
+def test_a_file_changed_by_hand_is_refused(tmp_path, change):
+    path = MAP.save_pretrained(tmp_path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(CapsuleFileError, match=r"head_map\.json was changed"):
         HeadMap.from_pretrained(tmp_path)
 
 

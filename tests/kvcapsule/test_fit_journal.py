@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from capsight.errors import CalibrationError, CapsuleFileError
+from capsight.files import CHECKSUM, write_header
 from capsight.kvcapsule import KVCapsule
 from capsight.kvcapsule.calibration import fit as fitting
 from capsight.kvcapsule.calibration import fit_journal
@@ -82,7 +85,9 @@ def test_damage_is_noticed_and_what_is_there_stays(qwen, interrupted):
     file.write_bytes(whole)
     header = (interrupted / "capsule.json").read_text()
     for old, new in (('"samples": 3', '"samples": "x"'), ('"sampled"', '"simple"'), ('"blocks"', '"rocks"')):
-        (interrupted / "capsule.json").write_text(header.replace(old, new))
+        changed = json.loads(header.replace(old, new))
+        del changed[CHECKSUM]
+        write_header(interrupted / "capsule.json", changed["format"], changed["format_version"], changed)
         with pytest.raises(CapsuleFileError, match="interrupted fit"):
             fit(qwen, samples(qwen), interrupted)
     (interrupted / "capsule.json").write_text(header)

@@ -110,16 +110,6 @@ def test_bits_of_a_capsule_its_name_and_its_file(qwen, tmp_path):
             KVCapsule.from_pretrained(tmp_path)
 
 
-def test_a_file_without_bits_is_one_of_plain_numbers(qwen, tmp_path):
-    import json
-
-    fitted(qwen).save_pretrained(tmp_path)
-    header = json.loads((tmp_path / "capsule.json").read_text())
-    header.pop("bits")
-    (tmp_path / "capsule.json").write_text(json.dumps(header))
-    assert KVCapsule.from_pretrained(tmp_path).info.bits is None
-
-
 @pytest.mark.parametrize("codec", ["adaptive", "heads"])
 def test_eight_bits_of_everything_are_close_to_the_full_cache(vlm, codec):
     inputs, options = batch(vlm), {"min_new_tokens": 3, "max_new_tokens": 3}

@@ -8,7 +8,7 @@ import pytest
 
 from capsight.blindsight import Category, HeadMap
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
-from capsight.report import Material, read_bench, read_demo, read_errors, read_eval, read_picture
+from capsight.report import BenchFile, DemoFile, EvalFile, LayerErrors, Material, read, read_picture
 from report import samples
 
 
@@ -19,11 +19,11 @@ def everything(tmp_path: Path) -> Material:
     kept = (38, 32, 28, 24, 22, 20, 22, 26)
     layers = tuple(LayerInfo(index, r, 4, 32) for index, r in enumerate(kept))
     return Material(
-        (read_eval(samples.write(tmp_path, "eval", samples.eval_json())),),
-        read_bench(samples.write(tmp_path, "bench", samples.bench_json())),
-        read_demo(samples.write(tmp_path, "demo", samples.demo_json())),
+        (read(EvalFile, samples.write(tmp_path, "eval", samples.eval_json())),),
+        read(BenchFile, samples.write(tmp_path, "bench", samples.bench_json())),
+        read(DemoFile, samples.write(tmp_path, "demo", samples.demo_json())),
         HeadMap.random(8, 8, counts, 0),
         CapsuleInfo("heads", 64, 4, layers, {}, "", {}, 1),
-        read_errors(samples.write(tmp_path, "errors", samples.errors_json())),
+        read(LayerErrors, samples.write(tmp_path, "errors", samples.errors_json())),
         (read_picture(samples.picture(tmp_path)),),
     )

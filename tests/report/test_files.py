@@ -10,14 +10,14 @@ import pytest
 from capsight.cli.app import main
 from capsight.errors import CapsuleFileError
 from capsight.evaluation import FULL, MethodResult, Outcome, summary
-from capsight.report import read_bench, read_demo, read_errors, read_eval, read_picture
+from capsight.report import BenchFile, DemoFile, EvalFile, LayerErrors, read, read_picture
 from report import samples
 
 READERS = {
-    "eval": (read_eval, samples.eval_json),
-    "bench": (read_bench, samples.bench_json),
-    "demo": (read_demo, samples.demo_json),
-    "errors": (read_errors, samples.errors_json),
+    "eval": (EvalFile, samples.eval_json),
+    "bench": (BenchFile, samples.bench_json),
+    "demo": (DemoFile, samples.demo_json),
+    "errors": (LayerErrors, samples.errors_json),
 }
 
 
@@ -38,29 +38,30 @@ def changed(values, *path, to):
         ("eval", ["methods"], [], "methods is"),
         ("eval", ["methods", "full"], ..., "no method 'full'"),
         ("eval", ["methods", "full", "kl"], ..., "methods.full.kl is missing"),
-        ("eval", ["methods", "full", "exact_match"], "95", "expected a number"),
-        ("eval", ["methods", "full", "drop"], float("nan"), "expected a number"),
+        ("eval", ["methods", "full", "exact_match"], "95", "expected a valid number"),
+        ("eval", ["methods", "full", "drop"], float("nan"), "expected a finite number"),
         ("eval", ["methods", "full", "interval"], [2, 1], "ascending"),
-        ("eval", ["methods", "full", "kv_bytes_full"], 0, "saw no prompt"),
+        ("eval", ["methods", "full", "kv_bytes_full"], 0, "kv_bytes_full is 0"),
+        ("eval", ["methods", "full", "questions"], 0, "questions is 0"),
         ("eval", ["methods", "full", "by", "task"], 3, "by.task is 3"),
         ("eval", ["machine"], ..., "machine is missing"),
-        ("bench", ["rows"], [], "no rows"),
+        ("bench", ["rows"], [], "rows is"),
         ("bench", ["rows", 0, "batch"], 0, r"rows\[0\].batch is 0"),
-        ("bench", ["rows", 1, "ttft_s"], -1, "above 0"),
-        ("bench", ["rows", 0, "kv_bytes"], 1.5, "whole number"),
-        ("demo", ["sides", "full cache"], ..., "1 sides"),
+        ("bench", ["rows", 1, "ttft_s"], -1, "greater than 0"),
+        ("bench", ["rows", 0, "kv_bytes"], 1.5, "expected a valid integer"),
+        ("demo", ["sides", "full cache"], ..., "sides is"),
         ("demo", ["sides", "full cache", "answers"], ["one"], "for each of the 2"),
-        ("demo", ["sides", "capsules, 40% retained", "latent", "tokens_per_s"], 0, "above 0"),
-        ("bench", ["rows", 0, "decode"], 3, "expected a string"),
-        ("demo", ["questions", 0, "answer"], 4, "expected a string"),
-        ("errors", ["layers"], [], "no layers"),
+        ("demo", ["sides", "capsules, 40% retained", "latent", "tokens_per_s"], 0, "greater than 0"),
+        ("bench", ["rows", 0, "decode"], 3, "expected a valid string"),
+        ("demo", ["questions", 0, "answer"], 4, "expected a valid string"),
+        ("errors", ["layers"], [], "layers is"),
         ("errors", ["layers", 0, "keys"], None, "keys is missing"),
     ],
 )
 def test_malformed(tmp_path, name, path, to, words):
-    read, make = READERS[name]
+    kind, make = READERS[name]
     with pytest.raises(CapsuleFileError, match=words) as error:
-        read(samples.write(tmp_path, name, changed(make(), *path, to=to)))
+        read(kind, samples.write(tmp_path, name, changed(make(), *path, to=to)))
     assert f"{name}.json" in str(error.value)
     assert "write it again with" in str(error.value)
 
@@ -71,9 +72,9 @@ def test_not_a_file_of_ours(tmp_path, name, content):
     path = tmp_path / "x.json"
     path.write_bytes(content)
     with pytest.raises(CapsuleFileError, match=r"x\.json"):
-        READERS[name][0](path)
+        read(READERS[name][0], path)
     with pytest.raises(CapsuleFileError, match="cannot read"):
-        READERS[name][0](tmp_path / "none.json")
+        read(READERS[name][0], tmp_path / "none.json")
 
 
 def test_pictures_of_others_are_refused(tmp_path):
@@ -92,9 +93,9 @@ def test_reads_what_eval_writes(tmp_path):
     outcomes = [Outcome("a", "plate", 2, right, True, 0.1) for right in (True, False)]
     results = {name: MethodResult(list(outcomes), 100, 200) for name in (FULL, "heads 0.4")}
     values = {"model": "m", "protocol": "after", "methods": summary(results), "machine": {}}
-    found = read_eval(samples.write(tmp_path, "e", values))
-    assert [row.name for row in found.methods] == [FULL, "heads 0.4"]
-    assert (found.methods[1].method, found.methods[1].retained) == ("heads", 0.4)
+    found = read(EvalFile, samples.write(tmp_path, "e", values))
+    assert [row.name for row in found.rows] == [FULL, "heads 0.4"]
+    assert (found.rows[1].method, found.rows[1].retained) == ("heads", 0.4)
     assert found.full.by["images"]["2"].questions == 2
 
 

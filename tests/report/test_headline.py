@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from capsight.report import read_bench, read_demo, read_eval
+from capsight.report import BenchFile, DemoFile, EvalFile, read
 from capsight.report.headline import chosen_row, headline
 from report import samples
 
 
 @pytest.fixture
 def evaluation(tmp_path):
-    return lambda values: read_eval(samples.write(tmp_path, "e", values))
+    return lambda values: read(EvalFile, samples.write(tmp_path, "e", values))
 
 
 def test_the_smallest_row_within_a_point_speaks(evaluation):
@@ -22,7 +22,7 @@ def test_the_smallest_row_within_a_point_speaks(evaluation):
 
 
 def test_gain_and_cost_with_speed(evaluation, tmp_path):
-    bench = read_bench(samples.write(tmp_path, "b", samples.bench_json()))
+    bench = read(BenchFile, samples.write(tmp_path, "b", samples.bench_json()))
     found = headline(evaluation(samples.eval_json()), bench, None, "heads")
     sentence = found.sentence.replace("\xa0", " ")
     assert sentence == (
@@ -38,7 +38,7 @@ def test_a_better_answer_is_a_gain_and_a_slower_decode_a_cost(evaluation, tmp_pa
     values["methods"]["heads 0.4"] |= {"drop": -0.4}
     for row in timings["rows"]:
         row["tokens_per_s"] = 100 if row["method"] == "full" else 70
-    bench = read_bench(samples.write(tmp_path, "b", timings))
+    bench = read(BenchFile, samples.write(tmp_path, "b", timings))
     sentence = headline(evaluation(values), bench, None, "heads").sentence
     gains, costs = sentence.split("; it costs ")
     assert "0.4 points of right answers" in gains
@@ -54,12 +54,12 @@ def test_no_difference_is_called_none(evaluation):
 
 
 def test_demo_and_bench_alone(tmp_path):
-    demo = read_demo(samples.write(tmp_path, "d", samples.demo_json()))
+    demo = read(DemoFile, samples.write(tmp_path, "d", samples.demo_json()))
     assert "2.1x smaller and 1 of 2 answers are right, against 2" in headline(None, None, demo, "x").sentence
     values = samples.bench_json()
     faster = [row | {"decode": "latent", "tokens_per_s": 1e6} for row in values["rows"] if row["retained"]]
     values["rows"] += faster  # with other bytes than those of the evaluation: not for the headline
-    bench = read_bench(samples.write(tmp_path, "b", values))
+    bench = read(BenchFile, samples.write(tmp_path, "b", values))
     assert "1.08x the decode speed" in headline(None, bench, None, "heads").sentence
     assert bench.names() == ["full", "heads 0.4", "heads 0.4 latent"]
     assert headline(None, bench, None, "magic") is None

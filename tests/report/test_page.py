@@ -11,7 +11,7 @@ import pytest
 
 from capsight.errors import OptionError
 from capsight.kvcapsule.budget import LayerNeeds
-from capsight.report import Material, build_report, read_bench, read_eval
+from capsight.report import BenchFile, EvalFile, Material, build_report, read
 from report import samples
 
 SECTIONS = ["accuracy", "by-images", "by-task", "speed", "ttft", "bench", "demo", "head-map",
@@ -91,7 +91,7 @@ def test_the_same_files_give_the_same_page(everything):
 
 
 def test_several_evaluations(everything, tmp_path):
-    within = read_eval(samples.write(tmp_path, "within", samples.eval_json("within")))
+    within = read(EvalFile, samples.write(tmp_path, "within", samples.eval_json("within")))
     page = build_report(replace(everything, evaluations=(*everything.evaluations, within)))
     assert sections(page)[:6] == [
         f"{name}-{n}" for n in (1, 2) for name in ("accuracy", "by-images", "by-task")
@@ -103,14 +103,14 @@ def test_several_evaluations(everything, tmp_path):
 def test_a_bench_of_one_batch_and_length_has_its_table_only(tmp_path):
     values = samples.bench_json()
     values["rows"] = [row for row in values["rows"] if (row["batch"], row["images"]) == (1, 4)]
-    page = build_report(Material(bench=read_bench(samples.write(tmp_path, "b", values))))
+    page = build_report(Material(bench=read(BenchFile, samples.write(tmp_path, "b", values))))
     assert sections(page) == ["bench", "machine"]
 
 
 def test_an_evaluation_of_the_full_cache_alone_beside_a_demo(everything, tmp_path):
     values = samples.eval_json()
     values["methods"] = {"full": values["methods"]["full"]}
-    only = read_eval(samples.write(tmp_path, "full", values))
+    only = read(EvalFile, samples.write(tmp_path, "full", values))
     page = build_report(Material(evaluations=(only,), demo=everything.demo))
     assert "On one prompt of 6 images" in page
     assert sections(page) == ["accuracy", "by-images", "by-task", "demo", "machine"]

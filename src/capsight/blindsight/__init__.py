@@ -26,20 +26,33 @@ prompt, so all layers share them. A single query sees all keys in every category
 decoding need not come here.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from capsight.blindsight.attention import Implementation, sparse_attention
 from capsight.blindsight.calibrate import CriterionName, HeldOut, Prompt, Thresholds, calibrate, prompts
 from capsight.blindsight.categories import SPARSE, Category, MaskOptions
-from capsight.blindsight.draw import draw_attention, draw_head_map
 from capsight.blindsight.flops import PrefillFlops, attention_flops, prefill_flops, visible_pairs
 from capsight.blindsight.head_map import CalibrationRecord, HeadMap
 from capsight.blindsight.masks import reference_mask
 from capsight.blindsight.rule import CAUSAL, BaseRule
+
+if TYPE_CHECKING:
+    from capsight.blindsight.draw import draw_attention, draw_head_map
 
 
 class BlindSight:
     """The facade: `BlindSight.calibrate(...)` gives a `HeadMap`; everything else is a function of one."""
 
     calibrate = staticmethod(calibrate)
+
+
+def __getattr__(name: str) -> Any:
+    """Drawing is loaded when it is asked for: it needs matplotlib."""
+    if name in ("draw_attention", "draw_head_map"):
+        from capsight.blindsight import draw
+
+        return getattr(draw, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from capsight.blindsight import head_map_file
 from capsight.blindsight.categories import SPARSE, Category, MaskOptions
 from capsight.errors import ModelMismatchError, OptionError
+from capsight.files import checked
 
 Categories = tuple[Category, ...]
 """One category per query head of a layer."""
@@ -55,7 +58,7 @@ class HeadMap:
         calibration: how it was found; None for maps made by hand.
 
     Raises:
-        OptionError: there are no layers or heads, or layers differ in their number of heads.
+        OptionError: there are no layers or heads, or layers (or votes) differ in their number of heads.
     """
 
     categories: tuple[Categories, ...]
@@ -68,6 +71,9 @@ class HeadMap:
         sizes = {len(layer) for layer in self.categories}
         if len(sizes) != 1 or sizes == {0}:
             raise OptionError(f"a head map needs the same number of heads in each layer, not {sorted(sizes)}")
+        for votes in self.calibration.votes.values() if self.calibration else ():
+            if [len(layer) for layer in votes] != [self.num_heads] * self.num_layers:
+                raise OptionError("votes are not of the shape of the categories")
 
     @classmethod
     def uniform(
@@ -188,9 +194,7 @@ class HeadMap:
         Raises:
             CapsuleFileError: it cannot be written.
         """
-        from capsight.blindsight.head_map_file import write
-
-        return write(self, Path(folder))
+        return head_map_file.write(asdict(self), Path(folder))
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str]) -> HeadMap:
@@ -200,11 +204,10 @@ class HeadMap:
             source: the folder, the file itself, "reference" (the shipped one), or a hub repository id.
 
         Raises:
-            CapsuleFileError: it is not there, or not a head map.
+            CapsuleFileError: it is not there, was changed since it was written, or is no head map.
         """
-        from capsight.blindsight.head_map_file import read
-
-        return read(source)
+        values, path = head_map_file.read(source)
+        return checked(cls, json.dumps(values), path, "save or download the head map again")
 
     def _mapped(self, change: Callable[[int, int, Category], Category]) -> HeadMap:
         layers = (

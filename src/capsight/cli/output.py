@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from capsight.errors import OptionError
+from capsight.files import replace_file
 
 _UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -23,9 +24,7 @@ _UNITS = {
 def write_json(path: Path | None, values: dict[str, Any]) -> None:
     """Write `values` with the machine and versions beside them; nothing when `path` is None."""
     if path is not None:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(values | {"machine": machine()}, indent=2) + "\n")
-        os.replace(temporary, path)
+        replace_file(path, json.dumps(values | {"machine": machine()}, indent=2) + "\n")
 
 
 def machine() -> dict[str, Any]:

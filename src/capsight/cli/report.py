@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -12,14 +11,16 @@ from rich.console import Console
 from capsight.blindsight import HeadMap
 from capsight.cli.models import check_out
 from capsight.errors import CapsuleFileError
+from capsight.files import replace_file
 from capsight.kvcapsule import KVCapsule
 from capsight.report import (
+    BenchFile,
+    DemoFile,
+    EvalFile,
+    LayerErrors,
     Material,
     build_report,
-    read_bench,
-    read_demo,
-    read_errors,
-    read_eval,
+    read,
     read_picture,
 )
 
@@ -47,19 +48,17 @@ def report(
     """Make one self-contained HTML page: what is gained, what it costs, and every figure behind it."""
     check_out(out)
     material = Material(
-        evaluations=tuple(read_eval(path) for path in evaluation or []),
-        bench=None if bench is None else read_bench(bench),
-        demo=None if demo is None else read_demo(demo),
+        evaluations=tuple(read(EvalFile, path) for path in evaluation or []),
+        bench=None if bench is None else read(BenchFile, bench),
+        demo=None if demo is None else read(DemoFile, demo),
         head_map=None if head_map is None else HeadMap.from_pretrained(head_map),
         capsule=None if capsule is None else KVCapsule.from_pretrained(capsule).info,
-        errors=None if errors is None else read_errors(errors),
+        errors=None if errors is None else read(LayerErrors, errors),
         attention=tuple(read_picture(path) for path in attention or []),
     )
     page = build_report(material, method)
-    temporary = out.with_name(out.name + ".tmp")
     try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, out)
+        replace_file(out, page)
     except OSError as error:
         raise CapsuleFileError(f"cannot write {out}: {error.strerror or error}") from error
     Console().print(f"report: {out}")

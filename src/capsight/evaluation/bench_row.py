@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+
+Count = Annotated[int, Field(ge=0)]
+Size = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +35,16 @@ class BenchRow:
     """
 
     method: str
-    retained: float | None
-    batch: int
-    images: int
-    prompt_tokens: int
-    ttft_s: float
-    tokens_per_s: float
-    kv_bytes: int | None
-    module_bytes: int = 0
+    retained: Positive | None
+    batch: Size
+    images: Count
+    prompt_tokens: Size
+    ttft_s: Positive
+    tokens_per_s: Positive
+    kv_bytes: Count | None
+    module_bytes: Count = 0
     encode_s: float | None = None
-    peak_bytes: int | None = None
+    peak_bytes: Count | None = None
     decode: str | None = None
 
     @property

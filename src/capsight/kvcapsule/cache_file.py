@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from capsight.errors import CapsightError, CapsuleFileError, LayoutError, ModelMismatchError, OptionError
+from capsight.files import replace_file
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.cache_parts import put_together, take_apart
 from capsight.kvcapsule.capsule import KVCapsule
@@ -180,19 +180,8 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Put a file at `path` in one step: a temporary file beside it, flushed to disk, then renamed."""
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.")
-        os.close(descriptor)
-        try:
-            save_file(tensors, temporary, metadata)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CapsuleFileError(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -20,9 +18,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from capsight.errors import CapsuleFileError
+from capsight.files import only_writer, read_bytes, read_header, replace_file, write_header
 
 HEADER_FILE = "capsule.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 _TENSORS_FILE = re.compile(r"capsule-[0-9a-f]{16}\.safetensors")
 
@@ -45,14 +44,16 @@ def write_folder(folder: Path, kind: str, header: Mapping[str, Any], tensors: Ma
     data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     checksum = hashlib.sha256(data).hexdigest()
     name = f"capsule-{checksum[:16]}.safetensors"
-    full = {"format": kind, "format_version": FORMAT_VERSION, "tensors": name, "sha256": checksum, **header}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / name, data)
-        _replace(folder / HEADER_FILE, (json.dumps(full, indent=2, sort_keys=True) + "\n").encode())
-        for stale in folder.iterdir():
-            if _TENSORS_FILE.fullmatch(stale.name) and stale.name != name:
-                stale.unlink()
+        with only_writer(folder) as alone:
+            replace_file(folder / name, data)
+            write_header(
+                folder / HEADER_FILE, kind, FORMAT_VERSION, {**header, "tensors": name, "sha256": checksum}
+            )
+            for stale in folder.iterdir() if alone else ():  # else another writer may be about to name it
+                if _TENSORS_FILE.fullmatch(stale.name) and stale.name != name:
+                    stale.unlink()
     except OSError as error:
         raise CapsuleFileError(f"cannot write {folder}: {error.strerror or error}") from error
 
@@ -68,18 +69,7 @@ def read_folder(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tens
         CapsuleFileError: a file is missing, truncated, changed since it was written, of another kind
             or format version, or holds NaN or infinite numbers.
     """
-    header = _read_header(folder / HEADER_FILE, kind)
-    name, checksum = header.get("tensors"), header.get("sha256")
-    if not isinstance(name, str) or not _TENSORS_FILE.fullmatch(name):
-        raise CapsuleFileError(
-            f"{folder / HEADER_FILE} does not name its tensors file; save the capsule again"
-        )
-    data = _read(folder / name)
-    if hashlib.sha256(data).hexdigest() != checksum:
-        raise CapsuleFileError(
-            f"{folder / name} is truncated or was changed: its checksum is not the one in {HEADER_FILE}; "
-            "copy or download the folder again"
-        )
+    header, name, data = _consistent(folder, kind)
     try:
         tensors = load(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -111,41 +101,23 @@ def locate(source: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-def _read_header(path: Path, kind: str) -> dict[str, Any]:
-    try:
-        header = json.loads(_read(path))
-    except ValueError as error:  # also what is not UTF-8
-        raise CapsuleFileError(f"{path} is not JSON ({error}); save the capsule again") from error
-    if not isinstance(header, dict) or header.get("format") != kind:
-        raise CapsuleFileError(f"{path} does not describe a {kind}")
-    version = header.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, (bool, float)):
+def _consistent(folder: Path, kind: str) -> tuple[dict[str, Any], str, bytes]:
+    """The header, and the name and content of the tensors file that it names."""
+    header = read_header(folder / HEADER_FILE, kind, FORMAT_VERSION, "capsule")
+    name, checksum = header.get("tensors"), header.get("sha256")
+    if not isinstance(name, str) or not _TENSORS_FILE.fullmatch(name):
         raise CapsuleFileError(
-            f"{path} has format version {version!r}, this capsight reads {FORMAT_VERSION}; "
-            "use the capsight that wrote it, or fit again"
+            f"{folder / HEADER_FILE} does not name its tensors file; save the capsule again"
         )
-    return header
-
-
-def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise CapsuleFileError(f"{path} is missing; is this the folder of a saved capsule?") from error
-    except OSError as error:
-        raise CapsuleFileError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one step: a temporary file beside it, flushed to disk, then renamed."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        data = read_bytes(folder / name, "capsule")
+    except CapsuleFileError:
+        if read_header(folder / HEADER_FILE, kind, FORMAT_VERSION, "capsule") != header:
+            return _consistent(folder, kind)  # it was saved again meanwhile
         raise
+    if hashlib.sha256(data).hexdigest() != checksum:
+        raise CapsuleFileError(
+            f"{folder / name} is truncated or was changed: its checksum is not the one in {HEADER_FILE}; "
+            "copy or download the folder again"
+        )
+    return header, name, data

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from capsight.report.eval_file import FULL, Cell, EvalFile, MethodRow
+from capsight.report.inputs import FULL, Cell, EvalFile, MethodRow
 from capsight.report.svg import INK, MARKERS, MUTED, SERIES, inline, legend, new_figure
 
 MOST_GROUPED = 6
@@ -19,7 +19,7 @@ NEAR = 1.25
 
 def methods_of(file: EvalFile, ours: str) -> list[str]:
     """The methods beside the full cache, `ours` first."""
-    found = dict.fromkeys(row.method for row in file.methods if row.name != FULL)
+    found = dict.fromkeys(row.method for row in file.rows if row.name != FULL)
     return sorted(found, key=lambda method: method != ours)
 
 
@@ -27,14 +27,14 @@ def curves(file: EvalFile, ours: str, name: str) -> str:
     """Exact match against KV bytes, one line per method, with 95 % intervals."""
     figure, (axes,) = new_figure(8.6, 4.4)
     full = file.full
-    axes.axhspan(full.all.low, full.all.high, color=MUTED, alpha=0.12, linewidth=0)
-    axes.axhline(full.all.percent, color=INK, linewidth=1.4, linestyle="--", label="full cache")
+    axes.axhspan(*full.interval, color=MUTED, alpha=0.12, linewidth=0)
+    axes.axhline(full.exact_match, color=INK, linewidth=1.4, linestyle="--", label="full cache")
     for index, method in enumerate(methods_of(file, ours)):
-        rows = sorted((r for r in file.methods if r.method == method), key=lambda r: r.share)
+        rows = sorted((r for r in file.rows if r.method == method), key=lambda r: r.share)
         axes.errorbar(
             [100 * row.share for row in rows],
-            [row.all.percent for row in rows],
-            yerr=_errors([row.all for row in rows]),
+            [row.exact_match for row in rows],
+            yerr=_errors(rows),
             label=method,
             zorder=10 if method == ours else 3,
             **_style(index, method == ours),
@@ -50,11 +50,11 @@ def comparable(file: EvalFile, chosen: MethodRow) -> list[MethodRow]:
     """The full cache, `chosen`, and of every other method the row of about the same bytes, best first."""
     others = []
     for method in methods_of(file, chosen.method)[1:]:
-        rows = [row for row in file.methods if row.method == method]
+        rows = [row for row in file.rows if row.method == method]
         nearest = min(rows, key=lambda row: abs(row.share - chosen.share))
         if 1 / NEAR <= nearest.share / chosen.share <= NEAR:
             others.append(nearest)
-    others.sort(key=lambda row: -row.all.percent)
+    others.sort(key=lambda row: -row.exact_match)
     return [file.full, chosen, *others]
 
 
@@ -80,7 +80,7 @@ def by_group(file: EvalFile, rows: Sequence[MethodRow], ours: str, group: str, l
         else:
             style = _style(0, False) | {"color": INK}
         axes.errorbar(
-            [cell.percent for cell in cells],
+            [cell.exact_match for cell in cells],
             at,
             xerr=_errors(cells),
             label="full cache" if row.name == FULL else row.name,
@@ -102,8 +102,8 @@ def _separate(axes: Axes, groups: int) -> None:
 
 
 def _errors(cells: Sequence[Cell]) -> list[list[float]]:
-    below = [max(cell.percent - cell.low, 0) for cell in cells]
-    return [below, [max(cell.high - cell.percent, 0) for cell in cells]]
+    below = [max(cell.exact_match - cell.interval[0], 0) for cell in cells]
+    return [below, [max(cell.interval[1] - cell.exact_match, 0) for cell in cells]]
 
 
 def _style(index: int, strong: bool) -> dict[str, Any]:

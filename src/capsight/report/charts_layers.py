@@ -9,7 +9,7 @@ from capsight.blindsight.categories import Category
 from capsight.blindsight.head_map import HeadMap
 from capsight.kvcapsule.budget import LayerNeeds
 from capsight.kvcapsule.info import CapsuleInfo
-from capsight.report.layer_files import LayerErrors
+from capsight.report.inputs import LayerErrors
 from capsight.report.svg import INK, MUTED, SERIES, inline, new_figure
 
 COLOURS: dict[Category, str] = {
@@ -72,8 +72,12 @@ def needs(info: CapsuleInfo, found: LayerNeeds, name: str) -> str:
 def errors(found: LayerErrors, name: str) -> str:
     """Relative error of rebuilt keys and values, by layer."""
     figure, (axes,) = new_figure(8.6, 2.8)
-    for index, (label, values) in enumerate((("keys", found.keys), ("values", found.values))):
-        axes.plot(found.index, values, label=label, color=SERIES[index], marker="os"[index], markersize=5)
+    layers = sorted(found.layers, key=lambda layer: layer.index)
+    lines = ("keys", [layer.keys for layer in layers]), ("values", [layer.values for layer in layers])
+    for colour, marker, (label, values) in zip(SERIES, "os", lines, strict=False):
+        axes.plot(
+            [layer.index for layer in layers], values, label=label, color=colour, marker=marker, markersize=5
+        )
     axes.set_ylim(bottom=0)
     axes.set_xlabel("layer")
     axes.set_ylabel("relative error")

@@ -7,8 +7,7 @@ from collections import defaultdict
 from matplotlib.axes import Axes
 
 from capsight.evaluation.bench_row import BenchRow
-from capsight.report.bench_file import BenchFile
-from capsight.report.eval_file import FULL
+from capsight.report.inputs import FULL, BenchFile
 from capsight.report.svg import INK, MARKERS, SERIES, inline, legend, new_figure
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
-from capsight.report.bench_file import BenchFile
-from capsight.report.demo_file import DemoFile
-from capsight.report.eval_file import FULL, EvalFile, MethodRow
+from capsight.report.inputs import FULL, BenchFile, DemoFile, EvalFile, MethodRow
 
 TOLERANCE = 1.0
 """Points of exact match that the headline's row may lose, where any row loses so little."""
@@ -44,7 +42,7 @@ def chosen_row(file: EvalFile, method: str) -> MethodRow | None:
     Returns:
         None where the file has no row of the method.
     """
-    rows = [row for row in file.methods if row.method == method and row.name != FULL]
+    rows = [row for row in file.rows if row.method == method and row.name != FULL]
     within = [row for row in rows if row.drop <= TOLERANCE]
     if within:
         return min(within, key=lambda row: row.share)
@@ -74,7 +72,7 @@ def _from_eval(full: MethodRow, row: MethodRow, speed: tuple[float, float] | Non
         else f", keeping {100 * row.retained:.0f}\xa0% of each image's keys and values"
     )
     smaller, chance = 1 / row.share, row.p_value >= SIGNIFICANT
-    against = f"{row.all.percent:.1f}\xa0% against {full.all.percent:.1f}\xa0%"
+    against = f"{row.exact_match:.1f}\xa0% against {full.exact_match:.1f}\xa0%"
     points = f"{abs(row.drop):.1f} points of" if round(row.drop, 1) else "no"
     answers = f"{points} right answers ({against}{', could be chance' if chance else ''})"
     gains = [f"a KV cache {smaller:.1f}x smaller"] if smaller > 1 else []
@@ -93,7 +91,7 @@ def _from_eval(full: MethodRow, row: MethodRow, speed: tuple[float, float] | Non
 
 
 def _from_demo(demo: DemoFile) -> Headline:
-    full, ours, asked = demo.full, demo.ours, len(demo.questions)
+    (full, ours), asked = demo.both, len(demo.questions)
     smaller = full.kv_bytes / ours.kv_bytes
     speed = ours.tokens_per_s / full.tokens_per_s, ours.ttft_s / full.ttft_s
     sentence = (

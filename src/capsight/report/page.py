@@ -11,11 +11,8 @@ from capsight.blindsight.head_map import HeadMap
 from capsight.errors import OptionError
 from capsight.kvcapsule.info import CapsuleInfo
 from capsight.report import sections, sections_layers
-from capsight.report.bench_file import BenchFile
-from capsight.report.demo_file import DemoFile
-from capsight.report.eval_file import EvalFile
 from capsight.report.headline import headline
-from capsight.report.layer_files import LayerErrors
+from capsight.report.inputs import BenchFile, DemoFile, EvalFile, LayerErrors
 from capsight.report.picture_file import Picture
 from capsight.report.sections import Section
 from capsight.report.style import CSS
@@ -60,7 +57,7 @@ def build_report(material: Material, method: str = "heads") -> str:
         raise OptionError("there is nothing to report on; give the JSON of an eval, a bench or a demo")
     top = headline(evaluation, material.bench, material.demo, method)
     if top is None:
-        names = {row.method for file in material.evaluations for row in file.methods}
+        names = {row.method for file in material.evaluations for row in file.rows}
         names |= {row.method for row in material.bench.rows} if material.bench else set()
         raise OptionError(
             f"no file has figures of the method {method!r}; there are {', '.join(sorted(names))}"

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from html import escape
 
 from capsight.report import charts_accuracy, charts_speed
-from capsight.report.bench_file import BenchFile
-from capsight.report.demo_file import DemoFile
-from capsight.report.eval_file import EvalFile
 from capsight.report.headline import chosen_row
+from capsight.report.inputs import BenchFile, DemoCost, DemoFile, EvalFile
 from capsight.report.tables import folded, group_table, human_bytes, methods_table, table
 
 _PROTOCOLS = {
@@ -47,15 +45,15 @@ class Section:
 def accuracy(file: EvalFile, ours: str, suffix: str) -> Iterator[Section]:
     """Curves, the table, and the two groupings of one evaluation."""
     chosen = chosen_row(file, ours)
-    questions = file.full.all.questions
+    questions = file.full.questions
     protocol = _PROTOCOLS.get(file.protocol, "")
     where = f" ({file.protocol})" if suffix else ""
-    rows = list(file.methods) if chosen is None else charts_accuracy.comparable(file, chosen)
+    rows = list(file.rows) if chosen is None else charts_accuracy.comparable(file, chosen)
     body = methods_table(rows, chosen)
-    if len(file.methods) > 1:
+    if len(file.rows) > 1:
         body = f"<figure>{charts_accuracy.curves(file, ours, f'curves{suffix}')}</figure>{body}"
-    if len(file.methods) > len(rows):
-        body += folded("every method at every budget", methods_table(file.methods, chosen))
+    if len(file.rows) > len(rows):
+        body += folded("every method at every budget", methods_table(file.rows, chosen))
     yield Section(
         f"accuracy{suffix}",
         f"Accuracy against memory{where}",
@@ -72,7 +70,7 @@ def accuracy(file: EvalFile, ours: str, suffix: str) -> Iterator[Section]:
                 f"Accuracy by {title}{where}",
                 f"Further right is better.{of}",
                 f"<figure>{chart}</figure>"
-                + folded("every method at every budget", group_table(file.methods, group, label)),
+                + folded("every method at every budget", group_table(file.rows, group, label)),
             )
 
 
@@ -125,22 +123,22 @@ def demo(file: DemoFile) -> Section:
         mark, kind = ("✓", "good") if right else ("✗", "bad")
         return f'<span class="{kind}">{mark}</span> {escape(answer)}'
 
-    sides = (file.full, file.ours)
+    sides = file.both
     rows = [
-        [escape(question), escape(answer), *(verdict(s.answers[i], s.right[i]) for s in sides)]
-        for i, (question, answer) in enumerate(file.questions)
+        [escape(asked.question), escape(asked.answer), *(verdict(s.answers[i], s.right[i]) for s in sides)]
+        for i, asked in enumerate(file.questions)
     ]
-    found = [(s.name, s.module_bytes, (s.kv_bytes, s.ttft_s, s.tokens_per_s)) for s in sides]
+    found: list[tuple[str, int, DemoCost]] = [(s.name, s.module_bytes, s) for s in sides]
     found += [(f"{s.name}, latent decode", s.module_bytes, s.latent) for s in sides if s.latent]
     costs = [
         [
             escape(name),
-            human_bytes(kv_bytes),
+            human_bytes(cost.kv_bytes),
             human_bytes(modules) if modules else "",
-            f"{ttft_s * 1e3:,.0f} ms",
-            f"{tokens_per_s:,.0f}",
+            f"{cost.ttft_s * 1e3:,.0f} ms",
+            f"{cost.tokens_per_s:,.0f}",
         ]
-        for name, modules, (kv_bytes, ttft_s, tokens_per_s) in found
+        for name, modules, cost in found
     ]
     heads = ("question", "right answer", *(side.name for side in sides))
     body = table(heads, rows, left=4) + table(("", "KV cache", "modules", "first token", "tokens/s"), costs)

@@ -9,7 +9,7 @@ from capsight.blindsight.categories import Category
 from capsight.blindsight.head_map import HeadMap
 from capsight.kvcapsule.info import CapsuleInfo
 from capsight.report import charts_layers
-from capsight.report.layer_files import LayerErrors
+from capsight.report.inputs import LayerErrors
 from capsight.report.picture_file import Picture
 from capsight.report.sections import Section
 from capsight.report.svg import VARIABLES

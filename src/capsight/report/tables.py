@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from capsight.report.eval_file import FULL, MethodRow
 from capsight.report.headline import SIGNIFICANT, Tile, signed
+from capsight.report.inputs import FULL, MethodRow
 
 
 def table(
@@ -43,12 +43,12 @@ def methods_table(rows: Sequence[MethodRow], chosen: MethodRow | None) -> str:
             drop = f'<span class="{"bad" if row.drop > 0 else "good"}">{drop}</span>' if real else drop
             p = "&lt; 0.001" if row.p_value < 0.001 else f"{row.p_value:.3f}"
             agreement, kl = f"{row.agreement:.1f}", f"{row.kl:.4f}"
-        interval = f"{row.all.low:.1f}-{row.all.high:.1f}"
+        interval = f"{row.interval[0]:.1f}-{row.interval[1]:.1f}"
         return [
             escape(name),
             f"{100 * row.share:.0f} %",
             human_bytes(row.module_bytes) if row.module_bytes else "",
-            f"{row.all.percent:.1f}",
+            f"{row.exact_match:.1f}",
             interval,
             drop,
             p,
@@ -80,7 +80,7 @@ def group_table(rows: Sequence[MethodRow], group: str, label: str) -> str:
     )
     body = [
         [escape("full cache" if row.name == FULL else row.name)]
-        + [f"{row.by[group][value].percent:.1f}" if value in row.by[group] else "" for value in values]
+        + [f"{row.by[group][value].exact_match:.1f}" if value in row.by[group] else "" for value in values]
         for row in rows
     ]
     body.append(["questions", *(f"{rows[0].by[group][value].questions:,}" for value in values)])
