@@ -35,7 +35,10 @@ def test_tokens_and_delimiters(vlm, size, count):
     assert len(CapsulePlan.from_layout(planned).runs) == len(CapsulePlan.from_layout(real).runs)
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava_onevision"])
+PIXELS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava_onevision", "llava", "llava_next"]
+
+
+@pytest.mark.parametrize("name", [*PIXELS, "glm4v", "glm_ocr", "mistral3", "pixtral", "paddleocr_vl"])
 def test_pixels(name):
     vlm = FAMILIES[name]()
     images = [vlm.picture(seed, vlm.other_size) for seed in range(2)]

@@ -4,13 +4,17 @@
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 from tiny import (
     gemma3,
+    glm4v,
     idefics3,
     internvl,
+    llava,
     llava_onevision,
+    mistral3,
+    paddleocr_vl,
     qwen2_5_vl,
     qwen2_vl,
     qwen3_vl,
@@ -18,15 +22,21 @@ from tiny import (
 )
 from tiny.base import TinyVLM, clip, picture
 
-FAMILIES: dict[str, Callable[[], TinyVLM]] = {
-    "qwen2_vl": cache(qwen2_vl.build),
-    "qwen2_5_vl": cache(qwen2_5_vl.build),
-    "qwen3_vl": cache(qwen3_vl.build),
-    "gemma3": cache(gemma3.build),
-    "llava_onevision": cache(llava_onevision.build),
-    "internvl": cache(internvl.build),
-    "smolvlm": cache(smolvlm.build),
-    "idefics3": cache(idefics3.build),
+_BUILD: dict[str, Callable[[], TinyVLM]] = {
+    "qwen2_vl": qwen2_vl.build,
+    "qwen2_5_vl": qwen2_5_vl.build,
+    "qwen3_vl": qwen3_vl.build,
+    "gemma3": gemma3.build,
+    "llava_onevision": llava_onevision.build,
+    "internvl": internvl.build,
+    "smolvlm": smolvlm.build,
+    "idefics3": idefics3.build,
+    "mistral3": mistral3.build,
+    "pixtral": partial(mistral3.build, "pixtral"),
+    "paddleocr_vl": paddleocr_vl.build,
+    **{name: partial(glm4v.build, name) for name in glm4v.CLASSES},
+    **{name: partial(llava.build, name) for name in llava.CLASSES},
 }
+FAMILIES: dict[str, Callable[[], TinyVLM]] = {name: cache(build) for name, build in _BUILD.items()}
 
 __all__ = ["FAMILIES", "TinyVLM", "clip", "picture"]

@@ -9,20 +9,24 @@ from typing import Any
 from capsight.errors import OptionError
 from capsight.layout import PromptLayout, RowLayout, VisionBlock
 from capsight.layout.families import family_for
-from capsight.planning.vision import Grid
+from capsight.layout.families.llava import base_tokens
+from capsight.layout.families.llava_onevision import unpadded
+from capsight.planning.vision import Grid, merge_side, pixtral
 
 ImageGrids = tuple[Grid, ...]
 """One image: the token grids (height, width) of its blocks; more than one where it is cut into tiles."""
 
 _TILED_BY_PROCESSOR = ("internvl", "smolvlm", "idefics3")
+_LLAVA = ("llava", "vipllava", "llava_next")
 
 
 def grids_of_size(config: Any, width: int, height: int, alone: bool = False) -> ImageGrids:
     """The blocks of an image of `width` x `height` pixels.
 
-    Qwen-VL: each side is rounded to a multiple of patch x merge; the processor's own limits on the
-    number of pixels are not in the config, so give a size within them. Gemma 3: a fixed number of
-    tokens. LLaVA-OneVision: a fixed number where the prompt has several images.
+    Qwen-VL, GLM, PaddleOCR-VL, Pixtral: each side is rounded to a multiple of patch x merge (Pixtral:
+    up, and a break is added to each row); the processor's own limits on the number of pixels are not in
+    the config, so give a size within them. Gemma 3, LLaVA: a fixed number of tokens. LLaVA-OneVision: a
+    fixed number where the prompt has several images. LLaVA-NeXT: the picture, then in tiles.
 
     Args:
         config: of the whole vision-language model.
@@ -38,9 +42,14 @@ def grids_of_size(config: Any, width: int, height: int, alone: bool = False) -> 
     if min(width, height) < 1:
         raise OptionError(f"an image of {width}x{height} pixels has no tokens; give sizes such as 448x224")
     vision, kind = config.vision_config, config.model_type
-    if kind.startswith("qwen"):
-        step = vision.patch_size * vision.spatial_merge_size
+    if merge := merge_side(config):
+        step = vision.patch_size * merge
+        if pixtral(config):
+            return ((math.ceil(height / step), math.ceil(width / step) + 1),)
         return ((max(round(height / step), 1), max(round(width / step), 1)),)
+    if kind == "llava_next":
+        rows, columns = unpadded((height, width), vision.image_size // vision.patch_size, config)
+        return squarest(tile_tokens(config)), (rows, columns + 1)
     if kind in _TILED_BY_PROCESSOR or (kind == "llava_onevision" and alone):
         raise OptionError(
             f"how {kind} cuts a {width}x{height} image into tiles is in its processor, not in its config; "
@@ -53,7 +62,7 @@ def grids_of_tokens(config: Any, tokens: int) -> ImageGrids:
     """The blocks of an image of so many vision tokens, delimiters not counted.
 
     Where the family cuts images into tiles, the tokens are those of whole tiles; of
-    LLaVA-OneVision, those of the base picture and then of the tiled one, if any.
+    LLaVA-NeXT and LLaVA-OneVision, those of the base picture and then of the tiled one, if any.
 
     Raises:
         UnsupportedModelError: the family is not known.
@@ -62,10 +71,10 @@ def grids_of_tokens(config: Any, tokens: int) -> ImageGrids:
     family_for(config)
     if tokens < 1:
         raise OptionError(f"an image has at least one vision token, not {tokens}")
-    if config.model_type.startswith("qwen"):
+    if merge_side(config):
         return (squarest(tokens),)
     tile = tile_tokens(config)
-    if config.model_type == "llava_onevision" and tokens > tile:
+    if config.model_type in ("llava_onevision", "llava_next") and tokens > tile:
         return squarest(tile), squarest(tokens - tile)
     if tokens % tile:
         raise OptionError(f"{config.model_type} images have a multiple of {tile} vision tokens, not {tokens}")
@@ -91,7 +100,7 @@ def mix_layout(config: Any, images: Sequence[ImageGrids], text_tokens: int) -> P
     at = 0
     for image, grids in enumerate(images):
         for index, (height, width) in enumerate(grids):
-            before, after = _delimiters(config.model_type, index, len(grids))
+            before, after = (0, 0) if pixtral(config) else _delimiters(config.model_type, index, len(grids))
             start, end = at + before, at + before + height * width
             own = (*range(at, start), *range(end, end + after))
             blocks.append(VisionBlock(start, end, "image", (1, height, width), image, own))
@@ -100,12 +109,14 @@ def mix_layout(config: Any, images: Sequence[ImageGrids], text_tokens: int) -> P
 
 
 def tile_tokens(config: Any) -> int:
-    """Vision tokens of one tile (Gemma 3, LLaVA-OneVision: of one picture) of a family with fixed tiles."""
+    """Vision tokens of one tile (Gemma 3, LLaVA: of one picture) of a family with fixed tiles."""
     vision, kind = config.vision_config, config.model_type
     if kind == "gemma3":
         return int(config.mm_tokens_per_image)
     if kind == "internvl":
         return int(config.image_seq_length)
+    if kind in _LLAVA:
+        return base_tokens(config)
     scale = config.scale_factor if kind in ("smolvlm", "idefics3") else 1
     return int(vision.image_size // vision.patch_size // scale) ** 2
 
@@ -119,6 +130,8 @@ def squarest(tokens: int) -> Grid:
 def _delimiters(kind: str, index: int, tiles: int) -> tuple[int, int]:
     """Delimiter tokens that processors write before and after tile `index` of an image of `tiles` tiles."""
     first, last = index == 0, index == tiles - 1
+    if kind in _LLAVA:
+        return 0, 0
     if kind == "llava_onevision":
         return 0, int(last and tiles == 1)
     if kind == "internvl":

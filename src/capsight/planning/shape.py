@@ -16,7 +16,7 @@ from capsight.layout.families import family_for
 from capsight.planning.vision import VisionShape
 
 _NOT_MULTIPLIED = ("embed_tokens", "position", "pos_embed", "cls_token", "mask_token", "lm_head")
-_TO_TEXT = ("merger", "projector", "connector")
+_TO_TEXT = ("merger", "projector", "connector", "downsample")
 _VISION = ("visual", "vision_tower", "vision_model")
 
 
@@ -101,7 +101,7 @@ def _layers(config: Any) -> tuple[LayerShape, ...]:
 def _count_weights(model: nn.Module, config: Any) -> tuple[int, int, int, int]:
     """Weights in matrix products: per text token, per patch, per vision token, per patch of pixels."""
     text_config = config.get_text_config(decoder=True)
-    experts = getattr(text_config, "num_experts", None) or 1
+    experts = getattr(text_config, "num_experts", getattr(text_config, "n_routed_experts", None)) or 1
     active = getattr(text_config, "num_experts_per_tok", None) or 1
     text = patch = token = pixels = 0
     for name, parameter in model.named_parameters():

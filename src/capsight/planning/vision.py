@@ -23,6 +23,7 @@ class VisionShape:
         window: side of a window in tokens; 0 where there are no windows.
         patches_per_token: patches that are merged into one vision token.
         class_tokens: tokens of a block beside its patches.
+        breaks: columns of a block's grid that no patch makes.
     """
 
     pixels: int
@@ -34,6 +35,7 @@ class VisionShape:
     window: int
     patches_per_token: int
     class_tokens: int
+    breaks: int
 
     @classmethod
     def of(cls, config: Any, pixels: int, patch: int, token: int) -> VisionShape:
@@ -41,8 +43,8 @@ class VisionShape:
         vision, kind = config.vision_config, config.model_type
         depth = getattr(vision, "depth", None) or vision.num_hidden_layers
         window_layers = window = class_tokens = 0
-        if kind.startswith("qwen"):
-            merged = vision.spatial_merge_size**2
+        if merge := merge_side(config):
+            merged = merge**2
         elif kind == "gemma3":
             merged = (vision.image_size // vision.patch_size) ** 2 // config.mm_tokens_per_image
         elif kind == "internvl":
@@ -50,13 +52,24 @@ class VisionShape:
         elif kind in ("smolvlm", "idefics3"):
             merged = config.scale_factor**2
         else:
-            merged = 1
+            merged, class_tokens = 1, int(vision.model_type == "clip_vision_model")
         if kind == "qwen2_5_vl":
             window_layers = depth - len(vision.fullatt_block_indexes)
             window = vision.window_size // vision.patch_size // vision.spatial_merge_size
         width = vision.embed_dim if kind == "qwen2_vl" else vision.hidden_size
         full = depth - window_layers
-        return cls(pixels, patch, token, width, full, window_layers, window, merged, class_tokens)
+        return cls(
+            pixels,
+            patch,
+            token,
+            width,
+            full,
+            window_layers,
+            window,
+            merged,
+            class_tokens,
+            int(pixtral(config)),
+        )
 
     def flops(self, grid: Grid) -> int:
         """FLOPs for one block of vision tokens (an image or a tile).
@@ -65,7 +78,7 @@ class VisionShape:
         `2 * (pixels * n P + patch * (n P + c) + token * n)
         + 4 * width * (layers * (n P + c)^2 + window_layers * sum over windows of (m^2 P)^2)`.
         """
-        height, width = grid
+        height, width = grid[0], grid[1] - self.breaks
         tokens = height * width
         patches = tokens * self.patches_per_token
         linear = self.pixels * patches + self.patch * (patches + self.class_tokens) + self.token * tokens
@@ -75,6 +88,18 @@ class VisionShape:
             inside = sum((a * b * self.patches_per_token) ** 2 for a in down for b in across)
             pairs += self.window_layers * inside
         return 2 * linear + 4 * self.width * pairs
+
+
+def merge_side(config: Any) -> int:
+    """Patches along a token, of families whose images have as many tokens as their size gives; else 0."""
+    if pixtral(config):
+        return int(getattr(config, "spatial_merge_size", 1))
+    return int(getattr(config.vision_config, "spatial_merge_size", 0))
+
+
+def pixtral(config: Any) -> bool:
+    """Whether images are written as rows of tokens with a break after each, the last column of a grid."""
+    return config.vision_config.model_type == "pixtral"
 
 
 def _windows(length: int, side: int) -> list[int]:

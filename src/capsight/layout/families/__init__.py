@@ -7,8 +7,13 @@ from typing import Any
 from capsight.errors import UnsupportedModelError
 from capsight.layout.families.base import Family
 from capsight.layout.families.gemma3 import Gemma3
+from capsight.layout.families.glm4v import Glm4V
 from capsight.layout.families.internvl import InternVL
+from capsight.layout.families.llava import Llava
+from capsight.layout.families.llava_next import LlavaNext
 from capsight.layout.families.llava_onevision import LlavaOnevision
+from capsight.layout.families.mistral3 import Mistral3
+from capsight.layout.families.paddleocr_vl import PaddleOCRVL
 from capsight.layout.families.qwen2_5_vl import Qwen25VL
 from capsight.layout.families.qwen2_vl import Qwen2VL
 from capsight.layout.families.qwen3_vl import Qwen3VL
@@ -22,6 +27,11 @@ _ADAPTERS: tuple[Family, ...] = (
     LlavaOnevision(),
     InternVL(),
     SmolVLM(),
+    Glm4V(),
+    Mistral3(),
+    PaddleOCRVL(),
+    Llava(),
+    LlavaNext(),
 )
 _BY_MODEL_TYPE: dict[str, Family] = {name: family for family in _ADAPTERS for name in family.model_types}
 

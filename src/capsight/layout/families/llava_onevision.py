@@ -112,23 +112,35 @@ def _base_grid(config: Any) -> Grid:
 
 
 def _detail_grid(size: tuple[int, ...], config: Any) -> Grid:
-    """Patches of the tiled picture without its padding, plus the newline column.
+    """Patches of the tiled picture, scaled down where there are too many; plus the newline column."""
+    side = _base_grid(config)[1]
+    rows, columns = unpadded(size, side, config)
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+    ratio = math.sqrt(rows * columns / (most * side**2))
+    if ratio > 1.1:
+        rows, columns = int(rows // ratio), int(columns // ratio)
+    return 1, rows, columns + 1
+
+
+def unpadded(size: tuple[int, ...], side: int, config: Any) -> tuple[int, int]:
+    """Rows and columns of patches of the tiled picture without its padding.
 
     The arithmetic, rounding included, is that of the model's `pack_image_features`.
+
+    Args:
+        size: `(height, width)` of the picture in pixels.
+        side: patches along a tile.
+        config: the model's.
     """
     height, width = size
-    side, pixels = _base_grid(config)[1], config.vision_config.image_size
+    pixels = config.vision_config.image_size
     best = _best_resolution(height, width, config.image_grid_pinpoints)
     rows, columns = best[0] // pixels * side, best[1] // pixels * side
     if width / height > columns / rows:
         rows -= (rows - int(round(height * (columns / width), 7))) // 2 * 2
     else:
         columns -= (columns - int(round(width * (rows / height), 7))) // 2 * 2
-    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
-    ratio = math.sqrt(rows * columns / (most * side**2))
-    if ratio > 1.1:
-        rows, columns = int(rows // ratio), int(columns // ratio)
-    return 1, rows, columns + 1
+    return rows, columns
 
 
 def _best_resolution(height: int, width: int, resolutions: Sequence[Sequence[int]]) -> Sequence[int]:

@@ -31,43 +31,54 @@ class Qwen3VL(MRope):
         videos.finish()
         return found
 
+    def spans(self, row: TokenRow, config: Any) -> list[tuple[Kind, Span]]:
+        """Images and video frames of a row, in order."""
+        kinds: dict[int, Kind] = {config.image_token_id: "image", config.video_token_id: "video"}
+        return [(kinds[row.ids[span[0]]], span) for span in row.runs(*kinds)]
+
+    def pair(self, config: Any) -> tuple[int, int]:
+        """Ids of the delimiters around an image and around a frame."""
+        return config.vision_start_token_id, config.vision_end_token_id
+
+    def outer_pair(self, config: Any) -> tuple[int, int]:
+        """Ids of the delimiters around all frames of a video."""
+        return self.pair(config)
+
     def _row(self, row: TokenRow, images: Supply, videos: Supply, config: Any) -> list[VisionBlock]:
-        spans = row.runs(config.image_token_id, config.video_token_id)
+        spans = self.spans(row, config)
         blocks: list[VisionBlock] = []
         image = 0
         while spans:
-            is_image = row.ids[spans[0][0]] == config.image_token_id
-            kind: Kind = "image" if is_image else "video"
-            supply = images if is_image else videos
-            t, h, w = merged_grid(supply.take(row, spans[0][0]), config)
+            kind, (start, _) = spans[0]
+            supply = images if kind == "image" else videos
+            t, h, w = merged_grid(supply.take(row, start), config)
             frames, spans = spans[:t], spans[t:]
-            for span in frames:
+            for _, span in frames:
                 check_length(row, span, h * w, f"{supply.key} (merged grid {(1, h, w)} a frame)")
-            if len(frames) < t or any(row.ids[start] != row.ids[frames[0][0]] for start, _ in frames):
+            if len(frames) < t or any(own != kind for own, _ in frames):
+                raise row.error(f"{supply.key} calls for {t} frames at {start}, but the prompt holds fewer")
+            pairs = [enclosing(row, span, *self.pair(config)) for _, span in frames]
+            outer = () if kind == "image" else _outer_pair(row, pairs, *self.outer_pair(config))
+            if kind == "video" and not outer and self.outer_pair(config) != self.pair(config):
                 raise row.error(
-                    f"{supply.key} calls for {t} frames at {frames[0][0]}, but the prompt holds fewer"
+                    f"the video at {start} lacks its start or end token; was the prompt truncated?"
                 )
-            pairs = [
-                enclosing(row, span, config.vision_start_token_id, config.vision_end_token_id)
-                for span in frames
-            ]
-            outer = () if is_image else _outer_pair(row, pairs, config)
-            for index, (span, pair) in enumerate(zip(frames, pairs, strict=True)):
+            for index, ((_, span), pair) in enumerate(zip(frames, pairs, strict=True)):
                 own = [*pair, *(outer[:1] if index == 0 else ()), *(outer[1:] if index == t - 1 else ())]
                 blocks.append(VisionBlock(*span, kind, (1, h, w), image, tuple(sorted(own))))
             image += 1
         return blocks
 
 
-def _outer_pair(row: TokenRow, pairs: list[Span], config: Any) -> tuple[int, ...]:
+def _outer_pair(row: TokenRow, pairs: list[Span], start: int, end: int) -> tuple[int, ...]:
     """The delimiters around all frames of a video, where the chat template has written them.
 
-    What may lie between the outer start and the first frame's own is the timestamp, so the nearest
-    delimiter before it is the outer one if it is a start; the outer end directly follows.
+    What may lie between an outer and an inner delimiter is a timestamp, so the nearest delimiter is the
+    outer one if it is of that kind.
     """
-    start, end = config.vision_start_token_id, config.vision_end_token_id
-    after = pairs[-1][1] + 1
-    before = pairs[0][0] - 1
+    after, before = pairs[-1][1] + 1, pairs[0][0] - 1
     while row.at(before) not in (None, start, end):
         before -= 1
+    while row.at(after) not in (None, start, end):
+        after += 1
     return (before, after) if row.at(after) == end and row.at(before) == start else ()

@@ -1,0 +1,52 @@
+"""LLaVA 1.5 and its like: one square of image tokens a picture, without delimiters.
+
+Neighbouring pictures run together and are cut by counting. A LLaVA with Pixtral's vision tower
+(Pixtral 12B) writes its pictures as Mistral 3 does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from capsight.layout.families.base import TokenRow, check_length, check_pictures, square
+from capsight.layout.families.mistral3 import rows_of_pixtral
+from capsight.layout.families.rope import PlainRope
+from capsight.layout.row_layout import VisionBlock
+
+
+class Llava(PlainRope):
+    """Adapter for LLaVA and VipLLaVA: one block per picture."""
+
+    model_types: tuple[str, ...] = ("llava", "vipllava")
+
+    def blocks(
+        self, rows: Sequence[TokenRow], inputs: Mapping[str, Any], config: Any
+    ) -> list[list[VisionBlock]]:
+        """See `Family.blocks`."""
+        if config.vision_config.model_type == "pixtral":
+            return rows_of_pixtral(rows, inputs, config.vision_config.patch_size, config)
+        tokens = base_tokens(config)
+        found: list[list[VisionBlock]] = []
+        for row in rows:
+            blocks: list[VisionBlock] = []
+            for span in row.runs(config.image_token_id):
+                whole = max(round((span[1] - span[0]) / tokens), 1) * tokens
+                check_length(row, span, whole, f"the vision tower ({tokens} a picture)")
+                for start in range(*span, tokens):
+                    end = start + tokens
+                    blocks.append(VisionBlock(start, end, "image", square(tokens), len(blocks)))
+            found.append(blocks)
+        check_pictures(inputs, sum(len(blocks) for blocks in found))
+        return found
+
+
+def base_tokens(config: Any) -> int:
+    """Tokens of one picture at the vision tower's own resolution.
+
+    The strategy "default" drops the first feature, which in CLIP stands for the whole picture.
+    """
+    vision = config.vision_config
+    features = (vision.image_size // vision.patch_size) ** 2 + (vision.model_type == "clip_vision_model")
+    strategy = getattr(config, "vision_feature_select_strategy", "default")
+    return features - (strategy == "default")

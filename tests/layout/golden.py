@@ -1,0 +1,177 @@
+"""Where the vision blocks lie in the tests' prompts, family by family, as text that can be read and compared.
+
+A line is a row: its length, its padding, then each block with its kind, number, place, grid and delimiters.
+"""
+
+from __future__ import annotations
+
+from capsight.layout import PromptLayout, VisionBlock
+
+
+def written(layout: PromptLayout) -> str:
+    """The layout in the form of `IMAGES` and `VIDEOS`."""
+    lines = [f"{row.length} pad {row.pad_left}" + "".join(map(_block, row.blocks)) for row in layout.rows]
+    return "\n".join(lines)
+
+
+def _block(block: VisionBlock) -> str:
+    grid, marks = "x".join(map(str, block.grid)), _ranges(block.delimiters)
+    grid += "" if block.frame_seconds is None else f" every {block.frame_seconds:g} s"
+    return f" | {block.kind}{block.image} {block.start}:{block.end} {grid}" + (
+        f" at {marks}" if marks else ""
+    )
+
+
+def _ranges(positions: tuple[int, ...]) -> str:
+    """Positions in short: `3 7-9`."""
+    parts: list[list[int]] = []
+    for position in positions:
+        if parts and position == parts[-1][-1] + 1:
+            parts[-1].append(position)
+        else:
+            parts.append([position])
+    return " ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else f"{p[0]}" for p in parts)
+
+
+IMAGES: dict[str, str] = {
+    **dict.fromkeys(
+        ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"],
+        """\
+193 pad 105 | image0 112:176 1x8x8 at 111 176
+193 pad 0 | image0 7:71 1x8x8 at 6 71 | image1 73:169 1x8x12 at 72 169
+193 pad 165""",
+    ),
+    "gemma3": """\
+162 pad 75 | image0 84:148 1x8x8 at 83 148
+162 pad 0 | image0 9:73 1x8x8 at 8 73 | image1 77:141 1x8x8 at 76 141
+162 pad 137""",
+    "llava_onevision": """\
+159 pad 1 | image0 7:71 1x8x8 | image0 71:143 1x8x9
+159 pad 0 | image0 6:70 1x8x8 at 70 | image1 71:135 1x8x8 at 135
+159 pad 131""",
+    "internvl": """\
+291 pad 202 | image0 209:273 1x8x8 at 208 273
+291 pad 0\
+ | image0 7:71 1x8x8 at 6 71\
+ | image1 74:138 1x8x8 at 73\
+ | image1 138:202 1x8x8\
+ | image1 202:266 1x8x8 at 266
+291 pad 263""",
+    "smolvlm": """\
+162 pad 74 | image0 82:146 1x8x8 at 80-81 146
+162 pad 0 | image0 8:72 1x8x8 at 6-7 72 | image1 75:139 1x8x8 at 73-74 139
+162 pad 135""",
+    "idefics3": """\
+655 pad 399\
+ | image0 419:483 1x8x8 at 405-418\
+ | image0 497:561 1x8x8 at 483-496\
+ | image0 575:639 1x8x8 at 562-574 639
+655 pad 0\
+ | image0 20:84 1x8x8 at 6-19\
+ | image0 98:162 1x8x8 at 84-97\
+ | image0 176:240 1x8x8 at 163-175 240\
+ | image1 255:319 1x8x8 at 241-254\
+ | image1 333:397 1x8x8 at 319-332\
+ | image1 412:476 1x8x8 at 398-411\
+ | image1 490:554 1x8x8 at 476-489\
+ | image1 568:632 1x8x8 at 555-567 632
+655 pad 628""",
+    **dict.fromkeys(
+        ["mistral3", "pixtral"],
+        """\
+200 pad 111 | image0 118:190 1x8x9
+200 pad 0 | image0 7:79 1x8x9 | image1 79:183 1x8x13
+200 pad 177""",
+    ),
+    "paddleocr_vl": """\
+193 pad 105 | image0 113:177 1x8x8 at 112 177
+193 pad 0 | image0 8:72 1x8x8 at 7 72 | image1 74:170 1x8x12 at 73 170
+193 pad 165""",
+    **dict.fromkeys(
+        ["glm4v", "glm4v_moe", "glm46v", "glm_ocr"],
+        """\
+178 pad 105 | image0 108:172 1x8x8 at 107 172
+178 pad 0 | image0 3:67 1x8x8 at 2 67 | image1 69:165 1x8x12 at 68 165
+178 pad 165""",
+    ),
+    **dict.fromkeys(
+        ["llava", "vipllava"],
+        """\
+156 pad 71 | image0 77:141 1x8x8
+156 pad 0 | image0 6:70 1x8x8 | image1 70:134 1x8x8
+156 pad 129""",
+    ),
+    "llava_next": """\
+330 pad 173 | image0 179:243 1x8x8 | image0 243:315 1x8x9
+330 pad 0 | image0 6:70 1x8x8 | image0 70:142 1x8x9 | image1 142:206 1x8x8 | image1 206:308 1x6x17
+330 pad 303""",
+}
+
+VIDEOS: dict[str, str] = {
+    "qwen2_vl": """\
+89 pad 35 | video0 42:74 2x4x4 at 41 74
+89 pad 0 | video0 7:39 2x4x4 at 6 39 | video1 41:73 2x4x4 at 40 73""",
+    "qwen2_5_vl": """\
+89 pad 35 | video0 42:74 2x4x4 every 2 s at 41 74
+89 pad 0 | video0 7:39 2x4x4 every 2 s at 6 39 | video1 41:73 2x4x4 every 2 s at 40 73""",
+    "qwen3_vl": """\
+149 pad 65 | video0 86:102 1x4x4 at 71 85 102 | video0 117:133 1x4x4 at 116 133-134
+149 pad 0\
+ | video0 21:37 1x4x4 at 6 20 37\
+ | video0 52:68 1x4x4 at 51 68-69\
+ | video1 85:101 1x4x4 at 70 84 101\
+ | video1 116:132 1x4x4 at 115 132-133""",
+    "llava_onevision": """\
+151 pad 66 | video0 72:136 4x4x4 at 136
+151 pad 0 | video0 6:70 4x4x4 at 70 | video1 71:135 4x4x4 at 135""",
+    "internvl": """\
+621 pad 301\
+ | image0 316:380 1x8x8 at 315 380\
+ | image1 391:455 1x8x8 at 390 455\
+ | image2 466:530 1x8x8 at 465 530\
+ | image3 541:605 1x8x8 at 540 605
+621 pad 0\
+ | image0 15:79 1x8x8 at 14 79\
+ | image1 90:154 1x8x8 at 89 154\
+ | image2 165:229 1x8x8 at 164 229\
+ | image3 240:304 1x8x8 at 239 304\
+ | image4 315:379 1x8x8 at 314 379\
+ | image5 390:454 1x8x8 at 389 454\
+ | image6 465:529 1x8x8 at 464 529\
+ | image7 540:604 1x8x8 at 539 604""",
+    "smolvlm": """\
+864 pad 423\
+ | image0 530:594 1x8x8 at 528-529 594\
+ | image1 615:679 1x8x8 at 613-614 679\
+ | image2 700:764 1x8x8 at 698-699 764\
+ | image3 785:849 1x8x8 at 783-784 849
+864 pad 0\
+ | image0 107:171 1x8x8 at 105-106 171\
+ | image1 192:256 1x8x8 at 190-191 256\
+ | image2 277:341 1x8x8 at 275-276 341\
+ | image3 362:426 1x8x8 at 360-361 426\
+ | image4 529:593 1x8x8 at 527-528 593\
+ | image5 614:678 1x8x8 at 612-613 678\
+ | image6 699:763 1x8x8 at 697-698 763\
+ | image7 784:848 1x8x8 at 782-783 848""",
+    **dict.fromkeys(
+        ["glm4v", "glm4v_moe"],
+        """\
+86 pad 41 | video0 45:61 1x4x4 at 43-44 61 | video0 64:80 1x4x4 at 63 80 82
+86 pad 0\
+ | video0 4:20 1x4x4 at 2-3 20\
+ | video0 23:39 1x4x4 at 22 39 41\
+ | video1 44:60 1x4x4 at 42-43 60\
+ | video1 63:79 1x4x4 at 62 79 81""",
+    ),
+    **dict.fromkeys(
+        ["glm46v", "glm_ocr"],
+        """\
+126 pad 61 | video0 65:81 1x4x4 at 63-64 81 | video0 94:110 1x4x4 at 93 110 122
+126 pad 0\
+ | video0 4:20 1x4x4 at 2-3 20\
+ | video0 33:49 1x4x4 at 32 49 61\
+ | video1 64:80 1x4x4 at 62-63 80\
+ | video1 93:109 1x4x4 at 92 109 121""",
+    ),
+}
