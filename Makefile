@@ -57,7 +57,7 @@ $(DOCS_STAMP): $(STAMP)
 	@touch $@
 
 train-reference: setup  ## train the reference VLM from nothing (resumes; writes runs/reference)
-	$(BIN)/python -m capsight.reference.training --out runs/reference
+	PYTHONPATH=tools $(BIN)/python -m reference_training --out runs/reference
 
 fit-reference: setup  ## fit the capsule and the head map that ship with the reference VLM
 	$(BIN)/capsight fit --model reference --out src/capsight/reference/weights/capsule

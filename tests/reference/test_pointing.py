@@ -11,9 +11,9 @@ from capsight.reference.drawing import KINDS, draw_scene
 from capsight.reference.drawing.canvas import CELL
 from capsight.reference.prompts import ask_about, draw_prompt, split_rng
 from capsight.reference.questions import TASKS
-from capsight.reference.training.batches import Batcher
-from capsight.reference.training.evidence import END, NUMBER, START, bindings, evidence
-from capsight.reference.training.pointing import SLOTS, Pointing
+from reference_training.batches import Batcher
+from reference_training.evidence import END, NUMBER, START, bindings, evidence
+from reference_training.pointing import SLOTS, Pointing
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from capsight.reference.architecture import build_config, build_model, build_tok
 from capsight.reference.corpus import wording
 from capsight.reference.drawing import KINDS, draw_scene
 from capsight.reference.prompts import ask_about
-from capsight.reference.training.batches import Batcher
-from capsight.reference.training.probe import Probe
+from reference_training.batches import Batcher
+from reference_training.probe import Probe
 
 
 @pytest.fixture(scope="module")

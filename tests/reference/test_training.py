@@ -9,12 +9,12 @@ from capsight.reference.architecture import build_config, build_model, build_pro
 from capsight.reference.corpus import wording
 from capsight.reference.drawing import draw_scene
 from capsight.reference.prompts import split_prompt
-from capsight.reference.training.batches import Batcher, patches
-from capsight.reference.training.dense import CHARACTERS, SLOTS, dense_labels, text_page
-from capsight.reference.training.feed import lesson
-from capsight.reference.training.loop import Trainer
-from capsight.reference.training.muon import Muon
-from capsight.reference.training.stages import STAGES, Stage, prompts
+from reference_training.batches import Batcher, patches
+from reference_training.dense import CHARACTERS, SLOTS, dense_labels, text_page
+from reference_training.feed import lesson
+from reference_training.loop import Trainer
+from reference_training.muon import Muon
+from reference_training.stages import STAGES, Stage, prompts
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_training_resumes_where_it_stopped(tokenizer, tmp_path, monkeypatch):
         Stage("see", 2, 2, (), 1e-3, 1e-3, 0.0, vision=1.0),
         Stage("read", 2, 2, (1,), 1e-3, 1e-4, 0.0, pointing=0.2, vision=0.1),
     )
-    monkeypatch.setattr("capsight.reference.training.loop.STAGES", stages)
+    monkeypatch.setattr("reference_training.loop.STAGES", stages)
 
     def trainer(folder):
         torch.manual_seed(0)

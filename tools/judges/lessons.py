@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from capsight.reference.training.batches import patches
 from judges.dense import Labels, labels_of
 from judges.prompts import Prompt
 from judges.questions import SUBJECTS, Question
 from judges.shapes import Judge
+from reference_training.batches import patches
 
 _PICTURE = re.compile(r"(?<=picture )\d|(?<=pictures )\d|(?<=and )\d")
 _CELL = re.compile(r"(?<=at )[a-p]\d+")

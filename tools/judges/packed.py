@@ -2,7 +2,7 @@
 
 The language model runs on all tokens as one row `[prefixes B x P, then groups B x Q x T]`; only attention
 knows what belongs together. On the way it measures where some heads look (the pointing lesson of the
-reference VLM, `capsight.reference.training.pointing`): answers alone teach a small model what is found by a
+reference VLM, `reference_training.pointing`): answers alone teach a small model what is found by a
 word very slowly.
 """
 

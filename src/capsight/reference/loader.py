@@ -20,7 +20,7 @@ def reference_path() -> Path:
         if not (folder / "model.safetensors").is_file():
             raise CapsightError(
                 f"the reference VLM's weights are missing from {folder}; reinstall capsight, or train them "
-                "with `python -m capsight.reference.training`"
+                "with `make train-reference`"
             )
         return Path(folder)
 

@@ -1,4 +1,4 @@
-"""Command line of the trainer: ``python -m capsight.reference.training --out runs/reference``."""
+"""Command line of the trainer: ``python -m reference_training --out runs/reference``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from capsight.reference.architecture import build_config, build_model, build_tokenizer
 from capsight.reference.corpus import wording
-from capsight.reference.training.loop import Trainer
-from capsight.reference.training.stages import STAGES
+from reference_training.loop import Trainer
+from reference_training.stages import STAGES
 
 
 def train(

@@ -21,7 +21,7 @@ from capsight.reference.drawing.scene import KINDS
 from capsight.reference.drawing.shapes import SHAPES
 from capsight.reference.prompts import Prompt
 from capsight.reference.questions import PLURAL
-from capsight.reference.training.evidence import END, NUMBER, START, Place, bindings, content_cells, evidence
+from reference_training.evidence import END, NUMBER, START, Place, bindings, content_cells, evidence
 
 #: name: (layer, query head) pairs that learn the same thing.
 SLOTS: dict[str, tuple[tuple[int, int], ...]] = {

@@ -21,8 +21,8 @@ from capsight.reference.architecture import (
     VISION_START,
 )
 from capsight.reference.prompts import Prompt
-from capsight.reference.training.pointing import RowMap, Targets, targets
-from capsight.reference.training.probe import Ends
+from reference_training.pointing import RowMap, Targets, targets
+from reference_training.probe import Ends
 
 _IGNORE = -100
 

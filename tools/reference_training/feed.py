@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from capsight.reference.training.batches import Batch, Batcher, patches
-from capsight.reference.training.dense import DenseLabels, dense_labels
-from capsight.reference.training.stages import Stage, pages, prompts
+from reference_training.batches import Batch, Batcher, patches
+from reference_training.dense import DenseLabels, dense_labels
+from reference_training.stages import Stage, pages, prompts
 
 
 @dataclass(frozen=True, slots=True)

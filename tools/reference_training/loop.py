@@ -12,13 +12,13 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from capsight.reference.training.batches import Batch, Batcher
-from capsight.reference.training.dense import DenseHeads
-from capsight.reference.training.feed import Lesson, lesson, lessons
-from capsight.reference.training.muon import Muon
-from capsight.reference.training.pointing import Pointing
-from capsight.reference.training.probe import Probe
-from capsight.reference.training.stages import STAGES, Stage
+from reference_training.batches import Batch, Batcher
+from reference_training.dense import DenseHeads
+from reference_training.feed import Lesson, lesson, lessons
+from reference_training.muon import Muon
+from reference_training.pointing import Pointing
+from reference_training.probe import Probe
+from reference_training.stages import STAGES, Stage
 
 #: Muon's learning rate over AdamW's: learning went faster so in the one run that
 #: was resumed with it. The language model's factor is a guess (2, 3 and 5 were run, not compared alone).

@@ -7,7 +7,7 @@ from capsight.reference.drawing import draw_scene
 from capsight.reference.drawing.scene import Scene
 from capsight.reference.prompts import Prompt, ask_about, draw_kinds, draw_prompt, split_rng
 from capsight.reference.questions import counting_questions
-from capsight.reference.training.dense import text_page
+from reference_training.dense import text_page
 
 
 @dataclass(frozen=True, slots=True)
