@@ -2,7 +2,7 @@
 
     python benchmarks/judges.py --judge mosaic --judge tiles --method heads --retained 0.4,0.2
 
-A judge is a trained VLM of another shape, class and picture style than the reference VLM (`tools/judges`).
+A judge is a trained VLM of another shape, class and picture style than the reference VLM (`tools/judging`).
 Methods are fitted to its calibration split and asked its `dev` split, on which choices may be made;
 `--split test` is for figures that are published.
 """
@@ -26,7 +26,7 @@ from capsight.evaluation.asking import process
 from capsight.kvcapsule import KVCapsule
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-from judges.loader import judge_items, load_judge
+from judging.loader import judge_items, load_judge
 
 LONGEST_ANSWER = 48
 """Most tokens of an answer: a description takes up to 30."""

@@ -1,4 +1,4 @@
-"""Writes a judge as the folder that ships: ``python -m judges.export --judge mosaic --run runs/mosaic``."""
+"""Writes a judge as the folder that ships: ``python -m judging.export --judge mosaic --run runs/mosaic``."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,9 @@ import torch
 import typer
 from transformers import PreTrainedTokenizerFast
 
-from judges.check import accuracy, table
-from judges.loader import WEIGHTS
-from judges.shapes import JUDGES, untrained
+from judging.check import accuracy, table
+from judging.loader import WEIGHTS
+from judging.shapes import JUDGES, untrained
 
 
 def export(
@@ -36,11 +36,11 @@ def export(
         f"{text.num_hidden_layers} layers of width {text.hidden_size}, {text.num_attention_heads} query and "
         f"{text.num_key_value_heads} KV heads, {made.grid**2} vision tokens a picture. Initial weights from "
         f"seed {made.seed}; prompts from the seeds `capsight/judges/{judge}/...` (`prompts.split_rng`).",
-        f"Trained by `python -m judges.train --judge {judge} --out runs/{judge}` in `tools/`: one CPU "
+        f"Trained by `python -m judging.train --judge {judge} --out runs/{judge}` in `tools/`: one CPU "
         f"thread, {state['seconds'] / 60:.0f} minutes on a busy machine; at the end "
         f"{steps[-1]['tokens']:.3f} of the answer tokens right.",
         f"Exact match with the full cache in %, test split, {prompts} prompts of each number of pictures "
-        f"(`python -m judges.check --judge {judge} --split test --prompts {prompts}`):",
+        f"(`python -m judging.check --judge {judge} --split test --prompts {prompts}`):",
         table(found),
     ]
     (out / "README.md").write_text("\n\n".join(card) + "\n")

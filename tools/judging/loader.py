@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from capsight.evaluation import Ask, Item
-from judges.prompts import Prompt, draw_prompt, split_rng
-from judges.shapes import JUDGES
+from judging.prompts import Prompt, draw_prompt, split_rng
+from judging.shapes import JUDGES
 
 WEIGHTS = Path(__file__).parent / "weights"
 

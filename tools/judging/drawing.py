@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from judges.world import World
+from judging.world import World
 
 CELL = 28
 _LIGHT = {"day": 1.0, "dusk": 0.7, "night": 0.42}

@@ -20,8 +20,8 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from capsight.reference.architecture import rope_parameters
-from judges.drawing import CELL, MOSAIC, TILES, Style
-from judges.prompts import draw_prompt, split_rng
+from judging.drawing import CELL, MOSAIC, TILES, Style
+from judging.prompts import draw_prompt, split_rng
 
 
 @dataclass(frozen=True, slots=True)

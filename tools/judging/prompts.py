@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from judges.drawing import Style, draw
-from judges.questions import KINDS, Question, ask
-from judges.world import COLORS, World, change_one, draw_world
+from judging.drawing import Style, draw
+from judging.questions import KINDS, Question, ask
+from judging.world import COLORS, World, change_one, draw_world
 
 SPLITS = ("train", "calibration", "dev", "test")
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from judges.world import COLORS, COLUMNS, SHAPES, TEXTURES, TIMES, Cell, World
+from judging.world import COLORS, COLUMNS, SHAPES, TEXTURES, TIMES, Cell, World
 
 #: (picture, cell number) of a prompt; cell -1 stands for the prompt's first token.
 Place = tuple[int, int]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from judges.dense import Labels, labels_of
-from judges.prompts import Prompt
-from judges.questions import SUBJECTS, Question
-from judges.shapes import Judge
+from judging.dense import Labels, labels_of
+from judging.prompts import Prompt
+from judging.questions import SUBJECTS, Question
+from judging.shapes import Judge
 from reference_training.batches import patches
 
 _PICTURE = re.compile(r"(?<=picture )\d|(?<=pictures )\d|(?<=and )\d")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from judges.world import COLORS, SHAPES, TEXTURES, TIMES, World
+from judging.world import COLORS, SHAPES, TEXTURES, TIMES, World
 
 _IGNORE = -100
 _SIZES = {

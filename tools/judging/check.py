@@ -1,7 +1,7 @@
 """Full-cache accuracy of a judge by kind and number of pictures, many questions of a prompt at once.
 
-    python -m judges.check --judge mosaic --run runs/mosaic    (in tools/; a checkpoint)
-    python -m judges.check --judge mosaic                      (the weights that ship)
+    python -m judging.check --judge mosaic --run runs/mosaic    (in tools/; a checkpoint)
+    python -m judging.check --judge mosaic                      (the weights that ship)
 
 Right answers are forced token by token, and an answer counts when every token would have been said: what
 greedy generation gives, in one forward pass. `benchmarks/judges.py` generates.
@@ -15,12 +15,12 @@ import torch
 import typer
 from transformers import PreTrainedTokenizerFast
 
-from judges.lessons import Teacher
-from judges.packed import Packed
-from judges.prompts import Prompt, draw_prompt, split_rng
-from judges.questions import KINDS
-from judges.shapes import JUDGES, Judge, untrained
-from judges.train import answers, features_of
+from judging.lessons import Teacher
+from judging.packed import Packed
+from judging.prompts import Prompt, draw_prompt, split_rng
+from judging.questions import KINDS
+from judging.shapes import JUDGES, Judge, untrained
+from judging.train import answers, features_of
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def check(
     torch.set_num_threads(1)
     made = JUDGES[judge]
     if run is None:
-        from judges.loader import load_judge
+        from judging.loader import load_judge
 
         model, processor = load_judge(judge)
         tokenizer = processor.tokenizer

@@ -1,4 +1,4 @@
-"""Trains a judge, or resumes: ``python -m judges.train --judge mosaic --out runs/mosaic`` (in ``tools/``)."""
+"""Trains a judge, or resumes: ``python -m judging.train --judge mosaic --out runs/mosaic`` (``tools/``)."""
 
 import json
 import os
@@ -11,23 +11,26 @@ import typer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from judges.dense import Heads
-from judges.lessons import Lesson, Teacher
-from judges.packed import Packed, fast_tower
-from judges.prompts import Prompt, draw_prompt, split_rng
-from judges.questions import KINDS
-from judges.shapes import JUDGES, Judge, untrained
+from judging.dense import Heads
+from judging.lessons import Lesson, Teacher
+from judging.packed import Packed, fast_tower
+from judging.prompts import Prompt, draw_prompt, split_rng
+from judging.questions import KINDS
+from judging.shapes import JUDGES, Judge, untrained
 
 #: Muon's learning rate over AdamW's.
 MUON = 3.0
 #: Pictures and steps of a stage, its learning rate at the start and at the end, (pictures of a prompt, ...).
 STAGES: dict[str, tuple[int, int, float, float, tuple[int, ...]]] = {
     "see": (24, 400, 1.5e-3, 1e-4, ()),
-    "read": (24, 300, 1.2e-3, 1.2e-3, (1, 1, 2)),
-    "compare": (16, 1400, 1.2e-3, 1e-5, (1, 2, 2, 4, 4)),
+    "read": (16, 400, 1.2e-3, 1.2e-3, (1, 1, 2)),
+    "compare": (16, 1000, 1.2e-3, 1e-5, (1, 2, 2, 4, 4)),
 }
-#: Kinds that are asked more often than others, as they are learnt late.
-_OFTEN = ("count", "at", "differ", "odd", "same_ground", "where", "which_scene")
+#: How often kinds are asked that are learnt late; the others once.
+_OFTEN = {
+    "number": 4, "at": 4, "where": 4, "differ": 3, "odd": 3,
+    "count": 2, "same_ground": 2, "which_scene": 2, "which": 2,
+}  # fmt: skip
 
 
 def features_of(judge: Judge, model: Any, lesson: Lesson) -> Tensor:
@@ -73,7 +76,7 @@ def stage_prompts(judge: Judge, stage: str, step: int) -> list[Prompt]:
         return [draw_prompt(rng, judge.grid, judge.style, 1, 0) for _ in range(pictures)]
     count = rng.choice(counts)
     questions = {1: 12, 2: 16, 4: 24}[count]
-    kinds = (*(k for k in KINDS if k != "describe"), *_OFTEN)
+    kinds = tuple(k for k in KINDS if k != "describe" for _ in range(_OFTEN.get(k, 1)))
     prompts = []
     for _ in range(pictures // count):
         one = draw_prompt(rng, judge.grid, judge.style, count, questions, kinds)
@@ -84,7 +87,7 @@ def stage_prompts(judge: Judge, stage: str, step: int) -> list[Prompt]:
 
 def draw_long(prompt: Prompt, rng: Any, k: int) -> Any:
     """The question for a description of picture `k`."""
-    from judges.questions import Question, _describe
+    from judging.questions import Question, _describe
 
     q = _describe(prompt.scenes[k].world, k, rng)
     return Question(q.task, f"picture {k + 1}: {q.text}", q.answer, q.pieces)
@@ -219,7 +222,7 @@ class Trainer:
                 totals, began, count = {}, time.time(), 0
 
     def _pictures(self, prompts: list[Prompt]) -> Lesson:
-        from judges.dense import labels_of
+        from judging.dense import labels_of
 
         pixels, grid = self.teacher.pixels(prompts)
         dense = labels_of([s.world for p in prompts for s in p.scenes])

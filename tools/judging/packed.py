@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from judges.lessons import Group, Lesson
+from judging.lessons import Group, Lesson
 
 _NAME = "capsight_packed"
 
