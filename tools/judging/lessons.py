@@ -15,6 +15,8 @@ from judging.shapes import Judge
 from reference_training.batches import patches
 
 _PICTURE = re.compile(r"(?<=picture )\d|(?<=pictures )\d|(?<=and )\d")
+#: How much an answer counts, more where a prompt has room for few questions of the kind.
+_WEIGHT = {"odd": 5.0, "differ": 3.0, "which_scene": 2.0, "describe": 2.0}
 _CELL = re.compile(r"(?<=at )[a-p]\d+")
 
 
@@ -25,7 +27,7 @@ class Group:
     Attributes:
         ids: [B, Q, T] int64.
         labels: [B, Q, T] int64, the next token where it belongs to the answer, else -100.
-        weights: [B, Q, T] float32, one over the number of tokens of the answer.
+        weights: [B, Q, T] float32, `_WEIGHT` over the number of tokens of the answer.
         look: [B, Q * T, P] float32, where in the prefix a head should look; rows sum to 1 or 0.
         other: the same for another head.
         number: [B * Q, T, T] float32, where in its own question.
@@ -155,7 +157,7 @@ class Teacher:
                 size = len(tokens) - 1
                 ids[b, q, :size] = tokens[:-1]
                 labels[b, q, n:size] = tokens[n + 1 :]
-                weights[b, q, n:size] = 1 / (size - n)
+                weights[b, q, n:size] = _WEIGHT.get(question.task, 1.0) / (size - n)
                 numbers, subjects = self._spans(question.text)
                 if numbers:
                     number[b, q, n:size, numbers[0]] = 1

@@ -25,11 +25,12 @@ STAGES: dict[str, tuple[int, int, float, float, tuple[int, ...]]] = {
     "see": (24, 400, 1.5e-3, 1e-4, ()),
     "read": (16, 400, 1.2e-3, 1.2e-3, (1, 1, 2)),
     "compare": (16, 1000, 1.2e-3, 1e-5, (1, 2, 2, 4, 4)),
+    "finish": (16, 1200, 1e-3, 1e-5, (1, 2, 4, 4)),
 }
 #: How often kinds are asked that are learnt late; the others once.
 _OFTEN = {
-    "number": 4, "at": 4, "where": 4, "differ": 3, "odd": 3,
-    "count": 2, "same_ground": 2, "which_scene": 2, "which": 2,
+    "number": 3, "at": 5, "where": 3, "differ": 5, "odd": 5,
+    "count": 2, "same_ground": 3, "which_scene": 6, "which": 2,
 }  # fmt: skip
 
 
@@ -171,11 +172,11 @@ class Trainer:
 
     @torch.no_grad()
     def _standardise(self) -> None:
-        """Give the tower's output zero mean and the spread of text embeddings."""
+        """Give the tower's output zero mean and a spread that what layers add to it does not drown."""
         lesson = self.teacher(stage_prompts(self.judge, "compare", -1))
         features = features_of(self.judge, self.model, lesson)
         last = [m for m in self._tower[-1].modules() if isinstance(m, nn.Linear)][-1]
-        scale = features.float().std() / 0.1
+        scale = features.float().std() / 6.4
         last.weight.div_(scale)
         last.bias.sub_(features.mean(0)).div_(scale)
 
