@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import pytest
+from PIL import Image
 
 import capsight
+from capsight.cli.app import main
 from capsight.cli.evaluate import calibration_prompts
 from capsight.cli.methods import METHOD_NAMES, make_methods
+from capsight.cli.options import chosen_capsule, shares
 from capsight.errors import OptionError
 from capsight.kvcapsule import KVCapsule
 
@@ -44,3 +50,52 @@ def test_static_is_fitted_at_every_fraction():
         "static 0.5": ("static", 0.5),
         "static 0.25": ("static", 0.25),
     }
+
+
+def test_fractions_are_named_in_either_way():
+    assert shares(None, None) == [0.4]
+    assert shares([0.3, 0.2], None) == [0.3, 0.2]
+    assert shares(None, [0.9, 0.6, 0]) == [0.1, 0.4, 1.0]
+    for wrong in (1.0, -0.1):
+        with pytest.raises(OptionError, match="compression_ratio"):
+            shares(None, [wrong])
+    with pytest.raises(OptionError, match="not both"):
+        shares([0.4], [0.6])
+    named = chosen_capsule("reference", "reference", None, None, 0.75)
+    assert named.retained == chosen_capsule("reference", "reference", 0.25, None).retained
+    with pytest.raises(OptionError, match="not both"):
+        chosen_capsule("reference", "reference", 0.25, None, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [
+        (["ask", "x", "--prompt", "x"], ["--retained", "0.4"]),
+        (["bench"], ["--retained", "0.4"]),
+        (["demo"], ["--retained", "0.4"]),
+        (["encapsulate", "--image", "x.png", "--out", "x"], ["--retained", "0.4"]),
+        (["eval"], ["--retained", "0.4"]),
+        (["fit", "--out", "x"], ["--retained", "0.4"]),
+        (["plan"], ["--retained", "0.4"]),
+    ],
+)
+def test_both_ways_at_once_are_one_clear_line(monkeypatch, capsys, tmp_path, command, given):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (56, 56)).save(tmp_path / "x.png")
+    monkeypatch.setattr(sys, "argv", ["capsight", *command, *given, "--compression-ratio", "0.6"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "not both" in capsys.readouterr().err
+
+
+def test_a_plan_of_a_compression_ratio(monkeypatch, capsys, tmp_path):
+    found = []
+    for option in (["--retained", "0.25"], ["--compression-ratio", "0.75"]):
+        monkeypatch.setattr(sys, "argv", ["capsight", "plan", *option, "--json", str(tmp_path / "plan.json")])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code
+        found.append(json.loads((tmp_path / "plan.json").read_text()))
+    assert found[0] == found[1]
+    assert found[0]["retained"] == 0.25

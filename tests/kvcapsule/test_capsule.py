@@ -199,3 +199,14 @@ def test_heads_is_the_default_and_rebuilds_nothing(qwen):
 
 def test_where_the_model_was_loaded_from_is_not_stored(qwen):
     assert "_name_or_path" not in str(fitted(qwen, 0.4).info.model_config)
+
+
+def test_a_compression_ratio_is_one_minus_retained(qwen):
+    named = fitted(qwen, retained=None, compression_ratio=0.6)
+    assert named.info == fitted(qwen, 0.4).info
+    assert named.with_retained(compression_ratio=0.75).info == named.with_retained(0.25).info
+    for wrong in ({"retained": 0.4, "compression_ratio": 0.6}, {"compression_ratio": 1.0}, {}):
+        with pytest.raises(OptionError, match="compression_ratio"):
+            named.with_retained(**wrong)
+    with pytest.raises(OptionError, match="not both"):
+        fitted(qwen, 0.4, compression_ratio=0.6)

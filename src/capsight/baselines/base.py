@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
+from capsight.kvcapsule.budget import share_to_keep
 from capsight.kvcapsule.calibration.fit import kept_tokens
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
 from capsight.layout import PromptLayout, build_layout
@@ -58,12 +59,13 @@ class Baseline(ABC):
         """Bytes of what was learnt, resident once per model."""
         return 0
 
-    def with_retained(self, retained: float) -> Self:
-        """This method with another budget; shares what was learnt.
+    def with_retained(self, retained: float | None = None, *, compression_ratio: float | None = None) -> Self:
+        """This method with another budget; shares what was learnt. `compression_ratio` is 1 - retained.
 
         Raises:
-            OptionError: `retained` is not in (0, 1].
+            OptionError: `retained` is not in (0, 1], or both are given.
         """
+        retained = share_to_keep(retained, compression_ratio)
         kept_tokens(retained, self.block_size)
         other = copy.copy(self)
         other.retained = retained

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from capsight.baselines.base import Baseline
 from capsight.errors import CalibrationError, ModelMismatchError
+from capsight.kvcapsule.budget import share_to_keep
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.calibration.fit import calibration_inputs, prefilled_blocks
 from capsight.kvcapsule.codecs import BlockCodec, Payload
@@ -96,13 +97,14 @@ class FeaturePCA(Baseline):
         """Bytes of the means and of the axes in use."""
         return sum(codec.module_nbytes for codec in self._codecs.values())
 
-    def with_retained(self, retained: float) -> Self:
-        """This method with another budget, without fitting again.
+    def with_retained(self, retained: float | None = None, *, compression_ratio: float | None = None) -> Self:
+        """This method with another budget, without fitting again. `compression_ratio` is 1 - retained.
 
         Raises:
-            OptionError: `retained` is not in (0, 1].
+            OptionError: `retained` is not in (0, 1], or both are given.
         """
-        return type(self)(self._bases, self._fingerprint, retained, self.block_size)
+        share = share_to_keep(retained, compression_ratio)
+        return type(self)(self._bases, self._fingerprint, share, self.block_size)
 
     def check_model(self, model: Any) -> None:
         """Refuse a model other than the one the bases were fitted to."""

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor
 
 from capsight.cli.models import REFERENCE, load_model
-from capsight.cli.options import BitsOption, RetainedOption, chosen_capsule
+from capsight.cli.options import BitsOption, CompressionOption, RetainedOption, chosen_capsule
 from capsight.cli.output import human_bytes
 from capsight.errors import OptionError
 from capsight.evaluation import Ask, Item
@@ -27,6 +27,7 @@ def ask(
     model: Annotated[str, typer.Option(help="The model that read the images.")] = REFERENCE,
     capsule: Annotated[str | None, typer.Option(help="The capsule that was used then.")] = None,
     retained: RetainedOption = None,
+    compression_ratio: CompressionOption = None,
     bits: BitsOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, as then.")] = "float32",
@@ -35,8 +36,9 @@ def ask(
     """Answer a question about images from their saved capsules; options have to be those of `encapsulate`."""
     if max_new_tokens < 1:
         raise OptionError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
+    chosen = chosen_capsule(capsule, model, retained, bits, compression_ratio)
     vlm, processor = load_model(model, dtype, device)
-    with enable(vlm, capsule=chosen_capsule(capsule, model, retained, bits)) as fast, torch.no_grad():
+    with enable(vlm, capsule=chosen) as fast, torch.no_grad():
         held = fast.load(cache)
         seen = fast.prompt_ids
         if held.layout.batch_size > 1 or seen.shape[1] < held.get_seq_length() or not held.layout.num_images:

@@ -18,6 +18,7 @@ from capsight.baselines import METHODS
 from capsight.cli.evaluate import calibration_prompts
 from capsight.cli.methods import CAPSULES, METHOD_NAMES, make_methods
 from capsight.cli.models import REFERENCE, check_out, load_capsule, load_model
+from capsight.cli.options import CompressionsOption, shares
 from capsight.cli.output import human_bytes, parse_bytes, write_json
 from capsight.errors import OptionError
 from capsight.evaluation import FULL
@@ -40,6 +41,7 @@ def bench_command(
         list[str] | None, typer.Option(help=f"{', '.join(METHOD_NAMES)}; 'full' is always there.")
     ] = None,
     retained: Annotated[list[float] | None, typer.Option(help="Retained fractions.")] = None,
+    compression_ratio: CompressionsOption = None,
     decode: Annotated[
         list[str] | None,
         typer.Option(
@@ -70,6 +72,7 @@ def bench_command(
     batches, counts = _numbers("batch", batch), _numbers("images", images)
     budget = None if kv_budget is None else parse_bytes(kv_budget)
     torch.set_num_threads(threads)
+    fractions = shares(retained, compression_ratio)
     vlm, processor = load_model(model, dtype, device)
     names = method or ["heads"]
 
@@ -83,7 +86,7 @@ def bench_command(
             return KVCapsule.fit(vlm, None, prompts())
         return load_capsule(capsule, model)
 
-    timed = variants(make_methods(names, retained or [0.4], loaded, prompts, vlm), ways)
+    timed = variants(make_methods(names, fractions, loaded, prompts, vlm), ways)
     fits = calibration_seconds(names, vlm, processor, calibrate) if calibrate else []
     rows: list[BenchRow] = []
     with Progress(transient=True) as progress:

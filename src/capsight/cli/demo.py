@@ -13,7 +13,7 @@ from capsight.cli.demo_picture import draw_demo
 from capsight.cli.demo_sides import Asked, Side, ask_sides
 from capsight.cli.demo_tables import print_demo
 from capsight.cli.models import REFERENCE, check_out, load_model, reference_head_map
-from capsight.cli.options import BitsOption, RetainedOption, chosen_capsule
+from capsight.cli.options import BitsOption, CompressionOption, RetainedOption, chosen_capsule
 from capsight.cli.output import write_json
 from capsight.errors import OptionError
 from capsight.evaluation import Ask, Item, exact_match
@@ -26,6 +26,7 @@ def demo(
     questions: Annotated[int, typer.Option(help="Questions to ask.")] = 6,
     sample: Annotated[int, typer.Option(help="Which prompt of the test split.")] = 0,
     retained: RetainedOption = None,
+    compression_ratio: CompressionOption = None,
     bits: BitsOption = None,
     decode: Annotated[
         str | None,
@@ -40,11 +41,11 @@ def demo(
     told = None if decode is None else check_decode(decode)
     check_out(json)
     check_out(png)
+    capsule = chosen_capsule(None, REFERENCE, retained, bits, compression_ratio)
     console = Console()
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), transient=True) as progress:
         task = progress.add_task("loading the reference VLM")
         model, processor = load_model(REFERENCE)
-        capsule = chosen_capsule(None, REFERENCE, retained, bits)
         ways = (told,) if told is not None else DECODES if capsule.rebuilds else DECODES[1:]
         prompt = split_prompt("test", sample, images, questions)
         asks = tuple(Ask(q.text, q.answer, q.task) for q in prompt.questions)

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from capsight.cli.models import REFERENCE, check_out, load_model
-from capsight.cli.options import BitsOption, RetainedOption, chosen_capsule, picture_item
+from capsight.cli.options import BitsOption, CompressionOption, RetainedOption, chosen_capsule, picture_item
 from capsight.cli.output import human_bytes
 from capsight.evaluation.asking import process
 from capsight.runtime import enable
@@ -22,6 +22,7 @@ def encapsulate(
     model: Annotated[str, typer.Option(help="'reference', a folder or a hub id.")] = REFERENCE,
     capsule: Annotated[str | None, typer.Option(help="'reference', a folder or a hub id.")] = None,
     retained: RetainedOption = None,
+    compression_ratio: CompressionOption = None,
     bits: BitsOption = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
@@ -29,9 +30,10 @@ def encapsulate(
     """Read images once and write their capsules to a file; `capsight ask` answers questions from it."""
     check_out(out)
     item = picture_item(image)
+    chosen = chosen_capsule(capsule, model, retained, bits, compression_ratio)
     vlm, processor = load_model(model, dtype, device)
     inputs = process(processor, item, [""])
-    with enable(vlm, capsule=chosen_capsule(capsule, model, retained, bits)) as fast, torch.no_grad():
+    with enable(vlm, capsule=chosen) as fast, torch.no_grad():
         cache = fast.encapsulate(**{name: value.to(vlm.device) for name, value in inputs.items()})
         fast.save(out)
     Console().print(

@@ -16,6 +16,7 @@ from capsight.cli.evaluate_tables import print_pairs, print_report
 from capsight.cli.fit import calibration_items
 from capsight.cli.methods import METHOD_NAMES, make_methods
 from capsight.cli.models import REFERENCE, check_out, load_capsule, load_model
+from capsight.cli.options import CompressionsOption, shares
 from capsight.cli.output import write_json
 from capsight.errors import OptionError
 from capsight.evaluation import Item, Journal, evaluate, jsonl_items, paired, reference_items, summary
@@ -35,6 +36,7 @@ def evaluate_command(
     retained: Annotated[
         list[float] | None, typer.Option(help="Retained fractions; repeat for several.")
     ] = None,
+    compression_ratio: CompressionsOption = None,
     head_map: Annotated[
         str | None, typer.Option(help="Prefill with this head map: folder, hub id, or 'reference'.")
     ] = None,
@@ -65,11 +67,12 @@ def evaluate_command(
     if max_new_tokens < 1:
         raise OptionError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
     chosen = HeadMap.from_pretrained(head_map) if head_map else None
+    fractions = shares(retained, compression_ratio)
     vlm, processor = load_model(model, dtype, device)
     items, total = _items(model, data, images, samples, tasks)
     methods = make_methods(
         method or [],
-        retained or [0.4],
+        fractions,
         lambda: load_capsule(capsule, model),
         lambda: calibration_prompts(processor, model, calibration),
         vlm,

@@ -12,11 +12,13 @@ import typer
 from rich.console import Console
 
 from capsight.cli.models import REFERENCE, load_model
+from capsight.cli.options import CompressionOption
 from capsight.cli.output import human_bytes
 from capsight.errors import OptionError
 from capsight.evaluation import Item, jsonl_items, reference_items
 from capsight.evaluation.asking import process
 from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.budget import share_to_keep
 from capsight.pictures import open_image
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -31,19 +33,23 @@ def fit(
             help="Folder of pictures, or JSONL of {images, question}; the reference task has its own."
         ),
     ] = None,
-    retained: Annotated[float, typer.Option(help="Fraction of each block's tokens to keep, (0, 1].")] = 0.40,
+    retained: Annotated[
+        float | None, typer.Option(help="Fraction of each block's tokens to keep, (0, 1]; 0.4 by default.")
+    ] = None,
+    compression_ratio: CompressionOption = None,
     codec: Annotated[str, typer.Option(help="heads, adaptive, evict, static or static-mlp.")] = "heads",
     samples: Annotated[int, typer.Option(help="Calibration prompts to use at most.")] = 96,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
 ) -> None:
     """Fit a capsule to a model and write it to a folder; run again, it goes on where it was interrupted."""
+    share = share_to_keep(retained, compression_ratio, 0.40)
     vlm, processor = load_model(model, dtype, device)
     items = calibration_items(model, data, samples)
     prompts = [process(processor, item, [item.asks[0].question]) for item in items]
     began = time.perf_counter()
     partial = out.with_name(f"{out.name}.partial")
-    capsule = KVCapsule.fit(vlm, processor, prompts, retained=retained, codec=codec, resume=partial)
+    capsule = KVCapsule.fit(vlm, processor, prompts, share, codec, resume=partial)
     capsule.save_pretrained(out)
     shutil.rmtree(partial, ignore_errors=True)
     Console().print(

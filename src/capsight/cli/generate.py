@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from capsight.cli.models import REFERENCE, load_model
-from capsight.cli.options import BitsOption, RetainedOption, chosen_capsule, picture_item
+from capsight.cli.options import BitsOption, CompressionOption, RetainedOption, chosen_capsule, picture_item
 from capsight.cli.output import human_bytes
 from capsight.errors import OptionError
 from capsight.evaluation import ask_item
@@ -25,6 +25,7 @@ def generate(
         str | None, typer.Option(help="'reference', a folder, a hub id, or 'none' for the full cache.")
     ] = None,
     retained: RetainedOption = None,
+    compression_ratio: CompressionOption = None,
     bits: BitsOption = None,
     decode: Annotated[
         str | None,
@@ -44,11 +45,11 @@ def generate(
     if max_new_tokens < 1:
         raise OptionError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
     way = None if decode is None else check_decode(decode)
-    if capsule == "none" and (retained, bits) != (None, None):
+    if capsule == "none" and (retained, compression_ratio, bits) != (None, None, None):
         raise OptionError("--capsule none is the full cache; leave out --retained and --bits")
     item = picture_item(image or (), prompt)
+    loaded = None if capsule == "none" else chosen_capsule(capsule, model, retained, bits, compression_ratio)
     vlm, processor = load_model(model, dtype, device)
-    loaded = None if capsule == "none" else chosen_capsule(capsule, model, retained, bits)
     with enable(vlm, capsule=loaded, decode=way) as fast, torch.no_grad():
         answers = ask_item(fast, processor, item, protocol, max_new_tokens)
     print(answers.texts[0])

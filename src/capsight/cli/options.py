@@ -9,14 +9,22 @@ from typing import Annotated
 import typer
 
 from capsight.cli.models import load_capsule
+from capsight.errors import OptionError
 from capsight.evaluation import Ask, Item
 from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.budget import share_to_keep
 from capsight.pictures import open_image
 
 OWN_BITS = 16
 """What `--bits` calls numbers in the cache's own dtype."""
 
 RetainedOption = Annotated[float | None, typer.Option(help="Another retained fraction than the capsule's.")]
+CompressionOption = Annotated[
+    float | None, typer.Option(help="The same as papers give it, 1 - retained; instead of --retained.")
+]
+CompressionsOption = Annotated[
+    list[float] | None, typer.Option(help="The same as papers give it, 1 - retained; instead of --retained.")
+]
 BitsOption = Annotated[
     int | None,
     typer.Option(
@@ -25,15 +33,32 @@ BitsOption = Annotated[
 ]
 
 
-def chosen_capsule(source: str | None, model: str, retained: float | None, bits: int | None) -> KVCapsule:
+def shares(retained: list[float] | None, compression_ratio: list[float] | None) -> list[float]:
+    """Retained fractions that a command line names in either way; 0.4 if none.
+
+    Raises:
+        OptionError: it names them in both ways, or a ratio is out of range.
+    """
+    if retained and compression_ratio:
+        raise OptionError("give --retained or --compression-ratio (which is 1 - retained), not both")
+    return retained or [share_to_keep(None, ratio) for ratio in compression_ratio or ()] or [0.4]
+
+
+def chosen_capsule(
+    source: str | None,
+    model: str,
+    retained: float | None,
+    bits: int | None,
+    compression_ratio: float | None = None,
+) -> KVCapsule:
     """The capsule that a command line names, with the retained fraction and bits that it names.
 
     Raises:
         CapsightError: there is none, or it cannot be had so.
     """
     capsule = load_capsule(source, model)
-    if retained is not None:
-        capsule = capsule.with_retained(retained)
+    if (retained, compression_ratio) != (None, None):
+        capsule = capsule.with_retained(retained, compression_ratio=compression_ratio)
     return capsule if bits is None else capsule.with_bits(None if bits == OWN_BITS else bits)
 
 

@@ -14,8 +14,10 @@ from transformers.utils import logging
 
 from capsight.blindsight import HeadMap
 from capsight.cli.models import REFERENCE, check_out
+from capsight.cli.options import CompressionOption
 from capsight.cli.output import human_bytes, parse_bytes, write_json
 from capsight.errors import OptionError
+from capsight.kvcapsule.budget import share_to_keep
 from capsight.planning import Budget, ImageGrids, Plan, grids_of_size, grids_of_tokens
 from capsight.planning import plan as make_plan
 from capsight.reference import reference_path
@@ -34,7 +36,10 @@ def plan(
     gpu_memory: Annotated[str, typer.Option(help="Such as 80GB or 80GiB.")] = "80GB",
     reserve: Annotated[float, typer.Option(help="Fraction of it left to activations.")] = 0.1,
     weights_gb: Annotated[float | None, typer.Option(help="GB of the weights, if quantised.")] = None,
-    retained: Annotated[float, typer.Option(help="Fraction that capsules keep.")] = 0.4,
+    retained: Annotated[
+        float | None, typer.Option(help="Fraction that capsules keep; 0.4 by default.")
+    ] = None,
+    compression_ratio: CompressionOption = None,
     dtype: Annotated[str, typer.Option(help="Of weights and KV: bfloat16, float16, float32.")] = "bfloat16",
     head_map: Annotated[str | None, typer.Option(help="A head map's file, folder or hub id.")] = None,
     dense_share: Annotated[float | None, typer.Option(help="Or the share of heads it keeps dense.")] = None,
@@ -55,14 +60,14 @@ def plan(
         weights_bytes=None if weights_gb is None else round(weights_gb * 1e9),
         reserve=reserve,
         batch=batch,
-        retained=retained,
+        retained=share_to_keep(retained, compression_ratio, 0.4),
     )
     sparse = HeadMap.from_pretrained(head_map) if head_map is not None else dense_share
     config = load_config(model)
     mix = _mix(config, images or [8], image_size or [], image_tokens or [])
     found = make_plan(config, mix, text_tokens, budget, new_tokens, sparse)
     _print(Console(), found, budget, model, len(mix))
-    write_json(json, {"model": model, "images": len(mix), "retained": retained, **found.to_dict()})
+    write_json(json, {"model": model, "images": len(mix), "retained": budget.retained, **found.to_dict()})
 
 
 def load_config(name: str) -> Any:

@@ -29,6 +29,26 @@ FRACTIONS = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 """Retained fractions at which errors are measured."""
 
 
+def share_to_keep(
+    retained: float | None, compression_ratio: float | None, default: float | None = None
+) -> float:
+    """The retained fraction, given as such or as `compression_ratio` = 1 - retained, the field's word.
+
+    Raises:
+        OptionError: both are given, or neither and there is no default, or the ratio is not in [0, 1).
+    """
+    if retained is not None and compression_ratio is not None:
+        raise OptionError("give retained or compression_ratio (which is 1 - retained), not both")
+    if compression_ratio is not None:
+        if not 0 <= compression_ratio < 1:
+            raise OptionError(f"compression_ratio is a fraction in [0, 1), not {compression_ratio}")
+        return round(1 - compression_ratio, 12)
+    found = default if retained is None else retained
+    if found is None:
+        raise OptionError("give retained or compression_ratio (which is 1 - retained)")
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class LayerNeeds:
     """What the L layers of a capsule need, as measured at calibration.

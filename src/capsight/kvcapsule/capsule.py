@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from capsight.errors import CapsuleFileError, ModelMismatchError, OptionError
 from capsight.kvcapsule.break_even import break_even_tokens
-from capsight.kvcapsule.budget import Budget, check_budget, share_out
+from capsight.kvcapsule.budget import Budget, check_budget, share_out, share_to_keep
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.calibration.fit import kept_tokens
 from capsight.kvcapsule.calibration.fit_capsule import fit_capsule
@@ -43,12 +43,13 @@ class KVCapsule:
         model: Any,
         processor: Any,
         samples: Iterable[Any],
-        retained: float = 0.40,
+        retained: float | None = None,
         codec: str = "heads",
         block_size: int = DEFAULT_BLOCK_SIZE,
         progress: bool = True,
         budget: Budget | None = None,
         resume: str | os.PathLike[str] | None = None,
+        compression_ratio: float | None = None,
         **options: Any,
     ) -> Self:
         """Fit to a model in one pass over calibration samples.
@@ -57,7 +58,7 @@ class KVCapsule:
             model: a transformers vision-language model of a family that `build_layout` knows.
             processor: its processor; may be None where all samples are processor outputs.
             samples: processor outputs (any batch size) or lists of chat messages, with images.
-            retained: fraction of each block's tokens to keep, in (0, 1]; an average over the layers.
+            retained: fraction of each block's tokens to keep, in (0, 1]; an average over the layers (0.4).
             codec: "heads", "adaptive" and its control "evict", "static", or "static-mlp" (trained after the
                 closed-form fit, reads the samples twice).
             block_size: vision tokens per capsule (N).
@@ -66,6 +67,7 @@ class KVCapsule:
                 layers, see `with_budget`) or "uniform"; None for the codec's default.
             resume: folder where the pass leaves, every half minute, what it has added up; a fit that was
                 interrupted goes on from there, given the same samples. Remove it afterwards.
+            compression_ratio: 1 - retained, instead of `retained`.
             **options: the codec's own, see its `fit`: `ridge`, of the first three `joint`, of "adaptive"
                 `weights`, of "static-mlp" `width`.
 
@@ -75,7 +77,8 @@ class KVCapsule:
             CapsuleFileError: `resume` cannot be read or written.
             OptionError: an option is unknown or out of range.
         """
-        arguments = (retained, codec, block_size, progress, budget, resume, options)
+        share = share_to_keep(retained, compression_ratio, 0.40)
+        arguments = (share, codec, block_size, progress, budget, resume, options)
         return cls(*fit_capsule(model, processor, samples, *arguments))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -150,14 +153,16 @@ class KVCapsule:
                 "(or other weights of the same); fit one for this model with KVCapsule.fit"
             )
 
-    def with_retained(self, retained: float) -> Self:
+    def with_retained(self, retained: float | None = None, *, compression_ratio: float | None = None) -> Self:
         """This capsule at another retained fraction, without fitting again (heads, adaptive, evict).
 
-        The fraction is an average over the layers, shared out as the capsule's budget says.
+        The fraction is an average over the layers, shared out as the capsule's budget says; it may be given
+        as `compression_ratio`, which is 1 - retained.
 
         Raises:
-            OptionError: out of range, or the codec has to be fitted for it.
+            OptionError: out of range, given twice, or the codec has to be fitted for it.
         """
+        retained = share_to_keep(retained, compression_ratio)
         if self.info.share is not None:
             codecs = {
                 i: codec.at(retained) for i, codec in self.codecs.items() if isinstance(codec, JointCodec)
