@@ -35,7 +35,7 @@ def _ranges(positions: tuple[int, ...]) -> str:
 
 IMAGES: dict[str, str] = {
     **dict.fromkeys(
-        ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"],
+        ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"],
         """\
 193 pad 105 | image0 112:176 1x8x8 at 111 176
 193 pad 0 | image0 7:71 1x8x8 at 6 71 | image1 73:169 1x8x12 at 72 169
@@ -114,13 +114,16 @@ VIDEOS: dict[str, str] = {
     "qwen2_5_vl": """\
 89 pad 35 | video0 42:74 2x4x4 every 2 s at 41 74
 89 pad 0 | video0 7:39 2x4x4 every 2 s at 6 39 | video1 41:73 2x4x4 every 2 s at 40 73""",
-    "qwen3_vl": """\
+    **dict.fromkeys(
+        ["qwen3_vl", "qwen3_5", "qwen3_5_moe"],
+        """\
 149 pad 65 | video0 86:102 1x4x4 at 71 85 102 | video0 117:133 1x4x4 at 116 133-134
 149 pad 0\
  | video0 21:37 1x4x4 at 6 20 37\
  | video0 52:68 1x4x4 at 51 68-69\
  | video1 85:101 1x4x4 at 70 84 101\
  | video1 116:132 1x4x4 at 115 132-133""",
+    ),
     "llava_onevision": """\
 151 pad 66 | video0 72:136 4x4x4 at 136
 151 pad 0 | video0 6:70 4x4x4 at 70 | video1 71:135 4x4x4 at 135""",

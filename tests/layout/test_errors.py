@@ -11,7 +11,18 @@ from tiny import FAMILIES
 
 ALL = sorted(FAMILIES)
 DELIMITED = [name for name in ALL if name != "llava_onevision" and " at " in IMAGES[name]]
-GRIDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm4v_moe", "glm46v", "glm_ocr", "paddleocr_vl"]
+GRIDS = [
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "glm4v",
+    "glm4v_moe",
+    "glm46v",
+    "glm_ocr",
+    "paddleocr_vl",
+]
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 

@@ -13,9 +13,10 @@ from capsight.layout.positions import positions_after, rope_deltas, rope_positio
 from tiny import FAMILIES, clip
 from tiny.base import TinyVLM
 
+QWEN3 = ["qwen3_vl", "qwen3_5", "qwen3_5_moe"]
 GLM = ["glm4v", "glm4v_moe", "glm46v", "glm_ocr"]
-VIDEOS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", *GLM, "llava_onevision", "internvl", "smolvlm"]
-GRIDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", *GLM]
+VIDEOS = ["qwen2_vl", "qwen2_5_vl", *QWEN3, *GLM, "llava_onevision", "internvl", "smolvlm"]
+GRIDS = ["qwen2_vl", "qwen2_5_vl", *QWEN3, *GLM]
 
 
 def prompts(vlm: TinyVLM) -> dict[str, object]:

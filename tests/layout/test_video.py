@@ -10,7 +10,17 @@ from layout.golden import VIDEOS, written
 from tiny import FAMILIES, clip
 
 FRAMES_AS_IMAGES = ["internvl", "smolvlm"]
-GRIDS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm4v_moe", "glm46v", "glm_ocr"]
+GRIDS = [
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "glm4v",
+    "glm4v_moe",
+    "glm46v",
+    "glm_ocr",
+]
 
 
 def clips(vlm):

@@ -17,6 +17,7 @@ from tiny import (
     paddleocr_vl,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_5,
     qwen3_vl,
     smolvlm,
 )
@@ -34,6 +35,7 @@ _BUILD: dict[str, Callable[[], TinyVLM]] = {
     "mistral3": mistral3.build,
     "pixtral": partial(mistral3.build, "pixtral"),
     "paddleocr_vl": paddleocr_vl.build,
+    **{name: partial(qwen3_5.build, name) for name in qwen3_5.CLASSES},
     **{name: partial(glm4v.build, name) for name in glm4v.CLASSES},
     **{name: partial(llava.build, name) for name in llava.CLASSES},
 }

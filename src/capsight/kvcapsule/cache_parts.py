@@ -13,14 +13,13 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from capsight.errors import CapsightError, CapsuleFileError
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.cache.layer import CapsuleLayer
+from capsight.kvcapsule.cache.stock import has_states, set_state, states
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.codecs import Payload, RaggedPayload
 from capsight.kvcapsule.info import LayerInfo
+from capsight.kvcapsule.parts import DTYPES, Parts
 from capsight.kvcapsule.plan import Run, exact_spans
 from capsight.layout import PromptLayout
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-Shape = tuple[int | None, ...]
 
 
 def take_apart(cache: CapsuleCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -29,7 +28,8 @@ def take_apart(cache: CapsuleCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Returns:
         JSON-ready values, and tensors by name: `layers.I.exact` `[2, E, H, D]`, `layers.I.tail`
         `[2, B, T, H, D]` and `layers.I.capsule.*` of full-attention layers, `layers.I.window`
-        `[2, B, H, T, D]` of sliding-window layers.
+        `[2, B, H, T, D]` of sliding-window layers, `layers.I.conv.N` and `layers.I.recurrent.N` `[B, ...]` of
+        layers with states.
 
     Raises:
         CapsightError: the cache is empty, or has a layer of another kind.
@@ -39,7 +39,11 @@ def take_apart(cache: CapsuleCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
     written: list[Payload] = []
     settled = {layer.placement.settled for layer in cache.capsule_layers.values() if layer.placement}
     layers: list[Any] = cache.layers
-    if not length or len(settled) != 1 or any(layer.get_seq_length() != length for layer in layers):
+    if (
+        not length
+        or len(settled) != 1
+        or any(layer.get_seq_length() != length for layer in layers if not has_states(layer))
+    ):
         raise CapsightError("the cache has not been prefilled; encapsulate a prompt before saving it")
     for index, layer in enumerate(layers):
         if isinstance(layer, CapsuleLayer):
@@ -56,9 +60,13 @@ def take_apart(cache: CapsuleCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
             sliding[str(index)] = layer.cumulative_length
             window = [x[:, :, -layer.sliding_window + 1 :] for x in held]
             tensors[f"layers.{index}.window"] = torch.stack(window)
+        elif has_states(layer):
+            tensors |= {f"layers.{index}.{kind}.{n}": state for kind, n, state in states(layer)}
         else:
             raise CapsightError(f"a cache with a {type(layer).__name__} cannot be saved; use it as it is")
     header = {"layout": cache.layout.to_dict(), "settled": settled.pop(), "sliding": sliding}
+    if any(map(has_states, layers)):
+        header["states_kept"] = cache.kept_states == length
     return header, tensors
 
 
@@ -86,7 +94,7 @@ def put_together(
     settled, sliding = _field(header, "settled", int), _field(header, "sliding", dict)
     cache = capsule.cache(layout, config)
     sizes = {layer.index: layer for layer in capsule.info.layers}
-    parts = _Parts(tensors, layout.batch_size)
+    parts = Parts(tensors, layout.batch_size)
     templates: dict[LayerInfo, Payload] = {}
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
@@ -97,51 +105,23 @@ def put_together(
                 dtype = parts.peek(f"layers.{index}.exact").dtype
                 template = templates[shape] = _template(layer, sizes[index], dtype)
             _fill(layer, cache, parts, index, settled, sizes[index], template, device)
+        elif has_states(layer):
+            _fill_states(layer, parts, index, device)
         else:
             seen = _field(sliding, str(index), int)
             _fill_window(layer, parts, index, seen, config, device)
-    lengths = {layer.get_seq_length() for layer in layers}
+    lengths = {layer.get_seq_length() for layer in layers if not has_states(layer)}
     if len(lengths) != 1:
         raise CapsuleFileError(f"the layers of the saved cache differ in length: {sorted(lengths)}")
+    if header.get("states_kept") is True:
+        cache.keep_states()
     return cache
-
-
-class _Parts:
-    """Named tensors, checked when they are taken; keys and values all have one dtype."""
-
-    def __init__(self, tensors: dict[str, Tensor], batch: int) -> None:
-        self._tensors, self.batch = tensors, batch
-        self.dtype: torch.dtype | None = None
-
-    def peek(self, name: str) -> Tensor:
-        if name not in self._tensors:
-            raise CapsuleFileError(f"the saved cache has no tensor {name}; save it again")
-        return self._tensors[name]
-
-    def take(self, name: str, shape: Shape, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor called `name`; None in a shape stands for any size, no dtype for that of the cache."""
-        tensor = self.peek(name)
-        if dtype is None:
-            self.dtype = dtype = self.dtype or (tensor.dtype if tensor.dtype in _DTYPES else _DTYPES[0])
-        fits = len(shape) == tensor.ndim and all(
-            n in (None, m) for n, m in zip(shape, tensor.shape, strict=True)
-        )
-        if not fits or tensor.dtype != dtype:
-            raise CapsuleFileError(
-                f"tensor {name} of the saved cache is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} "
-                f"{shape}; save it again"
-            )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CapsuleFileError(
-                f"tensor {name} of the saved cache holds NaN or infinite values; save it again"
-            )
-        return self._tensors.pop(name)
 
 
 def _fill(
     layer: CapsuleLayer,
     cache: CapsuleCache,
-    parts: _Parts,
+    parts: Parts,
     index: int,
     settled: int,
     sizes: LayerInfo,
@@ -195,8 +175,23 @@ def _check_kept(capsules: Payload, runs: Sequence[Run], block_size: int, prefix:
         raise CapsuleFileError(f"{prefix}capsule.kept does not ascend within a block; save the cache again")
 
 
+def _fill_states(layer: Any, parts: Parts, index: int, device: torch.device) -> None:
+    """Give a linear-attention or convolution layer its states; their dtypes are their own."""
+    names = parts.names(f"layers.{index}.")
+    for name in names:
+        _, _, kind, number = [*name.split("."), "", ""][:4]
+        known = kind in ("conv", "recurrent") and number in map(str, layer.conv_states)
+        tensor = parts.peek(name)
+        if not known or tensor.dtype not in DTYPES or tensor.ndim < 2:
+            raise CapsuleFileError(f"tensor {name} of the saved cache is no state; save it again")
+        state = parts.take(name, (parts.batch, *(None,) * (tensor.ndim - 1)), tensor.dtype)
+        set_state(layer, kind, int(number), state.to(device))
+    if not names:
+        raise CapsuleFileError(f"the saved cache has no states for layer {index}; save it again")
+
+
 def _fill_window(
-    layer: Any, parts: _Parts, index: int, seen: int, config: PreTrainedConfig, device: torch.device
+    layer: Any, parts: Parts, index: int, seen: int, config: PreTrainedConfig, device: torch.device
 ) -> None:
     """Give a sliding-window layer its last tokens."""
     text = config.get_text_config(decoder=True)
@@ -216,7 +211,7 @@ def _alike(layer: LayerInfo) -> LayerInfo:
 
 def _template(layer: CapsuleLayer, sizes: LayerInfo, dtype: torch.dtype) -> Payload:
     """The capsule of one block of zeros: names, shapes and dtypes are those of any other."""
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise CapsuleFileError(f"the saved cache holds keys in {dtype}; save it again")
     with torch.no_grad():
         return layer.codec.template(sizes.heads, sizes.head_dim, dtype)

@@ -222,6 +222,8 @@ class FastModel:
 
             cache.repeat_context(run)
         self._deltas.remember(cache)
+        if isinstance(cache, CapsuleCache):
+            cache.keep_states()
         if cache is not None:
             self._prompts.remember(cache, head)
         self.cache = cache

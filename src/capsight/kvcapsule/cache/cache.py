@@ -10,19 +10,21 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from capsight.errors import CapsightError, ModelMismatchError
 from capsight.kvcapsule.attention import KeptTokens, LatentBlocks
+from capsight.kvcapsule.cache.counted import CountedCache
 from capsight.kvcapsule.cache.exact_rows import ExactRows
 from capsight.kvcapsule.cache.layer import CapsuleLayer
 from capsight.kvcapsule.cache.ledger import Ledger
 from capsight.kvcapsule.cache.row_order import RowOrder
+from capsight.kvcapsule.cache.stock import StateCopy, has_states, move_rows
 from capsight.kvcapsule.codecs import BlockCodec
 from capsight.layout import PromptLayout
 
 
-class CapsuleCache(Cache):
+class CapsuleCache(CountedCache):
     """Hand it to `model.generate(**inputs, past_key_values=cache)`; nothing of the model is patched.
 
     Prefill sees full keys and values; what comes later attends to capsules of the images, which
@@ -61,6 +63,7 @@ class CapsuleCache(Cache):
         self._ledger = Ledger(layout, list(codecs.values()), config)
         self._leaves_from: int | None = None  # tokens held from which on capsules may be left to attention
         self._orders: WeakSet[RowOrder] = WeakSet()
+        self._states: StateCopy | None = None
         self.honours_key_bias = False
         layers = DynamicCache(config=config).layers
         for index, codec in codecs.items():
@@ -71,11 +74,6 @@ class CapsuleCache(Cache):
     def layout(self) -> PromptLayout:
         """The layout of the batch as it is now."""
         return self._ledger.layout
-
-    @property
-    def capsule_layers(self) -> dict[int, CapsuleLayer]:
-        """The layers that hold capsules, by layer index."""
-        return {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, CapsuleLayer)}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -159,26 +157,52 @@ class CapsuleCache(Cache):
     def reset(self) -> None:
         """Empty the cache, for another prefill of the same prompt."""
         self._ledger.restart()
+        self._states = None
         for index, layer in enumerate(DynamicCache(config=self._config).layers):
             if isinstance(self.layers[index], CapsuleLayer):
                 self.layers[index].reset()
             else:
                 self.layers[index] = layer
 
+    def keep_states(self) -> None:
+        """Remember the length of now as one that `crop` can come back to in spite of recurrent states.
+
+        Only models with linear-attention or convolution layers need it; it takes a copy of their states.
+        """
+        if any(map(has_states, self.layers)):
+            self._states = StateCopy(self.layers, self.get_seq_length())
+
+    @property
+    def kept_states(self) -> int | None:
+        """The length that `keep_states` was last called at, if there are states."""
+        return None if self._states is None else self._states.length
+
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: as many as a negative number says, or down to a positive length.
 
         Raises:
-            CapsightError: that would cut a capsule; nothing has been removed then.
+            CapsightError: that would cut a capsule, or a layer has a recurrent state and the length is not
+                that of `keep_states`; nothing has been removed then.
         """
         length = self.get_seq_length()
         drop = max(length - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove
         for capsule_layer in self.capsule_layers.values():
             capsule_layer.check_crop(drop)
+        recurrent = drop > 0 and any(map(has_states, self.layers))
+        if recurrent and self.kept_states != length - drop:
+            kept = (
+                "none was kept" if self._states is None else f"there is one of {self._states.length} tokens"
+            )
+            raise CapsightError(
+                f"cannot crop to {length - drop} tokens: linear-attention and convolution layers go back only "
+                f"to a length whose states were kept, as `encapsulate` does, and {kept}"
+            )
         layers: list[Any] = sorted(self.layers, key=lambda layer: isinstance(layer, CapsuleLayer))
         for layer in layers:  # stock layers first: they may refuse, too, and cannot be cropped while empty
-            if layer.is_initialized:
+            if not has_states(layer) and layer.is_initialized:
                 layer.crop(-drop)
+        if recurrent and self._states is not None:
+            self._states.put_back(self.layers)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i of the batch what row `beam_idx[i]` was (int64 `[B]`)."""
@@ -196,11 +220,13 @@ class CapsuleCache(Cache):
         self._ledger.move_rows(rows)
         for order in self._orders:
             order.move(rows)
+        if self._states is not None:
+            self._states.move_rows(torch.tensor(rows))
         moved: dict[int, tuple[Any, ...]] = {}  # layers share their placement, so each is worked out once
         layers: list[Any] = self.layers
         for layer in layers:
             if not isinstance(layer, CapsuleLayer):
-                layer.batch_select_indices(torch.tensor(rows))
+                move_rows(layer, torch.tensor(rows))
             elif layer.placement is not None:
                 old = layer.placement
                 index = torch.tensor(rows, device=old.run_rows.device)
@@ -208,46 +234,8 @@ class CapsuleCache(Cache):
                     moved[id(old)] = (old, *old.select(rows))
                 layer.move_rows(index, *moved[id(old)][1:])
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of capsules, exact tokens and their shared index tensors, sliding layers included."""
-        placements = {
-            id(p): p for layer in self.capsule_layers.values() if (p := layer.placement) is not None
-        }
-        shared = sum(placement.nbytes for placement in placements.values())
-        payloads = {id(x): x for layer in self.capsule_layers.values() if (x := layer.payload) is not None}
-        exact = sum(
-            layer.exact_nbytes if isinstance(layer, CapsuleLayer) else _stock_nbytes(layer)
-            for layer in self.layers
-        )
-        return exact + sum(payload.nbytes for payload in payloads.values()) + shared
-
-    @property
-    def layer_nbytes(self) -> list[int]:
-        """Bytes of capsules and exact tokens in each layer; what layers share is shared out."""
-        return [
-            layer.nbytes if isinstance(layer, CapsuleLayer) else _stock_nbytes(layer) for layer in self.layers
-        ]
-
-    @property
-    def nbytes_full(self) -> int:
-        """Bytes that a stock `DynamicCache` takes for the same tokens; left padding is not counted."""
-        return sum(
-            layer.nbytes_full if isinstance(layer, CapsuleLayer) else _stock_nbytes(layer)
-            for layer in self.layers
-        )
-
-    @property
-    def module_nbytes(self) -> int:
-        """Bytes of the codecs' own tensors, which all caches of a capsule share."""
-        return sum(layer.codec.module_nbytes for layer in self.capsule_layers.values())
-
 
 def full_attention_layers(config: PreTrainedConfig) -> list[int]:
     """Indices of a model's full-attention layers: those whose vision tokens can be compressed."""
     layers = DynamicCache(config=config).layers
     return [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
-
-
-def _stock_nbytes(layer: Any) -> int:
-    return sum(x.nbytes for x in (layer.keys, layer.values) if x is not None) if layer.is_initialized else 0

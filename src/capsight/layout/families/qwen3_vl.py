@@ -1,4 +1,4 @@
-"""Qwen3-VL: images as in Qwen2-VL; a video is one delimited block per frame, each after its timestamp.
+"""Qwen3-VL, Qwen3.5: images as in Qwen2-VL; a video is one delimited block per frame, after its timestamp.
 
 A frame here is a temporal patch: the vision tower merges two film frames into one. The chat template
 already writes delimiters around the video placeholder, so recent processors leave an outer pair
@@ -17,9 +17,9 @@ from capsight.layout.row_layout import Kind, Span, VisionBlock
 
 
 class Qwen3VL(MRope):
-    """Adapter for Qwen3-VL, dense and mixture of experts."""
+    """Adapter for Qwen3-VL and Qwen3.5, dense and mixture of experts."""
 
-    model_types: tuple[str, ...] = ("qwen3_vl", "qwen3_vl_moe")
+    model_types: tuple[str, ...] = ("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 
     def blocks(
         self, rows: Sequence[TokenRow], inputs: Mapping[str, Any], config: Any
