@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 import capsight
 from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.cache.stock import stock_nbytes
 from capsight.layout import build_layout
 from capsight.planning import ModelShape
-from capsight.planning.cache import capsule_kv_bytes, full_kv_bytes, planned_capsule, scratch_bytes
+from capsight.planning.cache import (
+    capsule_kv_bytes,
+    full_kv_bytes,
+    planned_capsule,
+    scratch_bytes,
+    state_bytes,
+)
 from tiny import FAMILIES, TinyVLM
 
 BLOCK, NEW = 16, 3
@@ -34,7 +43,7 @@ def fill(model, cache, inputs):
 
 
 def stored(cache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if hasattr(layer, "keys"))
 
 
 def test_full_cache(vlm):
@@ -42,6 +51,15 @@ def test_full_cache(vlm):
     length = inputs["input_ids"].shape[1]
     cache = fill(vlm.model, DynamicCache(config=vlm.config), inputs)
     assert full_kv_bytes(shape, length + NEW, itemsize=4) == stored(cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states(dtype):
+    vlm = FAMILIES["qwen3_5"]()
+    model = copy.deepcopy(vlm.model).to(dtype)
+    cache = fill(model, DynamicCache(config=vlm.config), prompt(vlm))
+    real = sum(stock_nbytes(layer) for layer in cache.layers) - stored(cache)
+    assert state_bytes(ModelShape.of(vlm.config), dtype.itemsize) == real > 0
 
 
 def test_sliding_layers_hold_less_than_full_ones():
@@ -52,7 +70,7 @@ def test_sliding_layers_hold_less_than_full_ones():
 
 
 def test_grouped_queries_store_kv_heads_only(vlm):
-    layer = ModelShape.of(vlm.config).layers[0]
+    layer = next(layer for layer in ModelShape.of(vlm.config).layers if layer.kv_heads)
     assert (layer.query_heads, layer.kv_heads, layer.head_dim) == (4, 2, 16)
 
 
@@ -65,7 +83,7 @@ def test_capsule_cache(vlm, retained):
     for decode in ("latent", "materialise"):
         with capsight.enable(vlm.model, capsule=fitted, decode=decode) as fast:
             fill(fast, None, inputs)
-        assert capsule_kv_bytes(shape, layout, NEW, 4, planned) == fast.cache.nbytes
+        assert capsule_kv_bytes(shape, layout, NEW, 4, planned) == fast.cache.nbytes - fast.cache.state_nbytes
         assert planned.module_nbytes == fitted.module_nbytes == fast.cache.module_nbytes
         scratch[decode] = next(iter(fast.cache.capsule_layers.values()))._ledger.scratch.nbytes
     for batch in (1, 4):
@@ -83,4 +101,4 @@ def test_batch_of_left_padded_rows(vlm):
         vlm.model(**inputs, past_key_values=cache, use_cache=True)
     layout = build_layout(inputs, vlm.config)
     planned = planned_capsule(shape, 0.4, 4, BLOCK)
-    assert capsule_kv_bytes(shape, layout, 0, 4, planned) == cache.nbytes
+    assert capsule_kv_bytes(shape, layout, 0, 4, planned) == cache.nbytes - cache.state_nbytes

@@ -126,6 +126,9 @@ def _print(console: Console, found: Plan, budget: Budget, model: str, images: in
     memory.add_row(
         "KV per request", human_bytes(full.kv_bytes), human_bytes(ours.kv_bytes), f"{ratio:.2f}x smaller"
     )
+    if full.state_bytes:
+        both = human_bytes(full.state_bytes)
+        memory.add_row("states per request", both, both, "not compressed")
     memory.add_row("scratch per request", human_bytes(0), human_bytes(ours.scratch_bytes), "while decoding")
     memory.add_row("modules", human_bytes(0), human_bytes(ours.module_bytes), "once per GPU")
     more = f"{ours.requests / full.requests:.2f}x" if full.requests else "weights leave no room"

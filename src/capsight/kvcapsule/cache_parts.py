@@ -66,7 +66,8 @@ def take_apart(cache: CapsuleCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise CapsightError(f"a cache with a {type(layer).__name__} cannot be saved; use it as it is")
     header = {"layout": cache.layout.to_dict(), "settled": settled.pop(), "sliding": sliding}
     if any(map(has_states, layers)):
-        header["states_kept"] = cache.kept_states == length
+        held = [[f"{kind}.{n}" for kind, n, _ in states(layer)] for layer in layers]
+        header |= {"states": held, "states_kept": cache.kept_states == length}
     return header, tensors
 
 
@@ -106,7 +107,8 @@ def put_together(
                 template = templates[shape] = _template(layer, sizes[index], dtype)
             _fill(layer, cache, parts, index, settled, sizes[index], template, device)
         elif has_states(layer):
-            _fill_states(layer, parts, index, device)
+            names = _field(dict(enumerate(_field(header, "states", list))), index, list)
+            _fill_states(layer, parts, index, names, device)
         else:
             seen = _field(sliding, str(index), int)
             _fill_window(layer, parts, index, seen, config, device)
@@ -175,19 +177,16 @@ def _check_kept(capsules: Payload, runs: Sequence[Run], block_size: int, prefix:
         raise CapsuleFileError(f"{prefix}capsule.kept does not ascend within a block; save the cache again")
 
 
-def _fill_states(layer: Any, parts: Parts, index: int, device: torch.device) -> None:
+def _fill_states(layer: Any, parts: Parts, index: int, names: Sequence[Any], device: torch.device) -> None:
     """Give a linear-attention or convolution layer its states; their dtypes are their own."""
-    names = parts.names(f"layers.{index}.")
     for name in names:
-        _, _, kind, number = [*name.split("."), "", ""][:4]
-        known = kind in ("conv", "recurrent") and number in map(str, layer.conv_states)
-        tensor = parts.peek(name)
-        if not known or tensor.dtype not in DTYPES or tensor.ndim < 2:
-            raise CapsuleFileError(f"tensor {name} of the saved cache is no state; save it again")
-        state = parts.take(name, (parts.batch, *(None,) * (tensor.ndim - 1)), tensor.dtype)
-        set_state(layer, kind, int(number), state.to(device))
-    if not names:
-        raise CapsuleFileError(f"the saved cache has no states for layer {index}; save it again")
+        kind, _, number = str(name).partition(".")
+        if kind not in ("conv", "recurrent") or number not in map(str, layer.conv_states):
+            raise CapsuleFileError(f"{name!r} of layer {index} of the saved cache is no state; save it again")
+        tensor = parts.peek(f"layers.{index}.{name}")
+        dtype = tensor.dtype if tensor.dtype in DTYPES else DTYPES[0]
+        shape = (parts.batch, *(None,) * max(tensor.ndim - 1, 1))
+        set_state(layer, kind, int(number), parts.take(f"layers.{index}.{name}", shape, dtype).to(device))
 
 
 def _fill_window(
@@ -217,7 +216,7 @@ def _template(layer: CapsuleLayer, sizes: LayerInfo, dtype: torch.dtype) -> Payl
         return layer.codec.template(sizes.heads, sizes.head_dim, dtype)
 
 
-def _field(values: Mapping[str, Any], name: str, kind: type) -> Any:
+def _field(values: Mapping[Any, Any], name: Any, kind: type) -> Any:
     value = values.get(name)
     fits = isinstance(value, kind) and not isinstance(value, bool)
     if not fits or (isinstance(value, int) and value < 0):

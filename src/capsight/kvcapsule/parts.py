@@ -19,10 +19,6 @@ class Parts:
         self._tensors, self.batch = tensors, batch
         self.dtype: torch.dtype | None = None
 
-    def names(self, prefix: str) -> list[str]:
-        """Names of the tensors left that start with `prefix`."""
-        return sorted(name for name in self._tensors if name.startswith(prefix))
-
     def peek(self, name: str) -> Tensor:
         """The tensor called `name`, left where it is."""
         if name not in self._tensors:

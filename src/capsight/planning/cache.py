@@ -31,6 +31,11 @@ def full_kv_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
     )
 
 
+def state_bytes(shape: ModelShape, itemsize: int) -> int:
+    """Bytes of the states of one request, in layers that keep a state instead of keys and values."""
+    return sum(layer.state_bytes(itemsize) for layer in shape.layers)
+
+
 def planned_capsule(
     shape: ModelShape, retained: float, itemsize: int, block_size: int = DEFAULT_BLOCK_SIZE
 ) -> KVCapsule:
@@ -50,7 +55,7 @@ def planned_capsule(
     kept = kept_tokens(retained, block_size)
     codecs, infos = {}, []
     for index, layer in enumerate(shape.layers):
-        if layer.window is None:
+        if layer.holds_capsules:
             heads, size = layer.kv_heads, layer.head_dim
             packed = torch.empty(1, block_size * (block_size + 1) // 2, device="meta")
             mean = torch.empty(2, heads, size, device="meta")
@@ -75,8 +80,8 @@ def capsule_kv_bytes(
     exact = plan.real_tokens(layout.length) - plan.capsule_tokens
     total = INDEX_BYTES * (len(plan.runs) + exact)
     for index, layer in enumerate(shape.layers):
-        if layer.window is not None:
-            total += layout.batch_size * layer.kv_bytes(min(seen, layer.window - 1), itemsize)
+        if not layer.holds_capsules:
+            total += layout.batch_size * layer.kv_bytes(min(seen, (layer.window or seen + 1) - 1), itemsize)
             continue
         payload = capsule.stored[index].payload_nbytes(layer.kv_heads, layer.head_dim, itemsize)
         total += len(plan.runs) * payload
@@ -90,5 +95,5 @@ def scratch_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
     `1.25 * 2 * tokens * Hkv * D * itemsize` of the largest full-attention layer; transient, but there
     while the request is decoded.
     """
-    sizes = [layer.kv_bytes(tokens, itemsize) for layer in shape.layers if layer.window is None]
+    sizes = [layer.kv_bytes(tokens, itemsize) for layer in shape.layers if layer.holds_capsules]
     return int(SCRATCH_GROWTH * max(sizes, default=0))

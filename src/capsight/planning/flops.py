@@ -61,11 +61,15 @@ def attention_flops(
 
     `4 * D` for every pair of query and key that a head's mask leaves (scores and weighted values):
     over all layers and categories, `4 * D * heads * pairs`. Causal, sliding-window and two-way image
-    rules are the model's own.
+    rules are the model's own. A recurrent state of n numbers takes `6 * n` for every token: it is read,
+    written and asked.
     """
     known: dict[tuple[Category, int | None], int] = {}
     total = 0.0
     for layer, counts in zip(shape.layers, heads, strict=True):
+        if not layer.kv_heads:
+            total += 6 * layer.recurrent * layout.batch_size * layout.length
+            continue
         for category, count in counts.items():
             key = category, layer.window
             if count and key not in known:

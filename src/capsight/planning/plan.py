@@ -10,7 +10,13 @@ from capsight.blindsight.categories import MaskOptions
 from capsight.blindsight.head_map import HeadMap
 from capsight.errors import OptionError
 from capsight.kvcapsule import CapsulePlan
-from capsight.planning.cache import capsule_kv_bytes, full_kv_bytes, planned_capsule, scratch_bytes
+from capsight.planning.cache import (
+    capsule_kv_bytes,
+    full_kv_bytes,
+    planned_capsule,
+    scratch_bytes,
+    state_bytes,
+)
 from capsight.planning.flops import (
     HeadCounts,
     attention_flops,
@@ -61,12 +67,14 @@ class CachePlan:
 
     Attributes:
         kv_bytes: keys and values of one request, persistent.
+        state_bytes: states of one request, of layers that keep one instead of keys and values.
         scratch_bytes: transient buffer of one request while it is decoded.
         module_bytes: of the capsules' modules, once per GPU.
         requests: requests that fit on the GPU beside the weights.
     """
 
     kv_bytes: int
+    state_bytes: int
     scratch_bytes: int
     module_bytes: int
     requests: int
@@ -140,8 +148,8 @@ def plan(
 ) -> Plan:
     """Work out one plan; nothing is loaded and nothing is measured.
 
-    Requests that fit: `floor((gpu * (1 - reserve) - weights - modules) / (kv + scratch))`, with
-    modules and scratch only where there are capsules.
+    Requests that fit: `floor((gpu * (1 - reserve) - weights - modules) / (kv + state + scratch))`,
+    with modules and scratch only where there are capsules.
 
     Args:
         config: of the whole vision-language model.
@@ -162,10 +170,12 @@ def plan(
     item, tokens = budget.itemsize, layout.length + new_tokens
     weights = shape.parameters * item if budget.weights_bytes is None else budget.weights_bytes
     capsule = planned_capsule(shape, budget.retained, item)
+    states = state_bytes(shape, item)
     room = budget.gpu_bytes * (1 - budget.reserve) - weights
 
     def cache(kv: int, scratch: int, modules: int) -> CachePlan:
-        return CachePlan(kv, scratch, modules, max(int((room - modules) // (kv + scratch)), 0))
+        fit = max(int((room - modules) // (kv + states + scratch)), 0)
+        return CachePlan(kv, states, scratch, modules, fit)
 
     def prefill(heads: HeadCounts, options: MaskOptions) -> Prefill:
         once = (

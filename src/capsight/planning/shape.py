@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.cache_utils import DynamicCache
 
 from capsight.errors import OptionError
+from capsight.kvcapsule.cache.stock import has_states
 from capsight.layout.families import family_for
 from capsight.planning.vision import VisionShape
 
@@ -22,19 +23,32 @@ _VISION = ("visual", "vision_tower", "vision_model")
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """One attention layer of the language model.
+    """One layer of the language model.
 
     Attributes:
         query_heads: Hq.
-        kv_heads: Hkv; fewer than Hq with grouped-query attention.
+        kv_heads: Hkv; fewer than Hq with grouped-query attention, 0 in layers that keep a state instead.
         head_dim: channels per head (D).
         window: tokens a query sees at most, itself included; None: all.
+        convolved: numbers in the state of the layer's causal convolution.
+        recurrent: numbers in the recurrent state of linear attention; always kept in float32.
     """
 
     query_heads: int
     kv_heads: int
     head_dim: int
     window: int | None
+    convolved: int = 0
+    recurrent: int = 0
+
+    @property
+    def holds_capsules(self) -> bool:
+        """Whether it has full attention, so that its vision tokens can be compressed."""
+        return self.window is None and self.kv_heads > 0
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Bytes of a request's states, however many tokens it has: `convolved * itemsize + 4 * recurrent`."""
+        return self.convolved * itemsize + 4 * self.recurrent
 
     def kv_bytes(self, tokens: int, itemsize: int) -> int:
         """Bytes of exact keys and values: `2 * tokens * Hkv * D * itemsize`."""
@@ -93,9 +107,25 @@ def _layers(config: Any) -> tuple[LayerShape, ...]:
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    # The cache that transformers makes for the config decides which layers slide.
-    windows = (getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers)
-    return tuple(LayerShape(heads, kv_heads, head_dim, window) for window in windows)
+    # The cache that transformers makes for the config decides which layers slide and which have states.
+    return tuple(
+        _with_states(text, heads)
+        if has_states(layer)
+        else LayerShape(heads, kv_heads, head_dim, getattr(layer, "sliding_window", None))
+        for layer in DynamicCache(config=config).layers
+    )
+
+
+def _with_states(text: Any, heads: int) -> LayerShape:
+    """A layer of gated delta nets (Qwen3.5) or of short convolutions (LFM2)."""
+    if hasattr(text, "linear_num_value_heads"):
+        values = text.linear_num_value_heads * text.linear_value_head_dim
+        channels = 2 * text.linear_num_key_heads * text.linear_key_head_dim + values
+        recurrent = values * text.linear_key_head_dim
+        return LayerShape(heads, 0, 0, None, channels * text.linear_conv_kernel_dim, recurrent)
+    if hasattr(text, "conv_L_cache"):
+        return LayerShape(heads, 0, 0, None, text.hidden_size * text.conv_L_cache)
+    raise OptionError(f"the states of {text.model_type} layers are of a kind that is not planned for")
 
 
 def _count_weights(model: nn.Module, config: Any) -> tuple[int, int, int, int]:

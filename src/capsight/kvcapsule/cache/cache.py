@@ -190,12 +190,10 @@ class CapsuleCache(CountedCache):
             capsule_layer.check_crop(drop)
         recurrent = drop > 0 and any(map(has_states, self.layers))
         if recurrent and self.kept_states != length - drop:
-            kept = (
-                "none was kept" if self._states is None else f"there is one of {self._states.length} tokens"
-            )
+            kept = "none were" if self._states is None else f"those of {self._states.length} tokens were"
             raise CapsightError(
-                f"cannot crop to {length - drop} tokens: linear-attention and convolution layers go back only "
-                f"to a length whose states were kept, as `encapsulate` does, and {kept}"
+                f"cannot crop to {length - drop} tokens: recurrent and conv layers go back to a length "
+                f"whose states were kept, as `encapsulate` does, and {kept}"
             )
         layers: list[Any] = sorted(self.layers, key=lambda layer: isinstance(layer, CapsuleLayer))
         for layer in layers:  # stock layers first: they may refuse, too, and cannot be cropped while empty

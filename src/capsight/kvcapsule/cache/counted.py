@@ -43,7 +43,7 @@ class CountedCache(Cache):
 
     @property
     def layer_nbytes(self) -> list[int]:
-        """Bytes of capsules and exact tokens, or of states, in each layer; what layers share is shared out."""
+        """Bytes of capsules and exact tokens, or of states, a layer; what layers share is shared out."""
         return [
             layer.nbytes if isinstance(layer, CapsuleLayer) else stock_nbytes(layer) for layer in self.layers
         ]
