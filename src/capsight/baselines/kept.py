@@ -11,7 +11,8 @@ from torch import Tensor
 
 from capsight.baselines.base import Baseline
 from capsight.baselines.choice import runs_by_row
-from capsight.kvcapsule.attention import KeptTokens
+from capsight.kvcapsule.attention import BlockRows, KeptTokens
+from capsight.kvcapsule.attention.native import Source, Steps
 from capsight.kvcapsule.codecs import BlockCodec, Payload, RaggedPayload
 from capsight.kvcapsule.plan import Run
 
@@ -72,6 +73,11 @@ class KeptCodec(BlockCodec):
     def latent(self, payload: Payload) -> KeptTokens:
         """The kept tokens as they lie in memory."""
         return KeptTokens(*(payload.tensors[name] for name in ("keys", "values", "counts")))
+
+    def source(self, payload: Payload, rows: BlockRows, batch: int, steps: Steps | None = None) -> Source:
+        """The kept tokens as they lie in memory."""
+        assert isinstance(payload, KeptPayload)
+        return payload.source(rows, batch, steps)
 
     def bias(self, payload: Payload) -> Tensor | None:
         """Minus infinity for evicted tokens: float32 `[M, H, N]`; None where nothing was evicted."""

@@ -16,7 +16,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from capsight.kvcapsule import QueryObserver
-from capsight.kvcapsule.attention import latent_attention
 from capsight.runtime.state import current_state
 
 ATTENTION_NAME = "capsight"
@@ -35,7 +34,7 @@ def capsight_attention(
     Args:
         module: the attention module; its `layer_idx` names the layer.
         query: `[B, Hq, Q, D]`.
-        key: `[B, Hkv, S, D]`; exact tokens only where the cache leaves capsules.
+        key: `[B, Hkv, S, D]`; new tokens only where the cache leaves all it has.
         value: likewise.
         attention_mask: bool or additive `[B, 1, Q, S]`; None means causal.
         **kwargs: passed on to SDPA attention (`scaling`, `dropout`...).
@@ -49,9 +48,7 @@ def capsight_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     left = None if cache is None else cache.take_latent()
     if left is not None:
-        blocks, rows = left
-        mask = rows.mask(attention_mask, query.shape[2], key.shape[2])
-        return latent_attention(query, key, value, blocks, rows.blocks, mask, scaling), None
+        return left(query, attention_mask, scaling), None
     bias = None if cache is None else cache.key_bias(layer)
     if bias is not None:
         attention_mask = _with_bias(attention_mask, bias, query, key)

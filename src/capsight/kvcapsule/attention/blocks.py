@@ -88,6 +88,11 @@ class BlockRows:
         spans = zip([0, *stops], stops, strict=False)
         return {row: (start, stop) for row, (start, stop) in enumerate(spans) if start < stop}
 
+    def sums(self, counts: Tensor, batch: int) -> Tensor:
+        """Of int `[M, H]`, one for each block, those of the rows: int64 `[B, H]`."""
+        none = torch.zeros(batch, counts.shape[1], dtype=torch.int64, device=counts.device)
+        return none.index_add_(0, self.rows, counts.long())
+
     @cached_property
     def plans(self) -> WeakTensorKeyDictionary:
         """What was worked out for these rows, by the counts of `KeptTokens`, as long as those are there."""

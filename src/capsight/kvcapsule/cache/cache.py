@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -13,9 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from capsight.errors import CapsightError, ModelMismatchError
-from capsight.kvcapsule.attention import KeptTokens, LatentBlocks
 from capsight.kvcapsule.cache.counted import CountedCache
-from capsight.kvcapsule.cache.exact_rows import ExactRows
 from capsight.kvcapsule.cache.layer import CapsuleLayer
 from capsight.kvcapsule.cache.ledger import Ledger
 from capsight.kvcapsule.cache.row_order import RowOrder
@@ -128,13 +126,18 @@ class CapsuleCache(CountedCache):
         finally:
             self._leaves_from = self._ledger.left = None
 
-    def take_latent(self) -> tuple[LatentBlocks | KeptTokens, ExactRows] | None:
-        """The capsules that the last update left to attention, and where its exact tokens lie.
+    def take_latent(self) -> Callable[[Tensor, Tensor | None, float], Tensor] | None:
+        """Attention over all that the last update left to it; None if `update` returned all tokens.
 
-        Every new token sees all of them. None if `update` returned all tokens.
+        Returns:
+            A function of queries `[B, Hq, Q, D]`, a mask over all tokens (see `LayerTokens.attend`) and the
+            factor of scores, which gives `[B, Q, Hq, D]`.
         """
         left, self._ledger.left = self._ledger.left, None
-        return left
+        if left is None:
+            return None
+        tokens, held = left
+        return lambda query, mask, scaling: tokens.attend(query, held, mask, scaling, self._ledger.scratch)
 
     def extend_layout(self, layout: PromptLayout) -> None:
         """Announce the images of a further turn, before it is prefilled.

@@ -13,7 +13,7 @@ from capsight.kvcapsule.cache.placement import Placement
 from capsight.kvcapsule.cache.scratch import Scratch
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class ExactRows:
     """Where exact tokens lie in rows of X tokens: packed ones at the end of the first `width`, then the tail.
 
@@ -36,6 +36,8 @@ class ExactRows:
     columns: Tensor
     filled: Tensor | None
     blocks: BlockRows
+    _bias: tuple[Tensor | None, tuple[int, int, int], Tensor | None] | None = None
+    _pieces: Tensor | None = None
 
     @classmethod
     def build(cls, placement: Placement) -> ExactRows:
@@ -54,20 +56,45 @@ class ExactRows:
         ragged = min(exact) < width
         return cls(placement.settled, width, slots, rows, columns, filled if ragged else None, blocks)
 
-    def lined_up(self, packed: Tensor, tail: Tensor, new: Tensor, scratch: Scratch, role: str) -> Tensor:
-        """The exact tokens: `[B, X, H, D]` from `[E, H, D]`, `[B, T, H, D]` and `[B, Q, H, D]`, else zeros.
+    def lined_up(self, packed: Tensor, tail: Tensor, scratch: Scratch, role: str) -> Tensor:
+        """The exact tokens: `[B, X, H, D]` from `[E, H, D]` and `[B, T, H, D]`, else zeros.
 
         Several rows lie in `scratch`, valid until the next layer needs that role.
         """
-        if len(new) == 1:
-            return torch.cat((packed[None], tail, new), 1)
-        old = self.width + tail.shape[1]
-        out = scratch.view(role, (len(new), old + new.shape[1], *new.shape[2:]), new)
+        if len(tail) == 1:
+            return torch.cat((packed[None], tail), 1)
+        out = scratch.view(role, (len(tail), self.width + tail.shape[1], *tail.shape[2:]), tail)
         out[:, : self.width] = 0
         out.flatten(0, 1).index_copy_(0, self.rows * out.shape[1] + self.slots, packed)
-        out[:, self.width : old] = tail
-        out[:, old:] = new
+        out[:, self.width :] = tail
         return out
+
+    def bias(self, mask: Tensor | None, queries: int, exact: int, query_heads: int) -> Tensor | None:
+        """What `mask` means as a bias: float32 `[B or 1, 1 or Hq, Q, X]`, contiguous; see there.
+
+        The last one is remembered: the layers of a model ask for the same. Places where no packed token lies
+        need no hiding, since attention by pieces does not look there.
+        """
+        if mask is None and queries == 1:
+            return None
+        version = 0 if mask is None or mask.is_inference() else mask._version
+        asked = version, queries, exact
+        if self._bias is None or self._bias[0] is not mask or self._bias[1] != asked:
+            found = self.mask(mask, queries, exact)
+            if found is not None and found.dtype == torch.bool:
+                found = torch.zeros(found.shape).masked_fill(~found, -torch.inf)
+            if found is not None and found.shape[1] == 1 and queries > 1:
+                found = found.expand(-1, query_heads, -1, -1)
+            self._bias = mask, asked, None if found is None else found.float().contiguous()
+        return self._bias[2]
+
+    def pieces(self, heads: int) -> tuple[Tensor, Tensor]:
+        """First packed token of each row, and how many it has: int64 `[B, H]` each, contiguous."""
+        if self._pieces is None:
+            counts = torch.bincount(self.rows, minlength=len(self.columns))
+            both = torch.stack((counts.cumsum(0) - counts, counts))[..., None]
+            self._pieces = both.expand(-1, -1, heads).contiguous()
+        return self._pieces[0], self._pieces[1]
 
     def mask(self, mask: Tensor | None, queries: int, exact: int) -> Tensor | None:
         """The mask over exact tokens that one over all tokens means.

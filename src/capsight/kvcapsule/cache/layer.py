@@ -9,8 +9,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from capsight.errors import CapsightError
+from capsight.kvcapsule.cache.layer_tokens import LayerTokens
 from capsight.kvcapsule.cache.ledger import Ledger
 from capsight.kvcapsule.cache.placement import Placement
+from capsight.kvcapsule.cache.room import with_room
 from capsight.kvcapsule.cache.waiting import Waiting
 from capsight.kvcapsule.codecs import BlockCodec, Payload
 
@@ -23,9 +25,11 @@ class CapsuleLayer(DynamicLayer):
       completed a run, rows end to end, no padding;
     - tail: exact keys and values `[2, B, T, H, D]` of the tokens that came since.
 
+    The tail lies at the start of a buffer with room for more, so that a step copies nothing.
+
     `update` returns its own arguments at the first prefill (a later one attends to capsules of
     what came before it), and otherwise a rebuilt copy in the scratch buffer, which is valid until
-    the next layer's update. Where the ledger says so it leaves capsules as they are, returns exact
+    the next layer's update. Where the ledger says so it leaves everything as it is, returns the new
     tokens only, and leaves the rest to `CapsuleCache.take_latent`.
     """
 
@@ -43,7 +47,9 @@ class CapsuleLayer(DynamicLayer):
         self._payload: Payload | None = None
         self._waiting: tuple[Waiting, Tensor] | None = None  # new blocks, and `Intake.order`
         self._packed: Tensor | None = None  # [2, E, H, D]
-        self._tail: Tensor | None = None  # [2, B, T, H, D]
+        self._room: Tensor | None = None  # [2, B, R, H, D], R >= T
+        self._held = 0  # tokens of the tail (T)
+        self._left: LayerTokens | None = None  # what was last left to attention
         self._bias: Tensor | None = None  # [B, H or 1, 1, S]
 
     @property
@@ -61,11 +67,17 @@ class CapsuleLayer(DynamicLayer):
     def payload(self, payload: Payload | None) -> None:
         self._payload, self._waiting = payload, None
 
+    @property
+    def _tail(self) -> Tensor | None:  # [2, B, T, H, D]
+        return None if self._room is None else self._room[:, :, : self._held]
+
+    @_tail.setter
+    def _tail(self, tail: Tensor | None) -> None:
+        self._room, self._held, self._left = tail, 0 if tail is None else tail.shape[2], None
+
     def get_seq_length(self) -> int:
         """Logical length: tokens seen per row, padding included."""
-        if self.placement is None or self._tail is None:
-            return 0
-        return self.placement.settled + self._tail.shape[2]
+        return 0 if self.placement is None else self.placement.settled + self._held
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys that the next update of `query_length` tokens returns."""
@@ -79,8 +91,8 @@ class CapsuleLayer(DynamicLayer):
             value_states: `[B, H, Q, D]`.
 
         Returns:
-            Keys and values `[B, H, S, D]` of all S tokens seen, capsules rebuilt; or `[B, H, X, D]` of
-            the exact ones, where capsules are left to attention.
+            Keys and values `[B, H, S, D]` of all S tokens seen, capsules rebuilt; or the new ones, where
+            all are left to attention.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -91,9 +103,10 @@ class CapsuleLayer(DynamicLayer):
                 return key_states, value_states
             grows = self._grows(self.placement, key_states.shape[2])
             if grows and self._ledger.latent and self.payload is not None:
-                keys, values = self._exact(self.placement, self.payload, key_states, value_states)
-            else:
-                keys, values = self._rebuilt(self.placement, key_states, value_states)
+                self._append(key_states, value_states)
+                self._leave(self.placement, self.payload)
+                return key_states, value_states
+            keys, values = self._rebuilt(self.placement, key_states, value_states)
             if grows:
                 self._append(key_states, value_states)
             else:
@@ -104,20 +117,14 @@ class CapsuleLayer(DynamicLayer):
         """What attention has to add to its scores over the keys last returned: `[B, H or 1, 1, S]`."""
         return self._bias
 
-    def _exact(
-        self, placement: Placement, payload: Payload, new_keys: Tensor, new_values: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, H, X, D]` of exact tokens; `CapsuleCache.take_latent` has the capsules."""
+    def _leave(self, placement: Placement, payload: Payload) -> None:
+        """Leave all that is stored to attention."""
         assert self._packed is not None
-        assert self._tail is not None
-        rows = self._ledger.exact_rows(placement)
-        results = []
-        for kind, (role, new) in enumerate((("keys", new_keys), ("values", new_values))):
-            stored = self._packed[kind], self._tail[kind]
-            exact = rows.lined_up(*stored, new.transpose(1, 2), self._ledger.scratch, role)
-            results.append(exact.transpose(1, 2))
-        self._bias, self._ledger.left = None, (self.codec.latent(payload), rows)
-        return results[0], results[1]
+        assert self._room is not None
+        own = payload, self._ledger.exact_rows(placement), self._packed, self._room
+        if self._left is None or not self._left.are(*own):
+            self._left = LayerTokens(self.codec, *own)
+        self._bias, self._ledger.left = None, (self._left, self._held)
 
     def _rebuilt(self, placement: Placement, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, H, S, D]` in the scratch buffer: what is stored, then the new tokens."""
@@ -176,9 +183,12 @@ class CapsuleLayer(DynamicLayer):
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
         """Put new tokens `[B, H, Q, D]` at the end of the tail."""
-        assert self._tail is not None
-        new = torch.stack((keys.transpose(1, 2), values.transpose(1, 2)))  # [2, B, Q, H, D]
-        self._tail = torch.cat([self._tail, new], 2)
+        assert self._room is not None
+        held, count = self._held, keys.shape[2]
+        self._room = with_room(self._room, held, count)
+        self._held += count
+        for kind, new in enumerate((keys, values)):
+            self._room[kind, :, held : self._held] = new.transpose(1, 2)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `tokens_to_remove` tokens (given as a negative number; 0 does nothing).
@@ -227,7 +237,7 @@ class CapsuleLayer(DynamicLayer):
 
     @property
     def exact_nbytes(self) -> int:
-        """Bytes of exact tokens."""
+        """Bytes of exact tokens; room for more, an eighth of the tail or 16 tokens, left out."""
         return sum(part.nbytes for part in (self._packed, self._tail) if part is not None)
 
     @property

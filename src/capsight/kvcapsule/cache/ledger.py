@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from capsight.errors import LayoutError
-from capsight.kvcapsule.attention import KeptTokens, LatentBlocks
 from capsight.kvcapsule.cache.exact_rows import ExactRows
 from capsight.kvcapsule.cache.intake import Intake
+from capsight.kvcapsule.cache.layer_tokens import LayerTokens
 from capsight.kvcapsule.cache.placement import Placement
 from capsight.kvcapsule.cache.scratch import Scratch
 from capsight.kvcapsule.cache.waiting import EncodeQueue
@@ -43,7 +43,7 @@ class Ledger:
         self.scratch = Scratch()
         self.queue = EncodeQueue(codecs)
         self.latent = False
-        self.left: tuple[LatentBlocks | KeptTokens, ExactRows] | None = None
+        self.left: tuple[LayerTokens, int] | None = None  # and tokens of its tail
         self._exact: tuple[Placement, ExactRows] | None = None
         self._intake: tuple[Placement | None, Intake] | None = None
         self._positions: tuple[tuple[Run, ...], TokenPositions] | None = None

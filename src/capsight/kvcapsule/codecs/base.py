@@ -69,6 +69,10 @@ class LayerCodec(BlockCodec):
     def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> float:
         """Bytes of a block's capsule, on average, for H heads of size D and numbers of `itemsize` bytes."""
 
+    def typical_channels(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation of each channel of keys, `[H, D]` each, where `keys_by_token`; else None."""
+        return None
+
     def typical_keys(self, payload: Payload) -> tuple[Tensor, Tensor] | None:
         """Mean and deviation of each channel of the stored keys, where `keys_by_token`; else None."""
         return None

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from capsight.errors import CapsightError
-from capsight.kvcapsule.attention import KeptTokens, LatentBlocks
+from capsight.kvcapsule.attention import BlockRows, KeptTokens, LatentBlocks
+from capsight.kvcapsule.attention.native import Source, Steps
 from capsight.kvcapsule.codecs.positions import TokenPositions
 from capsight.kvcapsule.plan import Run
 
@@ -26,6 +27,12 @@ class Payload:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, or the levels they are quantised to."""
+        keys, values = (f"{x}.levels" if f"{x}.levels" in self.tensors else x for x in ("keys", "values"))
+        return self.tensors[keys], self.tensors[values]
 
     def select(self, index: Tensor) -> Self:
         """The capsules at `index` int64 `[M']`, in that order."""
@@ -138,6 +145,19 @@ class BlockCodec(nn.Module, ABC):
             CapsightError: the codec is not linear in what it stores.
         """
         raise CapsightError(f"the {self.name} codec has no latent form; use decode='materialise'")
+
+    def source(
+        self, payload: Payload, rows: BlockRows, batch: int, steps: Steps | None = None
+    ) -> Source | None:
+        """The capsules as native attention reads them, where nothing but kept tokens is seen.
+
+        Args:
+            payload: capsules of M blocks.
+            rows: where they belong.
+            batch: how many rows there are.
+            steps: what makes numbers of levels, of a codec around this one that quantised them.
+        """
+        return None
 
     def bias(self, payload: Payload) -> Tensor | None:
         """What attention has to add to its scores over decoded blocks.

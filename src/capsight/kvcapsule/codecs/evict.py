@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from capsight.kvcapsule.attention import LatentBlocks, TokenMap
+from capsight.kvcapsule.attention import BlockRows, LatentBlocks, TokenMap
+from capsight.kvcapsule.attention.native import Source, Steps
 from capsight.kvcapsule.codecs.block import Payload
 from capsight.kvcapsule.codecs.selecting import SelectingCodec
 
@@ -28,6 +29,13 @@ class EvictCodec(SelectingCodec):
         """Kept tokens as slots; there are no others."""
         keys, values = (payload.tensors[name] for name in ("keys", "values"))
         return LatentBlocks(keys, values, TokenMap(), TokenMap())
+
+    def source(self, payload: Payload, rows: BlockRows, batch: int, steps: Steps | None = None) -> Source:
+        """Kept tokens as they lie in memory: those of a row, in which every head has its own."""
+        keys, values = (x.flatten(0, 1) for x in payload.stored)  # [M r, H, D]
+        each = torch.full((len(rows.rows), keys.shape[1]), self.kept, device=keys.device)
+        counts = rows.sums(each, batch)
+        return Source(keys, values, counts.cumsum(0) - counts, counts, steps)
 
     def missing(self, payload: Payload) -> Tensor | None:
         """Tokens that were not kept: bool `[M, N]`."""

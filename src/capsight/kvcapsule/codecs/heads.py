@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from capsight.kvcapsule.attention import KeptTokens
+from capsight.kvcapsule.attention import BlockRows, KeptTokens
+from capsight.kvcapsule.attention.native import Source, Steps
 from capsight.kvcapsule.codecs.base import index_dtype
 from capsight.kvcapsule.codecs.block import Payload
 from capsight.kvcapsule.codecs.learnt import KEY_WEIGHT, LearntCodec
@@ -100,13 +101,17 @@ class HeadsCodec(LearntCodec):
             keep.append(none.scatter(0, chosen, True))
         return torch.cat(keep).view(scores.shape)
 
-    def typical_keys(self, payload: Payload) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel of the kept keys: float32 `[E, D]` each."""
+    def typical_channels(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel of keys: float32 `[H, D]` each."""
         if self.mean.device not in self._sizes:
             self._sizes[self.mean.device] = deviation(self.whitening[0], self.head_dim) * KEY_WEIGHT
-        size = self._sizes[self.mean.device]
+        return self.mean[0], self._sizes[self.mean.device]
+
+    def typical_keys(self, payload: Payload) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel of the kept keys: float32 `[E, D]` each."""
+        mean, size = self.typical_channels()
         each = payload.tensors["counts"].sum(0, dtype=torch.int64)  # [H]
-        return self.mean[0].repeat_interleave(each, 0), size.repeat_interleave(each, 0)
+        return mean.repeat_interleave(each, 0), size.repeat_interleave(each, 0)
 
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Kept tokens in their places, zeros elsewhere."""
@@ -116,6 +121,11 @@ class HeadsCodec(LearntCodec):
     def latent(self, payload: Payload) -> KeptTokens:
         """The kept tokens as they lie in memory."""
         return KeptTokens(*(payload.tensors[name] for name in ("keys", "values", "counts")))
+
+    def source(self, payload: Payload, rows: BlockRows, batch: int, steps: Steps | None = None) -> Source:
+        """The kept tokens as they lie in memory, every piece of one head."""
+        assert isinstance(payload, RaggedPayload)
+        return payload.source(rows, batch, steps)
 
     def bias(self, payload: Payload) -> Tensor | None:
         """Minus infinity for tokens that were not kept, 0 for others: float32 `[M, H, N]`, or None."""

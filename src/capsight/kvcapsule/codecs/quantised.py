@@ -8,7 +8,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from capsight.kvcapsule.attention import KeptTokens, LatentBlocks
+from capsight.kvcapsule.attention import BlockRows, KeptTokens, LatentBlocks
+from capsight.kvcapsule.attention.native import Source, Steps
 from capsight.kvcapsule.codecs.base import LayerCodec
 from capsight.kvcapsule.codecs.block import BlockCodec, Payload
 from capsight.kvcapsule.codecs.quantise import Quantised, check_bits, dequantise, quantise
@@ -103,6 +104,24 @@ class QuantisedCodec(BlockCodec):
     def latent(self, payload: Payload) -> LatentBlocks | KeptTokens:
         """Dequantise, then as the inner codec: attention reads `[M, r, H, D]` numbers, not N tokens."""
         return self.inner.latent(self.opened(payload))
+
+    def source(
+        self, payload: Payload, rows: BlockRows, batch: int, steps: Steps | None = None
+    ) -> Source | None:
+        """The levels of the inner codec's tokens as they are."""
+        tensors = payload.tensors
+        if "keys.step" not in tensors:
+            return None
+        key, value = ((tensors[f"{name}.step"], tensors[f"{name}.low"]) for name in ("keys", "values"))
+        typical = self.inner.typical_channels()
+        if typical is not None:
+            mean, size = typical
+            steps = Steps(self.bits, *value, *key, size[None], mean[None])
+        else:  # of [M, r, H, D]: keys by channel of a block, values by token and head
+            step, low = (x[..., 0].flatten(0, 1) for x in value)
+            size, mean = (x[:, 0] for x in key)
+            steps = Steps(self.bits, step, low, size=size, mean=mean, group=value[0].shape[1])
+        return self.inner.source(payload, rows, batch, steps)
 
     def bias(self, payload: Payload) -> Tensor | None:
         """That of the inner codec, which follows from positions alone."""

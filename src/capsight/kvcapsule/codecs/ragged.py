@@ -9,6 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from capsight.kvcapsule.attention import BlockRows
+from capsight.kvcapsule.attention.native import Source, Steps
 from capsight.kvcapsule.codecs.base import index_dtype
 from capsight.kvcapsule.codecs.block import Payload
 
@@ -75,6 +77,13 @@ class RaggedPayload(Payload):
         full = x.new_zeros(heads * blocks * size, *x.shape[1:])
         full[self.slots(size)] = x
         return full.view(heads, blocks, size, *x.shape[1:]).transpose(0, 1)
+
+    def source(self, rows: BlockRows, batch: int, steps: Steps | None = None) -> Source:
+        """The entries as native attention reads them: every piece is of one head."""
+        counts = rows.sums(self.tensors["counts"], batch)
+        starts = (counts.T.flatten().cumsum(0).view(counts.T.shape).T - counts).contiguous()
+        keys, values = (x[:, None] for x in self.stored)
+        return Source(keys, values, starts, counts, steps)
 
     def select(self, index: Tensor) -> Self:
         """The blocks at `index` int64 `[M']`, in that order."""

@@ -68,6 +68,10 @@ class Source:
     bias_starts: Tensor | None = None
     bias_stride: int = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without addresses: a copy lies elsewhere."""
+        return {name: value for name, value in self.__dict__.items() if name != "native"}
+
     @property
     def tensors(self) -> list[Tensor | None]:
         """All tensors, for `of`."""

@@ -1,0 +1,101 @@
+"""Steps that read everything where it lies, against steps that line it up for torch, on tiny models."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from unittest import mock
+
+import pytest
+import torch
+
+import capsight
+from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.attention.native import missing
+from capsight.kvcapsule.cache import layer, layer_tokens
+from kvcapsule.conftest import fitted
+from kvcapsule.test_generate import batch
+from tiny import FAMILIES, TinyVLM
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason="no C++ compiler")
+GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+CODECS = [(codec, bits) for codec in ("heads", "evict") for bits in (None, 8, 4)]
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "llava_onevision"])
+def vlm(request) -> TinyVLM:
+    return FAMILIES[request.param]()
+
+
+def capsule(vlm: TinyVLM, codec: str, bits: int | None) -> KVCapsule:
+    made = fitted(vlm, 0.5, codec=codec)
+    return made if bits is None else made.with_bits(bits)
+
+
+def answers(vlm: TinyVLM, made: KVCapsule, inputs, native: bool, new: int, **options):
+    """What the model writes after images were encapsulated, natively or not."""
+    asked = mock.patch.object(layer_tokens, "supports", wraps=layer_tokens.supports)
+    with capsight.enable(vlm.model, capsule=made, decode="latent") as fast, asked as able:
+        if not native:
+            able.side_effect = lambda query: False
+        cache = fast.encapsulate(**inputs)
+        found = fast.generate(
+            past_key_values=cache, **inputs, max_new_tokens=new, min_new_tokens=new, **GREEDY, **options
+        )
+    assert able.called
+    return found, cache
+
+
+@pytest.mark.parametrize(("codec", "bits"), CODECS)
+def test_native_steps_write_what_torch_writes(vlm, codec, bits):
+    """Left-padded rows of two images, of one and of none, past the room that the tail has at first."""
+    inputs, made = batch(vlm), capsule(vlm, codec, bits)
+    (ours, cache), (theirs, other) = (answers(vlm, made, inputs, native, 20) for native in (True, False))
+    assert cache.nbytes == other.nbytes
+    for a, b in zip(ours.logits, theirs.logits, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)
+    assert torch.equal(ours.sequences, theirs.sequences)
+
+
+@pytest.mark.parametrize("vlm", ["llava_onevision"], indirect=True)
+def test_a_copy_goes_its_own_way(vlm):
+    """Tokens that are appended in place to a cache are not those of a copy of it."""
+    inputs, made = batch(vlm), capsule(vlm, "heads", 8)
+    with capsight.enable(vlm.model, capsule=made, decode="latent") as fast:
+        cache = fast.encapsulate(**inputs)
+
+        def go_on(cache, ids, new):
+            more = ids.shape[1] - inputs["input_ids"].shape[1]
+            mask = torch.nn.functional.pad(inputs["attention_mask"], (0, more), value=1)
+            length = {"max_new_tokens": new, "min_new_tokens": new}
+            return fast.generate(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, **length, **GREEDY
+            )
+
+        ids = fast.generate(
+            past_key_values=cache, **inputs, max_new_tokens=3, min_new_tokens=3, **GREEDY
+        ).sequences
+        twin = deepcopy(cache)
+        held, other = (next(iter(each.capsule_layers.values())) for each in (cache, twin))
+        assert held._room.data_ptr() != other._room.data_ptr()
+        before = held._tail.clone()
+        first = go_on(twin, ids, 4)
+        assert torch.equal(held._tail, before)
+        second = go_on(cache, ids, 4)
+        for a, b in zip(first.logits, second.logits, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_the_tail_is_appended_to_in_place():
+    made = layer.CapsuleLayer.__new__(layer.CapsuleLayer)
+    made._tail = torch.zeros(2, 3, 0, 2, 4)
+    new, places = torch.randn(2, 3, 2, 40, 4), set()
+    for start in range(40):
+        made._append(*new[:, :, :, start : start + 1])
+        assert torch.equal(made._tail, new[:, :, :, : start + 1].transpose(2, 3))
+        places.add(made._room.data_ptr())
+    assert len(places) <= 3
+    with torch.inference_mode():
+        made._tail = torch.zeros(2, 3, 0, 2, 4)
+        made._append(*new[..., :1, :])
+    made._append(*new[..., 1:2, :])  # outside of it, where its buffers may not be written
+    assert torch.equal(made._tail, new[:, :, :, :2].transpose(2, 3))
