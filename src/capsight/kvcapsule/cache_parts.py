@@ -66,8 +66,8 @@ def take_apart(cache: CapsuleCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise CapsightError(f"a cache with a {type(layer).__name__} cannot be saved; use it as it is")
     header = {"layout": cache.layout.to_dict(), "settled": settled.pop(), "sliding": sliding}
     if any(map(has_states, layers)):
-        held = [[f"{kind}.{n}" for kind, n, _ in states(layer)] for layer in layers]
-        header |= {"states": held, "states_kept": cache.kept_states == length}
+        kinds = [[f"{kind}.{n}" for kind, n, _ in states(layer)] for layer in layers]
+        header |= {"states": kinds, "states_kept": cache.kept_states == length}
     return header, tensors
 
 

@@ -84,7 +84,7 @@ def capsule_kv_bytes(
             total += layout.batch_size * layer.kv_bytes(min(seen, (layer.window or seen + 1) - 1), itemsize)
             continue
         payload = capsule.stored[index].payload_nbytes(layer.kv_heads, layer.head_dim, itemsize)
-        total += len(plan.runs) * payload
+        total += round(len(plan.runs) * payload)
         total += layer.kv_bytes(exact + new_tokens * layout.batch_size, itemsize)
     return total
 

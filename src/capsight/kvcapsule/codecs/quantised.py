@@ -127,7 +127,7 @@ class QuantisedCodec(BlockCodec):
         """That of the inner codec, which follows from positions alone."""
         return self.inner.bias(payload)
 
-    def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> int:
+    def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> float:
         """Bytes of one block's capsule, for H heads of size D and steps of `itemsize` bytes."""
         kept = self.inner.kept
         exact = self.inner.payload_nbytes(heads, head_dim, itemsize) - 2 * kept * heads * head_dim * itemsize
