@@ -45,6 +45,13 @@ IMAGES: dict[str, str] = {
 162 pad 75 | image0 84:148 1x8x8 at 83 148
 162 pad 0 | image0 9:73 1x8x8 at 8 73 | image1 77:141 1x8x8 at 76 141
 162 pad 137""",
+    **dict.fromkeys(
+        ["gemma4", "gemma4_unified"],
+        """\
+277 pad 135 | image0 143:264 1x11x11 at 142 264
+277 pad 0 | image0 8:129 1x11x11 at 7 129 | image1 131:257 1x9x14 at 130 257
+277 pad 252""",
+    ),
     "llava_onevision": """\
 159 pad 1 | image0 7:71 1x8x8 | image0 71:143 1x8x9
 159 pad 0 | image0 6:70 1x8x8 at 70 | image1 71:135 1x8x8 at 135

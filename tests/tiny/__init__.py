@@ -8,6 +8,7 @@ from functools import cache, partial
 
 from tiny import (
     gemma3,
+    gemma4,
     glm4v,
     idefics3,
     internvl,
@@ -35,6 +36,7 @@ _BUILD: dict[str, Callable[[], TinyVLM]] = {
     "mistral3": mistral3.build,
     "pixtral": partial(mistral3.build, "pixtral"),
     "paddleocr_vl": paddleocr_vl.build,
+    **{name: partial(gemma4.build, name) for name in gemma4.CLASSES},
     **{name: partial(qwen3_5.build, name) for name in qwen3_5.CLASSES},
     **{name: partial(glm4v.build, name) for name in glm4v.CLASSES},
     **{name: partial(llava.build, name) for name in llava.CLASSES},

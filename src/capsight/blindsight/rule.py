@@ -7,9 +7,6 @@ from typing import Any
 
 from capsight.errors import OptionError
 
-BIDIRECTIONAL_IMAGES: frozenset[str] = frozenset({"gemma3"})
-"""`config.model_type` of the models whose image blocks attend to themselves in both directions."""
-
 
 @dataclass(frozen=True, slots=True)
 class BaseRule:
@@ -18,7 +15,7 @@ class BaseRule:
     Attributes:
         sliding_window: a query sees no key that is this many tokens or more before it; None: no limit.
         bidirectional_images: the tokens of one vision block also see those that come after them in
-            the block (Gemma 3). The sliding window still holds backwards.
+            the block (Gemma 3; in Gemma 4 only in sliding layers, and only if its config says so). The sliding window still holds backwards.
 
     Raises:
         OptionError: the window is less than 1.
@@ -40,7 +37,10 @@ class BaseRule:
             config: the config of the whole vision-language model.
             sliding_window: what the layer passes to its attention function under that name.
         """
-        return cls(sliding_window, config.model_type in BIDIRECTIONAL_IMAGES)
+        two_way = config.model_type == "gemma3"
+        if config.model_type in ("gemma4", "gemma4_unified") and sliding_window is not None:
+            two_way = config.get_text_config().use_bidirectional_attention == "vision"
+        return cls(sliding_window, two_way)
 
 
 CAUSAL = BaseRule()

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from capsight.blindsight import HeadMap
-from capsight.errors import CapsightError, CapsuleFileError, OptionError
+from capsight.errors import CapsuleFileError, OptionError
 from capsight.kvcapsule import KVCapsule
-from capsight.layout import supported_families
+from capsight.layout.families import family_for
 from capsight.reference import load_reference_vlm
 
 REFERENCE = "reference"
@@ -29,7 +29,7 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[
 
     Raises:
         OptionError: the dtype is unknown, or the model or a processor that takes images cannot be loaded.
-        CapsightError: its family is not supported.
+        UnsupportedModelError: its family is not supported; neither weights nor a processor were loaded.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -38,15 +38,12 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[
     if name == REFERENCE:
         return load_reference_vlm(_DTYPES[dtype], device)
     try:
+        family_for(AutoConfig.from_pretrained(name))  # before anything large is loaded or downloaded
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=_DTYPES[dtype])
         processor = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise OptionError(f"cannot load the model {name!r}: {reason}") from error
-    if model.config.model_type not in supported_families():
-        raise CapsightError(
-            f"{name!r} is a {model.config.model_type} model; supported are {', '.join(supported_families())}"
-        )
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise OptionError(
             f"{name!r} has no processor that takes images, only a {type(processor).__name__}; "

@@ -20,6 +20,7 @@ from capsight.kvcapsule.info import LayerInfo
 from capsight.kvcapsule.parts import DTYPES, Parts
 from capsight.kvcapsule.plan import Run, exact_spans
 from capsight.layout import PromptLayout
+from capsight.text_layers import layer_sizes
 
 
 def take_apart(cache: CapsuleCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -193,9 +194,7 @@ def _fill_window(
     layer: Any, parts: Parts, index: int, seen: int, config: PreTrainedConfig, device: torch.device
 ) -> None:
     """Give a sliding-window layer its last tokens."""
-    text = config.get_text_config(decoder=True)
-    heads = text.num_key_value_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    _, heads, head_dim = layer_sizes(config)[index]
     held = min(seen, layer.sliding_window - 1)
     window = parts.take(f"layers.{index}.window", (2, parts.batch, heads, held, head_dim)).to(device)
     layer.lazy_initialization(window[0], window[1])

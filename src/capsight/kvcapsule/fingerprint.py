@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capsight.text_layers import config_value
+
 _TENSORS, _NUMBERS = 24, 256
 _PIXELS = 1 << 16
 _CONFIG_KEYS = (
@@ -35,8 +37,7 @@ def model_fingerprint(model: Any) -> str:
     Returns:
         64 hex digits.
     """
-    text_config = model.config.get_text_config(decoder=True)
-    essentials = {key: getattr(text_config, key, None) for key in _CONFIG_KEYS}
+    essentials = {key: config_value(model.config, key) for key in _CONFIG_KEYS}
     digest = hashlib.sha256(json.dumps(essentials, sort_keys=True).encode())
     weights = sorted(
         (name, p) for name, p in model.named_parameters() if p.ndim > 1 and p.is_floating_point()

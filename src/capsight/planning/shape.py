@@ -15,6 +15,7 @@ from capsight.errors import OptionError
 from capsight.kvcapsule.cache.stock import has_states
 from capsight.layout.families import family_for
 from capsight.planning.vision import VisionShape
+from capsight.text_layers import layer_sizes
 
 _NOT_MULTIPLIED = ("embed_tokens", "position", "pos_embed", "cls_token", "mask_token", "lm_head")
 _TO_TEXT = ("merger", "projector", "connector", "downsample")
@@ -104,15 +105,12 @@ class ModelShape:
 
 def _layers(config: Any) -> tuple[LayerShape, ...]:
     text = config.get_text_config(decoder=True)
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     # The cache that transformers makes for the config decides which layers slide and which have states.
     return tuple(
-        _with_states(text, heads)
+        _with_states(text, sizes.query_heads)
         if has_states(layer)
-        else LayerShape(heads, kv_heads, head_dim, getattr(layer, "sliding_window", None))
-        for layer in DynamicCache(config=config).layers
+        else LayerShape(*sizes, getattr(layer, "sliding_window", None))
+        for sizes, layer in zip(layer_sizes(config), DynamicCache(config=config).layers, strict=True)
     )
 
 

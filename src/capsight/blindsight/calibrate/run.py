@@ -21,6 +21,7 @@ from capsight.blindsight.calibrate.votes import Thresholds, Votes
 from capsight.blindsight.categories import Category, MaskOptions
 from capsight.blindsight.head_map import CalibrationRecord, HeadMap
 from capsight.errors import CalibrationError, OptionError
+from capsight.text_layers import layer_sizes
 
 CriterionName = Literal["mass", "output", "distribution"]
 """What a head is judged by; see `criteria.py`."""
@@ -180,7 +181,8 @@ def _length(samples: Iterable[Sample]) -> int | None:
 
 
 def _kv_heads(model: Any, heads: int) -> int:
-    return int(getattr(model.config.get_text_config(decoder=True), "num_key_value_heads", None) or heads)
+    """The fewest KV heads of a layer: groups of as many query heads hold whole groups of every layer."""
+    return min([heads, *(sizes.kv_heads for sizes in layer_sizes(model.config))])
 
 
 def _dense(head_map: HeadMap) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
 from capsight.errors import UnsupportedModelError
 from capsight.layout.families.base import Family
 from capsight.layout.families.gemma3 import Gemma3
+from capsight.layout.families.gemma4 import Gemma4
 from capsight.layout.families.glm4v import Glm4V
 from capsight.layout.families.internvl import InternVL
 from capsight.layout.families.llava import Llava
@@ -24,6 +27,7 @@ _ADAPTERS: tuple[Family, ...] = (
     Qwen25VL(),
     Qwen3VL(),
     Gemma3(),
+    Gemma4(),
     LlavaOnevision(),
     InternVL(),
     SmolVLM(),
@@ -35,22 +39,78 @@ _ADAPTERS: tuple[Family, ...] = (
 )
 _BY_MODEL_TYPE: dict[str, Family] = {name: family for family in _ADAPTERS for name in family.model_types}
 
+ENTRY_POINTS = "capsight.families"
+"""Entry-point group under which other packages register adapters: a `Family`, or what makes one if called."""
+
+_LATENT = "its attention is latent (MLA): the cache holds one latent a token instead of keys and values"
+_INDEXED = "an indexer keeps keys of its own beside the cache, and they would point at tokens that are gone"
+_CROSS = "its images are read by cross-attention, so the cache of its language model holds no vision tokens"
+_PREFIX = "all its image tokens see each other, across images, and BlindSight's masks know no such rule"
+_REFUSED = {
+    **dict.fromkeys(("kimi_k25", "mistral_large4", "deepseek_vl_v2", "kimi_vl"), _LATENT),
+    **dict.fromkeys(("qwen4_exp", "glm5_next", "minimax_m3_vl"), _INDEXED),
+    **dict.fromkeys(("mllama", "idefics", "florence2", "blip", "blip-2", "instructblip"), _CROSS),
+    **dict.fromkeys(("paligemma", "molmo2"), _PREFIX),
+    "gemma3n": "its last layers reuse the keys and values of earlier ones",
+}
+
+
+@cache
+def _registered() -> dict[str, Family]:
+    """All adapters by model type: those of this package, and those that other packages add."""
+    found = dict(_BY_MODEL_TYPE)
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            made = point.load()
+            family: Family = made() if callable(made) else made
+            added = dict.fromkeys(family.model_types, family)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"the entry point {point.name!r} of {ENTRY_POINTS} cannot be used ({error!r}); repair or remove "
+                "the package that registers it"
+            ) from error
+        taken = sorted(added.keys() & found.keys())
+        if taken:
+            raise UnsupportedModelError(
+                f"the entry point {point.name!r} of {ENTRY_POINTS} registers {', '.join(taken)}, which is taken"
+            )
+        found |= added
+    return found
+
 
 def supported_families() -> tuple[str, ...]:
-    """The values of `config.model_type` that capsight can read, sorted."""
-    return tuple(sorted(_BY_MODEL_TYPE))
+    """The values of `config.model_type` that capsight can read, sorted.
+
+    Raises:
+        UnsupportedModelError: a registered adapter of another package cannot be loaded.
+    """
+    return tuple(sorted(_registered()))
 
 
 def family_for(config: Any) -> Family:
     """The adapter for a model's config.
 
     Raises:
-        UnsupportedModelError: no adapter knows `config.model_type`.
+        UnsupportedModelError: no adapter knows `config.model_type`, or the adapter refuses this config.
     """
     model_type = getattr(config, "model_type", None)
-    if model_type not in _BY_MODEL_TYPE:
+    family = _BY_MODEL_TYPE.get(str(model_type)) or _registered().get(str(model_type))
+    if family is None:
         raise UnsupportedModelError(
-            f"no layout adapter for model type {model_type!r}; supported: {', '.join(supported_families())}. "
-            "Pass the config of the whole vision-language model (model.config), not of its text model."
+            f"{_why(config, model_type)}; supported are {', '.join(supported_families())}"
         )
-    return _BY_MODEL_TYPE[model_type]
+    refusal = family.refusal(config)
+    if refusal is not None:
+        raise UnsupportedModelError(f"{refusal}; capsight cannot run it")
+    return family
+
+
+def _why(config: Any, model_type: Any) -> str:
+    if model_type in _REFUSED:
+        return f"model type {model_type!r} is not supported: {_REFUSED[model_type]}"
+    if getattr(config, "vision_config", None) is None:
+        return (
+            f"model type {model_type!r} is no vision-language model; pass the config of the whole model "
+            "(model.config), not that of its text model"
+        )
+    return f"no layout adapter for model type {model_type!r}"

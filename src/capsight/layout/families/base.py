@@ -60,6 +60,10 @@ class Family(Protocol):
         """Values of `config.model_type` that this family answers to."""
         ...
 
+    def refusal(self, config: Any) -> str | None:
+        """Why a model with this config cannot be run, as the start of a sentence; None if it can."""
+        ...
+
     def blocks(
         self, rows: Sequence[TokenRow], inputs: Mapping[str, Any], config: Any
     ) -> list[list[VisionBlock]]:

@@ -10,7 +10,15 @@ from numpy.typing import NDArray
 from capsight.layout.row_layout import RowLayout, VisionBlock
 
 
-class PlainRope:
+class AnyConfig:
+    """An adapter that takes every model of its types."""
+
+    def refusal(self, config: Any) -> str | None:
+        """See `Family.refusal`."""
+        return None
+
+
+class PlainRope(AnyConfig):
     """One position a token, whatever it shows."""
 
     def row_positions(self, row: RowLayout, config: Any) -> NDArray[np.int64]:
@@ -18,7 +26,7 @@ class PlainRope:
         return np.tile(np.maximum(np.arange(row.length) - row.pad_left, 0), (3, 1))
 
 
-class MRope:
+class MRope(AnyConfig):
     """Multimodal RoPE (Qwen2-VL, arXiv 2409.12191): vision tokens by time, height and width.
 
     A vision block starts at the position that a text token would have there, and the text after it
