@@ -30,7 +30,7 @@ def layer_sizes(config: Any) -> list[LayerSizes]:
 
 
 def config_value(config: Any, key: str) -> Any:
-    """What a language model's config says under a key, one value a layer where layers differ; None if nothing.
+    """What a language model's config says under a key, a value per layer where they differ; or None.
 
     Args:
         config: of a language model, or of a whole vision-language model.

@@ -16,7 +16,7 @@ from capsight.planning import ModelShape
 from capsight.planning.flops import attention_flops, dense_heads, linear_flops
 from tiny import FAMILIES, TinyVLM
 
-UNCOUNTED = ("glm4v_moe", "qwen3_5", "qwen3_5_moe")
+UNCOUNTED = ("glm4v_moe", "qwen3_5", "qwen3_5_moe", "gemma4")
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -84,8 +84,9 @@ def test_vision_flops(vlm):
     text = linear_flops(shape, layout) + all_pairs(shape, layout)
     real = counted(vlm.model, inputs) - text
     ours = sum(shape.vision.flops(block.grid[1:]) for row in layout.rows for block in row.blocks)
-    # LLaVA-NeXT's tiles are padded, and the tower sees the padding, too.
-    assert ours == pytest.approx(real, rel=0.1 if vlm.name == "llava_next" else 0.02)
+    # LLaVA-NeXT's tiles and Gemma 4 Unified's lists of patches are padded; the padding is computed, too.
+    padded = vlm.name in ("llava_next", "gemma4_unified")
+    assert ours == pytest.approx(real, rel=0.15 if padded else 0.02)
 
 
 def test_only_active_experts_count():

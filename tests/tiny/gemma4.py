@@ -1,4 +1,4 @@
-"""Tiny Gemma 4 (the 26B kind: experts, other heads in full layers, two-way images in sliding ones) and Unified."""
+"""Tiny Gemma 4 (as 26B: experts, other heads in full layers, two-way images in sliding ones) and Unified."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ class BaseRule:
     Attributes:
         sliding_window: a query sees no key that is this many tokens or more before it; None: no limit.
         bidirectional_images: the tokens of one vision block also see those that come after them in
-            the block (Gemma 3; in Gemma 4 only in sliding layers, and only if its config says so). The sliding window still holds backwards.
+            the block (Gemma 3; Gemma 4 if its config says so, the larger ones in sliding layers only). The
+            sliding window still holds backwards.
 
     Raises:
         OptionError: the window is less than 1.
@@ -38,8 +39,10 @@ class BaseRule:
             sliding_window: what the layer passes to its attention function under that name.
         """
         two_way = config.model_type == "gemma3"
-        if config.model_type in ("gemma4", "gemma4_unified") and sliding_window is not None:
-            two_way = config.get_text_config().use_bidirectional_attention == "vision"
+        if config.model_type in ("gemma4", "gemma4_unified"):
+            # In a forward pass of the unified model two-way images are so in its full layers, too.
+            reaches = sliding_window is not None or config.model_type == "gemma4_unified"
+            two_way = reaches and config.get_text_config().use_bidirectional_attention == "vision"
         return cls(sliding_window, two_way)
 
 

@@ -17,6 +17,7 @@ ImageGrids = tuple[Grid, ...]
 """One image: the token grids (height, width) of its blocks; more than one where it is cut into tiles."""
 
 _TILED_BY_PROCESSOR = ("internvl", "smolvlm", "idefics3")
+_GEMMA4 = ("gemma4", "gemma4_unified")
 _LLAVA = ("llava", "vipllava", "llava_next")
 
 
@@ -50,6 +51,11 @@ def grids_of_size(config: Any, width: int, height: int, alone: bool = False) -> 
     if kind == "llava_next":
         rows, columns = unpadded((height, width), vision.image_size // vision.patch_size, config)
         return squarest(tile_tokens(config)), (rows, columns + 1)
+    if kind in _GEMMA4:
+        raise OptionError(
+            f"how many tokens {kind} gives a {width}x{height} image is in its processor, not in its config; "
+            "give --image-tokens instead"
+        )
     if kind in _TILED_BY_PROCESSOR or (kind == "llava_onevision" and alone):
         raise OptionError(
             f"how {kind} cuts a {width}x{height} image into tiles is in its processor, not in its config; "
@@ -71,7 +77,7 @@ def grids_of_tokens(config: Any, tokens: int) -> ImageGrids:
     family_for(config)
     if tokens < 1:
         raise OptionError(f"an image has at least one vision token, not {tokens}")
-    if merge_side(config):
+    if merge_side(config) or config.model_type in _GEMMA4:
         return (squarest(tokens),)
     tile = tile_tokens(config)
     if config.model_type in ("llava_onevision", "llava_next") and tokens > tile:

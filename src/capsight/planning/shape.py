@@ -18,8 +18,8 @@ from capsight.planning.vision import VisionShape
 from capsight.text_layers import layer_sizes
 
 _NOT_MULTIPLIED = ("embed_tokens", "position", "pos_embed", "cls_token", "mask_token", "lm_head")
-_TO_TEXT = ("merger", "projector", "connector", "downsample")
-_VISION = ("visual", "vision_tower", "vision_model")
+_TO_TEXT = ("merger", "projector", "connector", "downsample", "embed_vision")
+_VISION = ("visual", "vision_tower", "vision_model", "vision_embedder")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ def _count_weights(model: nn.Module, config: Any) -> tuple[int, int, int, int]:
     """Weights in matrix products: per text token, per patch, per vision token, per patch of pixels."""
     text_config = config.get_text_config(decoder=True)
     experts = getattr(text_config, "num_experts", getattr(text_config, "n_routed_experts", None)) or 1
-    active = getattr(text_config, "num_experts_per_tok", None) or 1
+    active = getattr(text_config, "num_experts_per_tok", getattr(text_config, "top_k_experts", None)) or 1
     text = patch = token = pixels = 0
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or any(part in name for part in _NOT_MULTIPLIED):

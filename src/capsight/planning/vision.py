@@ -41,12 +41,14 @@ class VisionShape:
     def of(cls, config: Any, pixels: int, patch: int, token: int) -> VisionShape:
         """Read the sizes of the tower of a known family; weights have been counted before."""
         vision, kind = config.vision_config, config.model_type
-        depth = getattr(vision, "depth", None) or vision.num_hidden_layers
+        depth = getattr(vision, "depth", None) or getattr(vision, "num_hidden_layers", 0)
         window_layers = window = class_tokens = 0
         if merge := merge_side(config):
             merged = merge**2
         elif kind == "gemma3":
             merged = (vision.image_size // vision.patch_size) ** 2 // config.mm_tokens_per_image
+        elif kind == "gemma4":
+            merged = vision.pooling_kernel_size**2
         elif kind == "internvl":
             merged, class_tokens = round(1 / config.downsample_ratio**2), 1
         elif kind in ("smolvlm", "idefics3"):
@@ -56,7 +58,8 @@ class VisionShape:
         if kind == "qwen2_5_vl":
             window_layers = depth - len(vision.fullatt_block_indexes)
             window = vision.window_size // vision.patch_size // vision.spatial_merge_size
-        width = vision.embed_dim if kind == "qwen2_vl" else vision.hidden_size
+        # Gemma 4 Unified has no tower, only linear layers over patches.
+        width = vision.embed_dim if kind == "qwen2_vl" else getattr(vision, "hidden_size", 0)
         full = depth - window_layers
         return cls(
             pixels,

@@ -66,13 +66,13 @@ def _registered() -> dict[str, Family]:
             added = dict.fromkeys(family.model_types, family)
         except Exception as error:
             raise UnsupportedModelError(
-                f"the entry point {point.name!r} of {ENTRY_POINTS} cannot be used ({error!r}); repair or remove "
-                "the package that registers it"
+                f"the entry point {point.name!r} of {ENTRY_POINTS} cannot be used ({error!r}); repair or "
+                "remove the package that registers it"
             ) from error
         taken = sorted(added.keys() & found.keys())
         if taken:
             raise UnsupportedModelError(
-                f"the entry point {point.name!r} of {ENTRY_POINTS} registers {', '.join(taken)}, which is taken"
+                f"the entry point {point.name!r} of {ENTRY_POINTS} registers {taken[0]}, which is taken"
             )
         found |= added
     return found

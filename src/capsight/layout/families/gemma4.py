@@ -59,7 +59,7 @@ class Gemma4(PlainRope):
             found.append(blocks)
         if grids is not None and used < len(grids):
             raise LayoutError(
-                f"image_position_ids has {len(grids)} entries, but the prompts hold vision tokens for {used}; "
+                f"image_position_ids has {len(grids)} entries, but the prompts hold tokens for {used}; "
                 "the prompt was truncated or a placeholder is missing"
             )
         return found
