@@ -136,3 +136,28 @@ def test_a_saved_cache_without_a_state_is_refused(hybrid, tmp_path):
         del tensors[name]
         with pytest.raises(CapsuleFileError, match=name):
             put_together(header, tensors, capsule, hybrid.config, devices)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+def test_full_windows_go_back_to_the_kept_length_only(name, tmp_path):
+    vlm = FAMILIES[name]()
+    inputs, capsule = batch(vlm), fitted(vlm, 1.0)
+    expected = run(vlm, inputs, full_cache(vlm))
+    with capsight.enable(vlm.model, capsule=capsule) as fast:
+        cache = fast.encapsulate(**inputs)
+        length, before = cache.get_seq_length(), cache.nbytes
+        assert length > max(layer.sliding_window for layer in cache.layers if layer.is_sliding)
+        fast.save(tmp_path / "images")
+        cache.crop(length)  # nothing to remove
+        for held in (cache, cache, fast.load(tmp_path / "images")):
+            fast.cache = held
+            assert_same(ask(fast, inputs), expected)
+            assert held.nbytes > before  # the old window is counted while it is kept beside the new one
+            with pytest.raises(CapsightError, match="full sliding windows go back only"):
+                held.crop(-1)
+            held.crop(length)
+            assert held.nbytes == before
+    alone = capsule.cache(inputs)
+    run(vlm, inputs, alone)
+    with pytest.raises(CapsightError, match="none were"):
+        alone.crop(-1)

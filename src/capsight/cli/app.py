@@ -11,6 +11,7 @@ from capsight.cli.ask import ask
 from capsight.cli.attention import attention
 from capsight.cli.bench import bench_command
 from capsight.cli.calibrate import calibrate
+from capsight.cli.check_model import check_model
 from capsight.cli.demo import demo
 from capsight.cli.encapsulate import encapsulate
 from capsight.cli.evaluate import evaluate_command
@@ -38,6 +39,7 @@ app.command()(inspect)
 app.command("eval")(evaluate_command)
 app.command("bench")(bench_command)
 app.command()(plan)
+app.command()(check_model)
 app.command()(report)
 
 

@@ -13,7 +13,8 @@ from capsight.blindsight import HeadMap
 from capsight.errors import CapsuleFileError, OptionError
 from capsight.kvcapsule import KVCapsule
 from capsight.layout.families import family_for
-from capsight.reference import load_reference_vlm
+from capsight.reference import load_reference_vlm, reference_path
+from capsight.reference.loader import load_reference_processor
 
 REFERENCE = "reference"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,21 +38,58 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[
         raise OptionError(f"dtype is {dtype!r}; use one of {', '.join(_DTYPES)}")
     if name == REFERENCE:
         return load_reference_vlm(_DTYPES[dtype], device)
+    family_for(load_config(name))  # before anything large is loaded or downloaded
     try:
-        family_for(AutoConfig.from_pretrained(name))  # before anything large is loaded or downloaded
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=_DTYPES[dtype])
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _cannot_load(name, error) from error
+    processor = load_processor(name)
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval(), processor
+
+
+def load_config(name: str) -> Any:
+    """Read a model's config and nothing else.
+
+    Args:
+        name: "reference", a folder, a config.json, or a hub id.
+
+    Raises:
+        OptionError: it cannot be read.
+    """
+    logging.set_verbosity_error()
+    source = str(reference_path()) if name == REFERENCE else name
+    try:
+        return AutoConfig.from_pretrained(source)
+    except Exception as error:  # transformers lets errors of strict dataclasses and of the hub through
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise OptionError(f"cannot read the config of {name!r}: {reason}") from error
+
+
+def load_processor(name: str) -> Any:
+    """Load the processor of a model ("reference", a folder, or a hub id); it pads on the left.
+
+    Raises:
+        OptionError: there is none that takes images.
+    """
+    if name == REFERENCE:
+        return load_reference_processor()
+    try:
         processor = AutoProcessor.from_pretrained(name)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OptionError(f"cannot load the model {name!r}: {reason}") from error
+        raise _cannot_load(name, error) from error
     if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise OptionError(
             f"{name!r} has no processor that takes images, only a {type(processor).__name__}; "
             "save the processor of the model into the same folder: processor.save_pretrained(folder)"
         )
     processor.tokenizer.padding_side = "left"
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    return model.eval(), processor
+    return processor
+
+
+def _cannot_load(name: str, error: Exception) -> OptionError:
+    reason = (str(error).strip() or repr(error)).splitlines()[0]
+    return OptionError(f"cannot load the model {name!r}: {reason}")
 
 
 def load_capsule(source: str | None, model_name: str) -> KVCapsule:

@@ -9,18 +9,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig
-from transformers.utils import logging
 
 from capsight.blindsight import HeadMap
-from capsight.cli.models import REFERENCE, check_out
+from capsight.cli.models import REFERENCE, check_out, load_config
 from capsight.cli.options import CompressionOption
 from capsight.cli.output import human_bytes, parse_bytes, write_json
 from capsight.errors import OptionError
 from capsight.kvcapsule.budget import share_to_keep
 from capsight.planning import Budget, ImageGrids, Plan, grids_of_size, grids_of_tokens
 from capsight.planning import plan as make_plan
-from capsight.reference import reference_path
 
 _ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -68,24 +65,6 @@ def plan(
     found = make_plan(config, mix, text_tokens, budget, new_tokens, sparse)
     _print(Console(), found, budget, model, len(mix))
     write_json(json, {"model": model, "images": len(mix), "retained": budget.retained, **found.to_dict()})
-
-
-def load_config(name: str) -> Any:
-    """Read a model's config and nothing else.
-
-    Args:
-        name: "reference", a folder, a config.json, or a hub id.
-
-    Raises:
-        OptionError: it cannot be read.
-    """
-    logging.set_verbosity_error()
-    source = str(reference_path()) if name == REFERENCE else name
-    try:
-        return AutoConfig.from_pretrained(source)
-    except Exception as error:  # transformers lets errors of strict dataclasses and of the hub through
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise OptionError(f"cannot read the config of {name!r}: {reason}") from error
 
 
 def _mix(config: Any, counts: list[int], sizes: list[str], tokens: list[int]) -> list[ImageGrids]:

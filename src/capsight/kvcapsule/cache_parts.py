@@ -68,7 +68,9 @@ def take_apart(cache: CapsuleCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
     header = {"layout": cache.layout.to_dict(), "settled": settled.pop(), "sliding": sliding}
     if any(map(has_states, layers)):
         kinds = [[f"{kind}.{n}" for kind, n, _ in states(layer)] for layer in layers]
-        header |= {"states": kinds, "states_kept": cache.kept_states == length}
+        header["states"] = kinds
+    if cache.kept_states == length:
+        header["states_kept"] = True
     return header, tensors
 
 

@@ -17,7 +17,7 @@ from capsight.kvcapsule.cache.counted import CountedCache
 from capsight.kvcapsule.cache.layer import CapsuleLayer
 from capsight.kvcapsule.cache.ledger import Ledger
 from capsight.kvcapsule.cache.row_order import RowOrder
-from capsight.kvcapsule.cache.stock import StateCopy, has_states, move_rows
+from capsight.kvcapsule.cache.stock import StateCopy, cannot_crop, move_rows
 from capsight.kvcapsule.codecs import BlockCodec
 from capsight.layout import PromptLayout
 
@@ -168,42 +168,43 @@ class CapsuleCache(CountedCache):
                 self.layers[index] = layer
 
     def keep_states(self) -> None:
-        """Remember the length of now as one that `crop` can come back to in spite of recurrent states.
+        """Remember the length of now as one that `crop` can come back to in spite of states and windows.
 
-        Only models with linear-attention or convolution layers need it; it takes a copy of their states.
+        Only models with linear attention, convolutions or sliding windows need it; states are copied.
         """
-        if any(map(has_states, self.layers)):
+        if any(not isinstance(layer, CapsuleLayer) for layer in self.layers):
             self._states = StateCopy(self.layers, self.get_seq_length())
 
     @property
     def kept_states(self) -> int | None:
-        """The length that `keep_states` was last called at, if there are states."""
+        """The length that `keep_states` was last called at, if the model needs it."""
         return None if self._states is None else self._states.length
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens: as many as a negative number says, or down to a positive length.
 
         Raises:
-            CapsightError: that would cut a capsule, or a layer has a recurrent state and the length is not
-                that of `keep_states`; nothing has been removed then.
+            CapsightError: that would cut a capsule, or a layer has a recurrent state or a full window and the
+                length is not that of `keep_states`; nothing has been removed then.
         """
         length = self.get_seq_length()
         drop = max(length - tokens_to_remove, 0) if tokens_to_remove > 0 else -tokens_to_remove
         for capsule_layer in self.capsule_layers.values():
             capsule_layer.check_crop(drop)
-        recurrent = drop > 0 and any(map(has_states, self.layers))
-        if recurrent and self.kept_states != length - drop:
+        back = self._states if drop and self.kept_states == length - drop else None
+        if drop and back is None and any(map(cannot_crop, self.layers)):
             kept = "none were" if self._states is None else f"those of {self._states.length} tokens were"
             raise CapsightError(
-                f"cannot crop to {length - drop} tokens: recurrent and conv layers go back to a length "
-                f"whose states were kept, as `encapsulate` does, and {kept}"
+                f"cannot crop to {length - drop} tokens: states and full sliding windows go back only "
+                f"to a length whose states were kept, as `encapsulate` does, and {kept}"
             )
-        layers: list[Any] = sorted(self.layers, key=lambda layer: isinstance(layer, CapsuleLayer))
-        for layer in layers:  # stock layers first: they may refuse, too, and cannot be cropped while empty
-            if not has_states(layer) and layer.is_initialized:
+        layers: list[Any] = list(self.layers)
+        for layer in layers:
+            by_itself = isinstance(layer, CapsuleLayer) or (back is None and not cannot_crop(layer))
+            if by_itself and layer.is_initialized:
                 layer.crop(-drop)
-        if recurrent and self._states is not None:
-            self._states.put_back(self.layers)
+        if back is not None:
+            back.put_back(layers)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i of the batch what row `beam_idx[i]` was (int64 `[B]`)."""

@@ -30,16 +30,14 @@ class CountedCache(Cache):
             layer.exact_nbytes if isinstance(layer, CapsuleLayer) else stock_nbytes(layer)
             for layer in self.layers
         )
-        return exact + sum(payload.nbytes for payload in payloads.values()) + shared + self._copy_nbytes
+        kept = 0 if self._states is None else self._states.nbytes(self.layers)
+        return exact + sum(payload.nbytes for payload in payloads.values()) + shared + kept
 
     @property
     def state_nbytes(self) -> int:
         """Bytes of linear-attention and convolution states among `nbytes`, the kept copy included."""
-        return sum(map(state_nbytes, self.layers)) + self._copy_nbytes
-
-    @property
-    def _copy_nbytes(self) -> int:
-        return 0 if self._states is None else self._states.nbytes
+        kept = 0 if self._states is None else self._states.state_nbytes
+        return sum(map(state_nbytes, self.layers)) + kept
 
     @property
     def layer_nbytes(self) -> list[int]:

@@ -1,7 +1,8 @@
 """What capsight has to know of cache layers that hold no capsules: sliding windows, and layers with states.
 
 A state (of linear attention, of a convolution) stands for all tokens seen and cannot be rolled back by a
-number of tokens. So a copy is kept of one length, and cropping comes back to that length only.
+number of tokens, and a window that is full has forgotten what came before it. So a copy is kept of one
+length, and cropping comes back to that length only.
 """
 
 from __future__ import annotations
@@ -9,14 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 
 def has_states(layer: Any) -> bool:
     """Whether a cache layer keeps states instead of keys and values."""
     return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def cannot_crop(layer: Any) -> bool:
+    """Whether a cache layer cannot give up its last tokens by itself."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        return layer.cumulative_length >= layer.sliding_window and not layer.record_past
+    return has_states(layer)
 
 
 def states(layer: Any) -> Iterator[tuple[str, int, Tensor]]:
@@ -54,31 +61,48 @@ def set_state(layer: Any, kind: str, number: int, state: Tensor) -> None:
 
 
 class StateCopy:
-    """A copy of all states of a cache at one length.
+    """A copy of all states and sliding windows of a cache at one length.
+
+    Windows are not copied: a layer makes new tensors when it moves on, and the old ones are kept.
 
     Attributes:
         length: tokens per row that they stand for.
     """
 
     def __init__(self, layers: Sequence[Any], length: int) -> None:
-        """Copy the states that `layers` hold now."""
+        """Keep what `layers` hold now."""
         self.length = length
         self._held = [[(kind, n, state.clone()) for kind, n, state in states(layer)] for layer in layers]
+        self._windows = {
+            index: (layer.keys, layer.values, layer.cumulative_length)
+            for index, layer in enumerate(layers)
+            if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized
+        }
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the copies."""
+    def state_nbytes(self) -> int:
+        """Bytes of the copied states."""
         return sum(state.nbytes for held in self._held for _, _, state in held)
 
+    def nbytes(self, layers: Sequence[Any]) -> int:
+        """Bytes of copied states and of windows that `layers` no longer hold."""
+        gone = [old for i, old in self._windows.items() if layers[i].keys is not old[0]]
+        return self.state_nbytes + sum(keys.nbytes + values.nbytes for keys, values, _ in gone)
+
     def put_back(self, layers: Sequence[Any]) -> None:
-        """Give the layers their states again; the copy stays."""
+        """Give the layers their states and windows again; the copy stays."""
         for layer, held in zip(layers, self._held, strict=True):
             for kind, number, state in held:
                 set_state(layer, kind, number, state)
+        for index, (keys, values, length) in self._windows.items():
+            layer = layers[index]
+            layer.keys, layer.values, layer.cumulative_length = keys, values, length
 
     def move_rows(self, rows: Tensor) -> None:
         """Follow the rows of the cache."""
-        self._held = [
-            [(kind, n, torch.index_select(state, 0, rows.to(state.device))) for kind, n, state in held]
-            for held in self._held
-        ]
+
+        def moved(state: Tensor) -> Tensor:
+            return state.index_select(0, rows.to(state.device))
+
+        self._held = [[(kind, n, moved(state)) for kind, n, state in held] for held in self._held]
+        self._windows = {i: (moved(k), moved(v), n) for i, (k, v, n) in self._windows.items()}
