@@ -36,8 +36,9 @@ from rich.progress import Progress, track
 from torch import Tensor
 
 from capsight.cli.fit import calibration_items
-from capsight.cli.models import REFERENCE, check_out, load_model
+from capsight.cli.models import REFERENCE, load_model
 from capsight.cli.output import machine, write_json
+from capsight.cli.target import check_out
 from capsight.evaluation import Item, MethodResult, evaluate, reference_items, summary
 from capsight.evaluation.asking import process
 from capsight.evaluation.score import difference_interval, mcnemar_p

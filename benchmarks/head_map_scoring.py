@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from capsight.blindsight import HeadMap
 from capsight.blindsight.calibrate.capture import following, shape_of, untouched, watching
 from capsight.evaluation import Item
-from capsight.evaluation.asking import chat_text, process
+from capsight.evaluation.prompting import chat_text, process
 from capsight.layout import build_layout
 
 MOST_TOKENS = 16

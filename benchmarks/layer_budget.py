@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.progress import track
 
 from capsight.cli.fit import calibration_items
-from capsight.cli.models import REFERENCE, check_out, load_model
+from capsight.cli.models import REFERENCE, load_model
 from capsight.cli.output import write_json
+from capsight.cli.target import check_out
 from capsight.evaluation import FULL, MethodResult, evaluate, paired, reference_items, summary
 from capsight.evaluation.asking import process
 from capsight.kvcapsule import KVCapsule

@@ -11,6 +11,7 @@ from capsight.blindsight import BlindSight, HeadMap
 from capsight.errors import CapsightError
 from capsight.kvcapsule import CapsuleCache, KVCapsule
 from capsight.layout import PromptLayout, build_layout
+from capsight.processors import load_processor
 from capsight.reference import load_reference_vlm
 from capsight.runtime import FastModel, enable
 
@@ -26,5 +27,6 @@ __all__ = [
     "PromptLayout",
     "build_layout",
     "enable",
+    "load_processor",
     "load_reference_vlm",
 ]

@@ -10,21 +10,18 @@ import torch
 from PIL import Image
 
 from capsight.errors import CapsightError, OptionError
-from capsight.evaluation import Ask, Item
+from capsight.evaluation import Ask, Item, ask_item
 from capsight.evaluation.prompting import call, chat_text, process, render, vision_tokens
 from capsight.layout import build_layout
+from capsight.runtime import enable
+from processors.checkpoints import template
 from tiny import FAMILIES
-
-TEMPLATE = (
-    "{% for m in messages %}{% for p in m['content'] %}"
-    "{% if p['type'] == 'image' %}IMAGE{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endfor %}"
-)
 
 
 @pytest.fixture(params=sorted(FAMILIES))
 def vlm(request):
     vlm = FAMILIES[request.param]()
-    vlm.processor.chat_template = TEMPLATE.replace("IMAGE", vlm.placeholder.replace("\n", "\\n"))
+    vlm.processor.chat_template = template(vlm)
     yield vlm
     vlm.processor.chat_template = None
 
@@ -34,7 +31,7 @@ def item(*images):
 
 
 def test_a_question_with_an_image_token(vlm):
-    assert chat_text(vlm.processor, 1, "what?").endswith("what?")
+    assert chat_text(vlm.processor, 1, "what?") == vlm.prompt([None], "what?")
     names = [n for n in ("image", "start", "end", "video", "fake") if n in vlm.special]
     texts = {vlm.special[name] for name in names} | {vlm.video_placeholder} - {""}
     for token in texts:
@@ -43,6 +40,22 @@ def test_a_question_with_an_image_token(vlm):
         with pytest.raises(OptionError, match="stands for an image"):
             render(vlm.processor, [{"role": "user", "content": f"a {token}"}])
     assert not {"?", ""} & vision_tokens(vlm.processor)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_questions_over_a_cache_are_those_of_one_prefill(vlm, images):
+    questions = ("what?", "\n\nand this?", " x", "")
+    pictures = tuple(vlm.picture(seed) for seed in range(images))
+    asked = Item("a", pictures, tuple(Ask(question, "") for question in questions))
+    with enable(vlm.model) as fast, torch.no_grad():
+        after, within = (ask_item(fast, vlm.processor, asked, p, 1) for p in ("after", "within"))
+        for number, ask in enumerate(asked.asks):
+            wanted = vlm.model(**process(vlm.processor, asked, [ask.question])).logits[0, -1]
+            alone = ask_item(fast, vlm.processor, Item("a", pictures, (ask,)), "after", 1)
+            assert torch.allclose(alone.first_logits[0], wanted, atol=1e-4), ask
+            assert torch.allclose(within.first_logits[number], wanted, atol=1e-4), ask
+            if vlm.name != "gemma3":  # padding between images and question takes from its sliding window
+                assert torch.allclose(after.first_logits[number], wanted, atol=1e-4), ask
 
 
 def test_no_chat_template(vlm):

@@ -45,6 +45,24 @@ def test_a_better_answer_is_a_gain_and_a_slower_decode_a_cost(evaluation, tmp_pa
     assert "0.70x the decode speed" in costs
 
 
+@pytest.mark.parametrize("retained", [0.4, 0.35])
+def test_a_slower_decode_is_said_whatever_was_timed(evaluation, tmp_path, retained):
+    values, timings = samples.eval_json(), samples.bench_json()
+    for row in timings["rows"]:
+        row["tokens_per_s"] = 100 if row["method"] == "full" else 70
+        row["retained"] = retained if row["retained"] else None
+    bench = read(BenchFile, samples.write(tmp_path, "b", timings))
+    demo = read(DemoFile, samples.write(tmp_path, "d", samples.demo_json()))
+    for file, said in ((bench, "0.70x the decode speed"), (None, "0.93x the decode speed")):
+        found = headline(evaluation(values), file, demo, "heads")
+        assert said in found.sentence.split("; it costs ")[1]
+        assert said.split()[0] in [tile.value for tile in found.tiles]
+    assert "(speed and time of the demo)" in found.sentence
+    other = headline(evaluation(values), bench, demo, "heads").sentence
+    assert ("(speed and time of heads 0.35)" in other) == (retained == 0.35)
+    assert "0.93x the decode speed" in headline(None, None, demo, "heads").sentence
+
+
 def test_no_difference_is_called_none(evaluation):
     values = samples.eval_json()
     values["methods"]["heads 0.4"] |= {"drop": 0.0, "exact_match": 95.9, "p_value": 1.0}

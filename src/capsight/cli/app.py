@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from capsight.cli.ask import ask
 from capsight.cli.attention import attention
@@ -18,6 +19,7 @@ from capsight.cli.evaluate import evaluate_command
 from capsight.cli.fit import fit
 from capsight.cli.generate import generate
 from capsight.cli.inspect import inspect
+from capsight.cli.output import console
 from capsight.cli.plan import plan
 from capsight.cli.report import report
 from capsight.errors import CapsightError
@@ -45,10 +47,14 @@ app.command()(report)
 
 def main() -> None:
     """Run the command line; bad input ends in one clear line and exit code 2."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what no encoding has
     try:
         app()
-    except CapsightError as error:
-        Console(stderr=True).print(f"[bold red]capsight:[/] {error}", highlight=False, soft_wrap=True)
+    except (CapsightError, OSError) as error:
+        reason = " ".join(str(error).split()).encode(errors="backslashreplace").decode()
+        said = Text.assemble(("capsight:", "bold red"), " ", reason)
+        console(stderr=True).print(said, soft_wrap=True)
         sys.exit(2)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -17,9 +16,18 @@ from rich.table import Table
 from capsight.baselines import METHODS
 from capsight.cli.evaluate import calibration_prompts
 from capsight.cli.methods import CAPSULES, METHOD_NAMES, make_methods
-from capsight.cli.models import REFERENCE, check_out, load_capsule, load_model
-from capsight.cli.options import CompressionsOption, shares
-from capsight.cli.output import human_bytes, parse_bytes, write_json
+from capsight.cli.models import REFERENCE, load_capsule, load_model
+from capsight.cli.options import (
+    CompressionsOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    ProcessorOption,
+    shares,
+)
+from capsight.cli.output import console, human_bytes, parse_bytes, write_json
+from capsight.cli.target import check_out
 from capsight.errors import OptionError
 from capsight.evaluation import FULL
 from capsight.evaluation.bench import bench, variants
@@ -32,7 +40,7 @@ _FIT_PROMPTS = 8
 
 
 def bench_command(
-    model: Annotated[str, typer.Option(help="'reference', a folder or a hub id.")] = REFERENCE,
+    model: ModelOption = REFERENCE,
     capsule: Annotated[
         str | None,
         typer.Option(help="'reference', a folder or a hub id; without one for another model, one is fitted."),
@@ -60,9 +68,10 @@ def bench_command(
     calibrate: Annotated[
         int, typer.Option(help="Also time fitting the methods to so many prompts; 0: do not.")
     ] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    json: JsonOption = None,
+    processor: ProcessorOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Time methods on prompts of the reference task; ratios are against the full cache in the same run."""
     check_out(json)
@@ -73,12 +82,12 @@ def bench_command(
     budget = None if kv_budget is None else parse_bytes(kv_budget)
     torch.set_num_threads(threads)
     fractions = shares(retained, compression_ratio)
-    vlm, processor = load_model(model, dtype, device)
+    vlm, made = load_model(model, dtype, device, processor)
     names = method or ["heads"]
 
     @cache
     def prompts() -> list[Any]:
-        return calibration_prompts(processor, REFERENCE, None, _FIT_PROMPTS)
+        return calibration_prompts(made, REFERENCE, None, _FIT_PROMPTS)
 
     @cache
     def loaded() -> KVCapsule:
@@ -87,17 +96,19 @@ def bench_command(
         return load_capsule(capsule, model)
 
     timed = variants(make_methods(names, fractions, loaded, prompts, vlm), ways)
-    fits = calibration_seconds(names, vlm, processor, calibrate) if calibrate else []
+    fits = calibration_seconds(names, vlm, made, calibrate) if calibrate else []
     rows: list[BenchRow] = []
-    with Progress(transient=True) as progress:
+    out = console(json)
+    with Progress(transient=True, console=out) as progress:
         bar = progress.add_task("timing", total=len(batches) * len(counts) * len(timed))
-        for row in bench(vlm, processor, timed, batches, counts, new_tokens, runs):
+        for row in bench(vlm, made, timed, batches, counts, new_tokens, runs):
             rows.append(row)
             progress.advance(bar)
     found = _with_ratios(rows, budget)
-    _print(found, fits, kv_budget)
-    values = {"model": model, "dtype": dtype, "runs": runs, "new_tokens": new_tokens, "kv_budget": budget}
+    named = str(vlm.dtype).removeprefix("torch.")
+    values = {"model": model, "dtype": named, "runs": runs, "new_tokens": new_tokens, "kv_budget": budget}
     write_json(json, values | {"rows": found, "calibration": fits})
+    _print(out, found, fits, kv_budget)
 
 
 def calibration_seconds(
@@ -140,9 +151,9 @@ def _with_ratios(rows: Sequence[BenchRow], budget: int | None) -> list[dict[str,
     return found
 
 
-def _print(rows: list[dict[str, Any]], fits: list[dict[str, Any]], budget: str | None) -> None:
+def _print(out: Console, rows: list[dict[str, Any]], fits: list[dict[str, Any]], budget: str | None) -> None:
     """Speed and memory, a table each, so that both fit a terminal."""
-    console, speed, memory = Console(), Table(title="speed"), Table(title="memory")
+    speed, memory = Table(title="speed"), Table(title="memory")
     for table, heads in (
         (speed, ["first token, ms", "ratio", "encode, ms", "tokens/s", "ratio"]),
         (memory, ["KV", "ratio", "peak", *([] if budget is None else [f"rows in {budget}"])]),
@@ -167,8 +178,8 @@ def _print(rows: list[dict[str, Any]], fits: list[dict[str, Any]], budget: str |
             "" if row["peak_bytes"] is None else human_bytes(row["peak_bytes"]),
             *([] if budget is None else [str(row["largest_batch"])]),
         )
-    console.print(speed)
-    console.print(memory)
+    out.print(speed)
+    out.print(memory)
     for fit in fits:
         each = fit["seconds"] / fit["prompts"]
-        console.print(f"fitting {fit['method']}: {fit['seconds']:.1f} s, {each:.2f} s a prompt")
+        out.print(f"fitting {fit['method']}: {fit['seconds']:.1f} s, {each:.2f} s a prompt")

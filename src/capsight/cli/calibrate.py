@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from capsight.blindsight import BlindSight, HeadMap, MaskOptions
 from capsight.blindsight.calibrate.run import TOLERANCE, check_options
 from capsight.blindsight.draw import draw_head_map
 from capsight.cli.fit import calibration_items
 from capsight.cli.models import REFERENCE, load_model
+from capsight.cli.options import DeviceOption, DtypeOption, ModelOption, ProcessorOption
+from capsight.cli.output import console
+from capsight.cli.target import check_folder
 from capsight.errors import OptionError
 from capsight.evaluation import Item, reference_items
 from capsight.evaluation.asking import process
@@ -25,7 +27,7 @@ REFERENCE_IMAGES = (2, 4, 6, 8)
 
 def calibrate(
     out: Annotated[Path, typer.Option(help="Folder to write the head map to.")],
-    model: Annotated[str, typer.Option(help="'reference', a folder or a hub id.")] = REFERENCE,
+    model: ModelOption = REFERENCE,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -52,33 +54,35 @@ def calibrate(
     own_window: Annotated[int, typer.Option(help="How far Sink heads see into their own image.")] = 32,
     samples: Annotated[int, typer.Option(help="Calibration prompts that the categories are taken from.")] = 8,
     held_out: Annotated[int, typer.Option(help="Others that measure how many answers change.")] = 24,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    processor: ProcessorOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Calibrate a head map for sparse prefill and write it, with a picture, to a folder."""
     check_options(criterion, unit, tolerance)
+    check_folder(out)
     options, ends = MaskOptions(sink_tokens=sink_tokens, own_window=own_window), _alpha(alpha)
-    vlm, processor = load_model(model, dtype, device)
+    vlm, made = load_model(model, dtype, device, processor)
     items = [item for item in _items(model, data, samples, held_out) if len(item.images) > 1]
     voting, held = split(items, samples, held_out)
     began = time.perf_counter()
     head_map = BlindSight.calibrate(
         vlm,
-        processor,
-        [process(processor, item, [item.asks[0].question]) for item in voting],
+        made,
+        [process(made, item, [item.asks[0].question]) for item in voting],
         criterion=criterion,  # type: ignore[arg-type]
         unit=unit,  # type: ignore[arg-type]
         alpha=ends,
         options=options,
         tolerance=tolerance,
-        held_out=[_all_questions(processor, item) for item in held],
+        held_out=[_all_questions(made, item) for item in held],
         fingerprint=model_fingerprint(vlm),
     )
     head_map.save_pretrained(out)
     draw_head_map(head_map, out / "head_map.png")
     seconds = time.perf_counter() - began
     said = f"{len(voting)} prompts voted, {len(held)} were held out, {seconds:.0f} s -> {out}"
-    Console().print(f"{said}\n{_summary(head_map)}", soft_wrap=True)
+    console().print(f"{said}\n{_summary(head_map)}", soft_wrap=True)
 
 
 def split(items: list[Item], samples: int, held_out: int) -> tuple[list[Item], list[Item]]:

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from capsight.checking import CHECKS, Case, run_checks, tiny_model
-from capsight.cli.models import check_out, load_config, load_processor
-from capsight.cli.output import write_json
+from capsight.cli.models import REFERENCE, load_config
+from capsight.cli.options import JsonOption
+from capsight.cli.output import console, write_json
+from capsight.cli.target import check_out
 from capsight.errors import CapsightError, OptionError
 from capsight.layout.families import family_for
+from capsight.processors import load_processor
+from capsight.reference.loader import load_reference_processor
 
-_MARKS = {True: "[green]yes[/]", False: "[red]NO[/]", None: "-"}
+_MARKS = {True: ("yes", "green"), False: ("NO", "red"), None: ("-", "")}
 
 
 def check_model(
     model: Annotated[str, typer.Argument(help="'reference', a folder or a hub id; weights are not read.")],
     check: Annotated[list[str] | None, typer.Option(help=f"Only this one: {', '.join(CHECKS)}.")] = None,
     size: Annotated[int, typer.Option(help="Side of the pictures, in pixels.")] = 224,
-    json: Annotated[Path | None, typer.Option(help="Write the same to this file.")] = None,
+    json: JsonOption = None,
 ) -> None:
     """Build a tiny copy of a model with random weights and try all that capsight does with it.
 
@@ -35,14 +38,14 @@ def check_model(
         raise OptionError(f"the side of a picture is positive, not {size}")
     config = load_config(model)
     family_for(config)
-    processor = load_processor(model)
+    processor = load_reference_processor() if model == REFERENCE else load_processor(model)
     case = Case(tiny_model(config), _prompts(processor), ((size, size), (size * 3 // 2, size)))
     results = run_checks(case, check)
+    write_json(json, {"model": model, "model_type": config.model_type, "checks": list(map(asdict, results))})
     table = Table("check", "works", "seen", title=f"{model} ({config.model_type})")
     for result in results:
-        table.add_row(result.name, _MARKS[result.passed], result.detail)
-    Console().print(table)
-    write_json(json, {"model": model, "model_type": config.model_type, "checks": list(map(asdict, results))})
+        table.add_row(result.name, Text(*_MARKS[result.passed]), result.detail)
+    console(json).print(table)
     failed = [result.name for result in results if result.passed is False]
     if failed:
         raise CapsightError(f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}")

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from capsight.cli.demo_picture import draw_demo
 from capsight.cli.demo_sides import Asked, Side, ask_sides
 from capsight.cli.demo_tables import print_demo
-from capsight.cli.models import REFERENCE, check_out, load_model, reference_head_map
-from capsight.cli.options import BitsOption, CompressionOption, RetainedOption, chosen_capsule
-from capsight.cli.output import write_json
+from capsight.cli.models import REFERENCE, load_model, reference_head_map
+from capsight.cli.options import BitsOption, CompressionOption, JsonOption, RetainedOption, chosen_capsule
+from capsight.cli.output import console, write_json
+from capsight.cli.target import check_out, write
 from capsight.errors import OptionError
 from capsight.evaluation import Ask, Item, exact_match
 from capsight.reference import split_prompt
@@ -32,7 +32,7 @@ def demo(
         str | None,
         typer.Option(help="materialise or latent; by default all that suit the capsule are timed."),
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    json: JsonOption = None,
     png: Annotated[Path, typer.Option(help="Picture of the images and answers.")] = Path("capsight-demo.png"),
 ) -> None:
     """Draw images nobody trained on, ask the reference VLM about them, and compare the caches."""
@@ -42,10 +42,10 @@ def demo(
     check_out(json)
     check_out(png)
     capsule = chosen_capsule(None, REFERENCE, retained, bits, compression_ratio)
-    console = Console()
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), transient=True) as progress:
+    out = console(json)
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), transient=True, console=out) as progress:
         task = progress.add_task("loading the reference VLM")
-        model, processor = load_model(REFERENCE)
+        model, processor = load_model(REFERENCE, "float32", "cpu")
         ways = (told,) if told is not None else DECODES if capsule.rebuilds else DECODES[1:]
         prompt = split_prompt("test", sample, images, questions)
         asks = tuple(Ask(q.text, q.answer, q.task) for q in prompt.questions)
@@ -59,10 +59,10 @@ def demo(
         if head_map is not None:
             asked.append(Asked("capsules + head map", capsule, head_map, ways[:1]))
         sides = ask_sides(model, processor, item, asked, lambda text: progress.update(task, description=text))
-    print_demo(console, item, sides)
-    draw_demo(png, item, {side.name: side.answers.texts for side in sides})
-    console.print(f"picture: {png}")
     write_json(json, _figures(item, sides))
+    write(png, draw_demo(item, sides))
+    print_demo(out, item, sides)
+    out.print(f"picture: {png}")
 
 
 def _figures(item: Item, sides: list[Side]) -> dict[str, Any]:

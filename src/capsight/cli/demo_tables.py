@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from capsight.blindsight import PrefillFlops
 from capsight.cli.demo_sides import Side
@@ -26,18 +27,18 @@ def print_demo(console: Console, item: Item, sides: Sequence[Side]) -> None:
         answers.add_row(ask.question, ask.answer, *(_verdict(s.answers.texts[i], ask) for s in sides))
     console.print(answers)
     costs = Table("", *(side.name for side in sides))
-    for name, cells in _costs(sides).items():
+    for name, cells in side_costs(sides).items():
         costs.add_row(name, *cells)
     console.print(costs)
 
 
-def _verdict(answer: str, ask: Ask) -> str:
-    mark = "[green]✓[/]" if exact_match(answer, ask.answer) else "[red]✗[/]"
-    return f"{mark} {answer}"
+def _verdict(answer: str, ask: Ask) -> Text:
+    mark = ("✓", "green") if exact_match(answer, ask.answer) else ("✗", "red")
+    return Text.assemble(mark, f" {answer}")
 
 
-def _costs(sides: Sequence[Side]) -> dict[str, list[str]]:
-    """Rows of the second table, a cell per side."""
+def side_costs(sides: Sequence[Side]) -> dict[str, list[str]]:
+    """What each side costs: rows by name, a cell for each side, the full cache first."""
     full, *others = sides
     kv = full.answers.nbytes
     rows = {

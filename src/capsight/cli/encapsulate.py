@@ -7,11 +7,21 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
-from capsight.cli.models import REFERENCE, check_out, load_model
-from capsight.cli.options import BitsOption, CompressionOption, RetainedOption, chosen_capsule, picture_item
-from capsight.cli.output import human_bytes
+from capsight.cli.models import REFERENCE, load_model
+from capsight.cli.options import (
+    BitsOption,
+    CompressionOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    ProcessorOption,
+    RetainedOption,
+    chosen_capsule,
+    picture_item,
+)
+from capsight.cli.output import console, human_bytes
+from capsight.cli.target import check_out
 from capsight.evaluation.asking import process
 from capsight.runtime import enable
 
@@ -19,24 +29,26 @@ from capsight.runtime import enable
 def encapsulate(
     image: Annotated[list[Path], typer.Option(help="An image; give the option once for each.")],
     out: Annotated[Path, typer.Option(help="File to write, usually *.safetensors.")],
-    model: Annotated[str, typer.Option(help="'reference', a folder or a hub id.")] = REFERENCE,
+    model: ModelOption = REFERENCE,
     capsule: Annotated[str | None, typer.Option(help="'reference', a folder or a hub id.")] = None,
     retained: RetainedOption = None,
     compression_ratio: CompressionOption = None,
     bits: BitsOption = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    processor: ProcessorOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Read images once and write their capsules to a file; `capsight ask` answers questions from it."""
     check_out(out)
     item = picture_item(image)
     chosen = chosen_capsule(capsule, model, retained, bits, compression_ratio)
-    vlm, processor = load_model(model, dtype, device)
-    inputs = process(processor, item, [""])
+    vlm, made = load_model(model, dtype, device, processor)
+    inputs = process(made, item, [""])
     with enable(vlm, capsule=chosen) as fast, torch.no_grad():
         cache = fast.encapsulate(**{name: value.to(vlm.device) for name, value in inputs.items()})
         fast.save(out)
-    Console().print(
+    console().print(
         f"{cache.get_seq_length()} tokens of {len(image)} images -> {out} "
-        f"(KV cache {human_bytes(cache.nbytes)}, full {human_bytes(cache.nbytes_full)})"
+        f"(KV cache {human_bytes(cache.nbytes)}, full {human_bytes(cache.nbytes_full)})",
+        soft_wrap=True,
     )

@@ -4,23 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 
 from capsight.blindsight import HeadMap
 from capsight.cli.evaluate_tables import print_pairs, print_report
 from capsight.cli.fit import calibration_items
 from capsight.cli.methods import METHOD_NAMES, make_methods
-from capsight.cli.models import REFERENCE, check_out, load_capsule, load_model
-from capsight.cli.options import CompressionsOption, shares
-from capsight.cli.output import write_json
+from capsight.cli.models import REFERENCE, load_capsule, load_model
+from capsight.cli.options import (
+    CompressionsOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    ProcessorOption,
+    shares,
+)
+from capsight.cli.output import console, note, write_json
+from capsight.cli.target import STDOUT, check_out
 from capsight.errors import OptionError
 from capsight.evaluation import Item, Journal, evaluate, jsonl_items, paired, reference_items, summary
 from capsight.evaluation.asking import process
+from capsight.evaluation.metric import check_metric
 from capsight.kvcapsule.fingerprint import model_fingerprint
 from capsight.reference.questions import TASKS
 
@@ -28,7 +38,7 @@ _CALIBRATION_PROMPTS = 96  # as `capsight fit` takes by default
 
 
 def evaluate_command(
-    model: Annotated[str, typer.Option(help="'reference', a folder or a hub id.")] = REFERENCE,
+    model: ModelOption = REFERENCE,
     capsule: Annotated[str | None, typer.Option(help="'reference', a folder or a hub id.")] = None,
     method: Annotated[
         list[str] | None, typer.Option(help=f"{', '.join(METHOD_NAMES)}; 'full' is always there.")
@@ -53,11 +63,18 @@ def evaluate_command(
         Path | None, typer.Option(help="Pictures or JSONL to fit calibrated baselines to (feature-pca).")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 24,
+    metric: Annotated[
+        str, typer.Option(help="How answers are scored: exact, normalised, anls or relaxed.")
+    ] = "exact",
     json: Annotated[
-        Path | None, typer.Option(help="Write the figures to this file; an interrupted run goes on.")
+        Path | None,
+        typer.Option(
+            help="Write the figures to this file, - is the standard output; a run that was cut off goes on."
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    processor: ProcessorOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
     workers: Annotated[
         int, typer.Option(help="Processes of one thread each that share the prompts (CPU); 1: none.")
     ] = 1,
@@ -66,15 +83,16 @@ def evaluate_command(
     check_out(json)
     if max_new_tokens < 1:
         raise OptionError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
+    check_metric(metric)
     chosen = HeadMap.from_pretrained(head_map) if head_map else None
     fractions = shares(retained, compression_ratio)
-    vlm, processor = load_model(model, dtype, device)
+    vlm, made = load_model(model, dtype, device, processor)
     items, total = _items(model, data, images, samples, tasks)
     methods = make_methods(
         method or [],
         fractions,
         lambda: load_capsule(capsule, model),
-        lambda: calibration_prompts(processor, model, calibration),
+        lambda: calibration_prompts(made, model, calibration),
         vlm,
     )
     asked = {
@@ -83,13 +101,15 @@ def evaluate_command(
         "head_map": head_map,
         "tasks": tasks,
         "data": None if data is None else str(data),
+        "data_sha256": None if data is None else sha256(data.read_bytes()).hexdigest(),
         "images": None if data is not None else images,
         "samples": samples,
         "max_new_tokens": max_new_tokens,
-        "dtype": dtype,
+        "metric": metric,
+        "dtype": str(vlm.dtype).removeprefix("torch."),
     }
     journal = None
-    if json is not None:
+    if json is not None and json != STDOUT:
         settings = asked | {
             "fingerprint": model_fingerprint(vlm),
             "capsule": capsule,
@@ -98,12 +118,13 @@ def evaluate_command(
         }
         journal = Journal(json.with_name(json.name + ".partial"), settings)
         if journal.done:
-            Console(stderr=True).print(f"[dim]going on after {len(journal.done)} prompts[/]")
-    with Progress(transient=True) as progress:
+            note(f"going on after {len(journal.done)} prompts")
+    out = console(json)
+    with Progress(transient=True, console=out) as progress:
         bar = progress.add_task("prompts", total=total)
         results = evaluate(
             vlm,
-            processor,
+            made,
             items,
             methods,
             protocol,
@@ -112,16 +133,17 @@ def evaluate_command(
             journal,
             lambda *_: progress.advance(bar),
             workers,
+            metric,
         )
     report = summary(results)
-    if not report["full"]["questions"]:
+    if not report["full"]["questions"] + report["full"]["unscored"]:
         raise OptionError("there is no question to ask; take more samples, or other tasks")
     pairs = paired(results, method[0]) if method else []
-    print_report(Console(), report, f"{model}, protocol {protocol}")
-    print_pairs(Console(), pairs)
     write_json(json, asked | {"methods": report, "paired": pairs})
     if journal is not None:
         journal.remove()
+    print_report(out, report, f"{model}, protocol {protocol}", metric)
+    print_pairs(out, pairs)
 
 
 def _items(
@@ -131,7 +153,7 @@ def _items(
     if samples < 1:
         raise OptionError(f"samples is {samples}; it must be at least 1")
     if data is not None:
-        rows = [item for item, _ in zip(jsonl_items(data), range(samples), strict=False)]
+        rows = list(islice(jsonl_items(data), samples))
         return _only(tasks, sorted({ask.task for item in rows for ask in item.asks}), rows), len(rows)
     if model != REFERENCE:
         raise OptionError("name the questions with --data: the built-in task is the reference VLM's")

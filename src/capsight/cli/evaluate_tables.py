@@ -9,41 +9,47 @@ from rich.table import Table
 
 from capsight.cli.output import human_bytes
 
+_SCORES = {"exact": "exact match", "normalised": "match", "anls": "ANLS", "relaxed": "relaxed accuracy"}
 
-def print_report(console: Console, report: dict[str, Any], title: str) -> None:
-    """The methods in one table, then exact match by image count and by task.
+
+def print_report(console: Console, report: dict[str, Any], title: str, metric: str = "exact") -> None:
+    """The methods in one table, then scores by image count and by task.
 
     Args:
         console: where to.
         report: of `capsight.evaluation.summary`.
         title: of the first table.
+        metric: how answers were scored.
     """
+    score, unscored = _SCORES[metric], report["full"]["unscored"]
+    if unscored:
+        console.print(f"{unscored} questions have no right answer; they are in agreement and KL only")
     table = Table(title=title)
     table.add_column("method", no_wrap=True)
-    for column in ("exact match %", "drop (p)", "agree %", "KL", "KV cache"):
+    for column in (f"{score} %", "drop (p)", "agree %", "KL", "KV cache"):
         table.add_column(column, justify="right")
     for name, row in report.items():
         share = row["kv_bytes"] / row["kv_bytes_full"] if row["kv_bytes_full"] else 1.0
-        low, high = row["interval"]
+        (low, high), scored = row["interval"], row["questions"]
         table.add_row(
             name,
-            f"{row['exact_match']:.1f} ({low:.0f}-{high:.0f})",
-            f"{row['drop']:+.1f} ({row['p_value']:.3f})" if name != "full" else "",
+            f"{row['exact_match']:.1f} ({low:.0f}-{high:.0f})" if scored else "",
+            f"{row['drop']:+.1f} ({row['p_value']:.3f})" if scored and name != "full" else "",
             f"{row['agreement']:.1f}",
             f"{row['kl']:.4f}",
             f"{human_bytes(row['kv_bytes'])} ({share:.2f}x)",
         )
     console.print(table)
     for label in ("images", "task"):
-        _print_groups(console, report, label)
+        _print_groups(console, report, label, score)
 
 
-def _print_groups(console: Console, report: dict[str, Any], label: str) -> None:
-    """Exact match by a grouping, a row per method; in slices that fit the width of a terminal."""
+def _print_groups(console: Console, report: dict[str, Any], label: str, score: str) -> None:
+    """Scores by a grouping, a row per method; in slices that fit the width of a terminal."""
     groups = list(report["full"]["by"].get(label, {}).items())
     for start in range(0, len(groups), 6):
         part = groups[start : start + 6]
-        detail = Table(title=f"exact match by {label}, %")
+        detail = Table(title=f"{score} by {label}, %")
         detail.add_column("method", no_wrap=True)
         for value, _ in part:
             detail.add_column(value, justify="right")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from capsight.cli.models import REFERENCE, load_model
-from capsight.cli.options import CompressionOption
-from capsight.cli.output import human_bytes
+from capsight.cli.options import CompressionOption, DeviceOption, DtypeOption, ModelOption, ProcessorOption
+from capsight.cli.output import console, human_bytes
+from capsight.cli.target import check_folder
 from capsight.errors import OptionError
 from capsight.evaluation import Item, jsonl_items, reference_items
 from capsight.evaluation.asking import process
@@ -26,7 +27,7 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 def fit(
     out: Annotated[Path, typer.Option(help="Folder to write the capsule to.")],
-    model: Annotated[str, typer.Option(help="'reference', a folder or a hub id.")] = REFERENCE,
+    model: ModelOption = REFERENCE,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -39,22 +40,25 @@ def fit(
     compression_ratio: CompressionOption = None,
     codec: Annotated[str, typer.Option(help="heads, adaptive, evict, static or static-mlp.")] = "heads",
     samples: Annotated[int, typer.Option(help="Calibration prompts to use at most.")] = 96,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    processor: ProcessorOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Fit a capsule to a model and write it to a folder; run again, it goes on where it was interrupted."""
     share = share_to_keep(retained, compression_ratio, 0.40)
-    vlm, processor = load_model(model, dtype, device)
+    check_folder(out)
+    vlm, made = load_model(model, dtype, device, processor)
     items = calibration_items(model, data, samples)
-    prompts = [process(processor, item, [item.asks[0].question]) for item in items]
+    prompts = [process(made, item, [item.asks[0].question]) for item in items]
     began = time.perf_counter()
     partial = out.with_name(f"{out.name}.partial")
-    capsule = KVCapsule.fit(vlm, processor, prompts, share, codec, resume=partial)
+    capsule = KVCapsule.fit(vlm, made, prompts, share, codec, resume=partial)
     capsule.save_pretrained(out)
     shutil.rmtree(partial, ignore_errors=True)
-    Console().print(
+    console().print(
         f"{len(prompts)} prompts in {time.perf_counter() - began:.0f} s -> {out} "
-        f"({human_bytes(capsule.module_nbytes)}, break-even at {capsule.break_even_tokens()} vision tokens)"
+        f"({human_bytes(capsule.module_nbytes)}, break-even at {capsule.break_even_tokens()} vision tokens)",
+        soft_wrap=True,
     )
 
 
@@ -73,7 +77,7 @@ def calibration_items(model: str, data: Path | None, samples: int) -> list[Item]
         return [i for c in counts for i in reference_items("calibration", c, -(-samples // len(counts)))][
             :samples
         ]
-    items = _take(_folder_items(data) if data.is_dir() else jsonl_items(data), samples)
+    items = list(islice(_folder_items(data) if data.is_dir() else jsonl_items(data), samples))
     if not items:
         raise OptionError(f"{data} holds no pictures or lines to calibrate with")
     return items
@@ -84,7 +88,3 @@ def _folder_items(folder: Path) -> Iterable[Item]:
 
     for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _PICTURES):
         yield Item(path.name, (open_image(path),), (Ask("Describe the image.", ""),))
-
-
-def _take(items: Iterable[Any], count: int) -> list[Any]:
-    return [item for item, _ in zip(items, range(count), strict=False)]

@@ -7,11 +7,20 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
 from capsight.cli.models import REFERENCE, load_model
-from capsight.cli.options import BitsOption, CompressionOption, RetainedOption, chosen_capsule, picture_item
-from capsight.cli.output import human_bytes
+from capsight.cli.options import (
+    BitsOption,
+    CompressionOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    ProcessorOption,
+    RetainedOption,
+    chosen_capsule,
+    picture_item,
+)
+from capsight.cli.output import human_bytes, note
 from capsight.errors import OptionError
 from capsight.evaluation import ask_item
 from capsight.runtime import check_decode, enable
@@ -20,7 +29,7 @@ from capsight.runtime import check_decode, enable
 def generate(
     prompt: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[list[Path] | None, typer.Option(help="An image; give the option once for each.")] = None,
-    model: Annotated[str, typer.Option(help="'reference', a folder or a hub id.")] = REFERENCE,
+    model: ModelOption = REFERENCE,
     capsule: Annotated[
         str | None, typer.Option(help="'reference', a folder, a hub id, or 'none' for the full cache.")
     ] = None,
@@ -38,8 +47,9 @@ def generate(
     protocol: Annotated[
         str, typer.Option(help="within: images and question in one prefill; after: question over capsules.")
     ] = "within",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
+    processor: ProcessorOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Answer a prompt about images, keeping vision KV as capsules."""
     if max_new_tokens < 1:
@@ -49,10 +59,8 @@ def generate(
         raise OptionError("--capsule none is the full cache; leave out --retained and --bits")
     item = picture_item(image or (), prompt)
     loaded = None if capsule == "none" else chosen_capsule(capsule, model, retained, bits, compression_ratio)
-    vlm, processor = load_model(model, dtype, device)
+    vlm, made = load_model(model, dtype, device, processor)
     with enable(vlm, capsule=loaded, decode=way) as fast, torch.no_grad():
-        answers = ask_item(fast, processor, item, protocol, max_new_tokens)
+        answers = ask_item(fast, made, item, protocol, max_new_tokens)
     print(answers.texts[0])
-    Console(stderr=True).print(
-        f"[dim]KV cache {human_bytes(answers.nbytes)}, full {human_bytes(answers.nbytes_full)}[/]"
-    )
+    note(f"KV cache {human_bytes(answers.nbytes)}, full {human_bytes(answers.nbytes_full)}")

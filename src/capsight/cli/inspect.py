@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.bar import Bar
-from rich.console import Console
 from rich.table import Table
 
 from capsight.blindsight import Category, HeadMap
 from capsight.blindsight.head_map_file import FILE_NAME
-from capsight.cli.models import check_out
-from capsight.cli.output import human_bytes, write_json
+from capsight.cli.options import JsonOption
+from capsight.cli.output import console, human_bytes, write_json
+from capsight.cli.target import check_out
 from capsight.errors import CapsuleFileError
 from capsight.kvcapsule import KVCapsule
 from capsight.kvcapsule.info import CapsuleInfo
@@ -30,13 +30,14 @@ LETTERS = {
 
 def inspect(
     path: Annotated[str, typer.Argument(help="Capsule or head-map folder, hub id, or 'reference'.")],
-    json: Annotated[Path | None, typer.Option(help="Write the same to this file.")] = None,
+    json: JsonOption = None,
 ) -> None:
     """Show a capsule (codec, sizes, budget of the layers, break-even) or a head map; checks the files."""
     check_out(json)
-    console = Console()
-    facts = _head_map(path, console) if _is_head_map(path) else _capsule(path, console)
+    facts, tables = _head_map(path) if _is_head_map(path) else _capsule(path)
     write_json(json, facts)
+    for table in tables:
+        console(json).print(table)
 
 
 def _is_head_map(path: str) -> bool:
@@ -53,7 +54,7 @@ def _is_head_map(path: str) -> bool:
     return True
 
 
-def _capsule(path: str, console: Console) -> dict[str, Any]:
+def _capsule(path: str) -> tuple[dict[str, Any], list[Table]]:
     capsule = KVCapsule.from_pretrained(path)
     info = capsule.info
     facts = {
@@ -70,10 +71,8 @@ def _capsule(path: str, console: Console) -> dict[str, Any]:
         "model": str(info.model_config.get("model_type")),
         "fingerprint": info.fingerprint,
     }
-    _print(console, path, facts)
     rows = _layers(info)
-    console.print(_budget_chart(info, rows))
-    return facts | {"per_layer": rows}
+    return facts | {"per_layer": rows}, [_table(path, facts), _budget_chart(info, rows)]
 
 
 def _layers(info: CapsuleInfo) -> list[dict[str, Any]]:
@@ -103,7 +102,7 @@ def _budget_chart(info: CapsuleInfo, rows: list[dict[str, Any]]) -> Table:
     return layers
 
 
-def _head_map(path: str, console: Console) -> dict[str, Any]:
+def _head_map(path: str) -> tuple[dict[str, Any], list[Table]]:
     head_map = HeadMap.from_pretrained(path)
     options, record = head_map.options, head_map.calibration
     sinks = f"first {options.sink_tokens} tokens of an image"
@@ -125,17 +124,16 @@ def _head_map(path: str, console: Console) -> dict[str, Any]:
             else f"{record.measured_drop:.4g}",
             "tolerance": "none" if record.tolerance is None else f"{record.tolerance:.4g}",
         }
-    _print(console, path, facts)
     legend = ", ".join(f"{letter} {category.value}" for category, letter in LETTERS.items())
     rows = Table("layer", "heads", title=legend)
     for layer, categories in enumerate(head_map.categories):
         rows.add_row(str(layer), " ".join(LETTERS[category] for category in categories))
-    console.print(rows)
-    return facts | {"categories": [[category.value for category in layer] for layer in head_map.categories]}
+    named = [[category.value for category in layer] for layer in head_map.categories]
+    return facts | {"categories": named}, [_table(path, facts), rows]
 
 
-def _print(console: Console, title: str, facts: dict[str, Any]) -> None:
+def _table(title: str, facts: dict[str, Any]) -> Table:
     table = Table(title=title, show_header=False)
     for name, value in facts.items():
         table.add_row(name, str(value))
-    console.print(table)
+    return table

@@ -2,50 +2,58 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from capsight.blindsight import HeadMap
 from capsight.errors import CapsuleFileError, OptionError
 from capsight.kvcapsule import KVCapsule
 from capsight.layout.families import family_for
+from capsight.processors import load_processor, own_processor
 from capsight.reference import load_reference_vlm, reference_path
-from capsight.reference.loader import load_reference_processor
 
 REFERENCE = "reference"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any]:
+def load_model(
+    name: str, dtype: str | None = None, device: str | None = None, processor: str | None = None
+) -> tuple[Any, Any]:
     """Load a model and its processor.
 
     Args:
         name: "reference", a folder, or a hub id.
-        dtype: compute type.
-        device: where to put it.
+        dtype: compute type; None is that of the checkpoint, float32 for the reference VLM.
+        device: where to put it; None is the GPU where there is one (CUDA), else the CPU.
+        processor: `module:factory` of one's own; None is the checkpoint's.
 
     Raises:
-        OptionError: the dtype is unknown, or the model or a processor that takes images cannot be loaded.
+        OptionError: an option is unknown, or the model or its processor cannot be loaded.
         UnsupportedModelError: its family is not supported; neither weights nor a processor were loaded.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if dtype not in _DTYPES:
+    if dtype is not None and dtype not in _DTYPES:
         raise OptionError(f"dtype is {dtype!r}; use one of {', '.join(_DTYPES)}")
+    place = checked_device(device)
+    own = None if processor is None else own_processor(processor, name)
     if name == REFERENCE:
-        return load_reference_vlm(_DTYPES[dtype], device)
+        vlm, shipped = load_reference_vlm(_DTYPES[dtype or "float32"], place)
+        return vlm, own or shipped
     family_for(load_config(name))  # before anything large is loaded or downloaded
     try:
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=_DTYPES[dtype])
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise _cannot_load(name, error) from error
-    processor = load_processor(name)
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    return model.eval(), processor
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=_DTYPES[dtype] if dtype else "auto"
+        )
+    except Exception as error:  # of files, the hub, safetensors, strict dataclasses...
+        reason = " ".join(str(error).split()) or repr(error)
+        raise OptionError(f"cannot load the model {name!r}: {reason}") from error
+    found = own or load_processor(name)
+    model.to(place)
+    return model.eval(), found
 
 
 def load_config(name: str) -> Any:
@@ -62,34 +70,31 @@ def load_config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(source)
     except Exception as error:  # transformers lets errors of strict dataclasses and of the hub through
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = " ".join(str(error).split()) or repr(error)
         raise OptionError(f"cannot read the config of {name!r}: {reason}") from error
 
 
-def load_processor(name: str) -> Any:
-    """Load the processor of a model ("reference", a folder, or a hub id); it pads on the left.
+def checked_device(name: str | None) -> torch.device:
+    """A device that takes tensors.
+
+    Args:
+        name: as torch writes it; None is CUDA where there is a GPU, else the CPU.
 
     Raises:
-        OptionError: there is none that takes images.
+        OptionError: torch does not know it, or this machine has none.
     """
-    if name == REFERENCE:
-        return load_reference_processor()
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        processor = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise _cannot_load(name, error) from error
-    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
-        raise OptionError(
-            f"{name!r} has no processor that takes images, only a {type(processor).__name__}; "
-            "save the processor of the model into the same folder: processor.save_pretrained(folder)"
-        )
-    processor.tokenizer.padding_side = "left"
-    return processor
-
-
-def _cannot_load(name: str, error: Exception) -> OptionError:
-    reason = (str(error).strip() or repr(error)).splitlines()[0]
-    return OptionError(f"cannot load the model {name!r}: {reason}")
+        device = torch.device(name)
+        if device.type == "meta":
+            raise OptionError("device is 'meta', which computes nothing; use cpu or cuda")
+        torch.zeros(1, device=device)
+    except OptionError:
+        raise
+    except Exception as error:  # torch raises AssertionError, RuntimeError and others, in many lines
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise OptionError(f"device is {name!r}, which cannot be used here: {reason}") from error
+    return device
 
 
 def load_capsule(source: str | None, model_name: str) -> KVCapsule:
@@ -111,13 +116,3 @@ def reference_head_map() -> HeadMap | None:
         return HeadMap.from_pretrained(REFERENCE)
     except CapsuleFileError:
         return None
-
-
-def check_out(path: Path | None) -> None:
-    """Refuse an output path whose folder is missing, before the long work starts.
-
-    Raises:
-        OptionError: it is.
-    """
-    if path is not None and not path.absolute().parent.is_dir():
-        raise OptionError(f"the folder of {path} does not exist; make it first")

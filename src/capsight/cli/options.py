@@ -18,6 +18,20 @@ from capsight.pictures import open_image
 OWN_BITS = 16
 """What `--bits` calls numbers in the cache's own dtype."""
 
+ModelOption = Annotated[str, typer.Option(help="'reference', a folder or a hub id.")]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16 or float16; by default the checkpoint's (reference: float32)."),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Torch device; by default the GPU where there is one (CUDA), else cpu.")
+]
+ProcessorOption = Annotated[
+    str | None, typer.Option(help="module:factory of a processor of your own, instead of the checkpoint's.")
+]
+JsonOption = Annotated[
+    Path | None, typer.Option(help="Write the figures to this file; - is the standard output.")
+]
 RetainedOption = Annotated[float | None, typer.Option(help="Another retained fraction than the capsule's.")]
 CompressionOption = Annotated[
     float | None, typer.Option(help="The same as papers give it, 1 - retained; instead of --retained.")

@@ -1,4 +1,4 @@
-"""Output that all commands share: JSON files, byte counts, the machine line."""
+"""Output that all commands share: the console, JSON files, byte counts, the machine line."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
 
+from capsight.cli.target import STDOUT, write
 from capsight.errors import OptionError
-from capsight.files import replace_file
 
 _UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -21,10 +22,31 @@ _UNITS = {
 }  # fmt: skip
 
 
+def console(json: Path | None = None, stderr: bool = False) -> Console:
+    """Where commands print; names and answers are printed as they are, whatever brackets they hold.
+
+    Args:
+        json: where the command writes its figures; where that is standard output, all else goes to the
+            standard error.
+        stderr: print there anyway.
+    """
+    return Console(stderr=stderr or json == STDOUT, markup=False, emoji=False, highlight=False)
+
+
+def note(text: str) -> None:
+    """A dim line on the standard error."""
+    console(stderr=True).print(text, style="dim", soft_wrap=True)
+
+
 def write_json(path: Path | None, values: dict[str, Any]) -> None:
-    """Write `values` with the machine and versions beside them; nothing when `path` is None."""
+    """Write `values` with the machine and versions beside them; nothing when `path` is None.
+
+    Raises:
+        OptionError: the file cannot be written.
+    """
     if path is not None:
-        replace_file(path, json.dumps(values | {"machine": machine()}, indent=2) + "\n")
+        text = json.dumps(values | {"machine": machine()}, indent=2) + "\n"
+        write(path, text.encode(errors="backslashreplace"))
 
 
 def machine() -> dict[str, Any]:

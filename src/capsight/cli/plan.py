@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,9 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from capsight.blindsight import HeadMap
-from capsight.cli.models import REFERENCE, check_out, load_config
-from capsight.cli.options import CompressionOption
-from capsight.cli.output import human_bytes, parse_bytes, write_json
+from capsight.cli.models import REFERENCE, load_config
+from capsight.cli.options import CompressionOption, JsonOption
+from capsight.cli.output import console, human_bytes, parse_bytes, write_json
+from capsight.cli.target import check_out
 from capsight.errors import OptionError
 from capsight.kvcapsule.budget import share_to_keep
 from capsight.planning import Budget, ImageGrids, Plan, grids_of_size, grids_of_tokens
@@ -40,7 +40,7 @@ def plan(
     dtype: Annotated[str, typer.Option(help="Of weights and KV: bfloat16, float16, float32.")] = "bfloat16",
     head_map: Annotated[str | None, typer.Option(help="A head map's file, folder or hub id.")] = None,
     dense_share: Annotated[float | None, typer.Option(help="Or the share of heads it keeps dense.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    json: JsonOption = None,
 ) -> None:
     """Plan KV memory, requests per GPU and prefill FLOPs; no weights are loaded.
 
@@ -63,8 +63,8 @@ def plan(
     config = load_config(model)
     mix = _mix(config, images or [8], image_size or [], image_tokens or [])
     found = make_plan(config, mix, text_tokens, budget, new_tokens, sparse)
-    _print(Console(), found, budget, model, len(mix))
     write_json(json, {"model": model, "images": len(mix), "retained": budget.retained, **found.to_dict()})
+    _print(console(json), found, budget, model, len(mix))
 
 
 def _mix(config: Any, counts: list[int], sizes: list[str], tokens: list[int]) -> list[ImageGrids]:
@@ -93,11 +93,11 @@ def _pixels(size: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _print(console: Console, found: Plan, budget: Budget, model: str, images: int) -> None:
-    console.print(
+def _print(out: Console, found: Plan, budget: Budget, model: str, images: int) -> None:
+    out.print(
         f"{model}: {found.parameters / 1e9:.2f} B parameters, {human_bytes(found.weights_bytes)} of weights; "
         f"a request: {images} images, {found.prompt_tokens} prompt tokens, {found.vision_tokens} of vision",
-        highlight=False,
+        soft_wrap=True,
     )
     full, ours = found.full, found.capsules
     memory = Table("", "full cache", f"capsules, {budget.retained:.0%} retained", "", title="memory")
@@ -116,7 +116,7 @@ def _print(console: Console, found: Plan, budget: Budget, model: str, images: in
     )
     even = found.break_even_tokens
     memory.add_row("break-even", "", "never" if even is None else f"{even} vision tokens", "of a request")
-    console.print(memory)
+    out.print(memory)
     dense, sparse = found.dense, found.sparse
     columns = ["", "dense"] if sparse is None else ["", "dense", "head map", ""]
     flops = Table(*columns, title=f"prefill at batch {budget.batch}")
@@ -128,7 +128,7 @@ def _print(console: Console, found: Plan, budget: Budget, model: str, images: in
             after = getattr(sparse, name)
             row += [_human_flops(after), f"{1 - after / before:.1%} less" if after != before else ""]
         flops.add_row(*row)
-    console.print(flops)
+    out.print(flops)
 
 
 def _human_flops(count: float) -> str:

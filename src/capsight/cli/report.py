@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from capsight.blindsight import HeadMap
-from capsight.cli.models import check_out
-from capsight.errors import CapsuleFileError
-from capsight.files import replace_file
+from capsight.cli.output import console
+from capsight.cli.target import check_out, write
 from capsight.kvcapsule import KVCapsule
 from capsight.report import (
     BenchFile,
@@ -43,7 +41,9 @@ def report(
         typer.Option(help="Reconstruction errors to draw: JSON {layers: [{index, keys, values}]}."),
     ] = None,
     method: Annotated[str, typer.Option(help="The method that the headline speaks of.")] = "heads",
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("capsight-report.html"),
+    out: Annotated[Path, typer.Option(help="The page; - is the standard output.")] = Path(
+        "capsight-report.html"
+    ),
 ) -> None:
     """Make one self-contained HTML page: what is gained, what it costs, and every figure behind it."""
     check_out(out)
@@ -57,8 +57,5 @@ def report(
         attention=tuple(read_picture(path) for path in attention or []),
     )
     page = build_report(material, method)
-    try:
-        replace_file(out, page)
-    except OSError as error:
-        raise CapsuleFileError(f"cannot write {out}: {error.strerror or error}") from error
-    Console().print(f"report: {out}")
+    write(out, page.encode(errors="xmlcharrefreplace"))
+    console(out).print(f"report: {out}", soft_wrap=True)

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from capsight.errors import LayoutError, OptionError
+from capsight.errors import OptionError
 from capsight.evaluation.drafts import GREEDY, append_tokens
 from capsight.evaluation.items import Item
-from capsight.evaluation.prompting import chat_text, process
+from capsight.evaluation.prompting import process, question_tokens
 from capsight.layout import build_layout
 from capsight.runtime import FastModel
 from capsight.runtime.split import TOKEN_ENTRIES, first_tokens
@@ -90,32 +90,7 @@ def split_questions(
     """Processor outputs `[1, S]` up to the last image, and the tokens of what follows, by question."""
     whole = to_device(process(processor, item, questions[:1]), model.device)
     split = build_layout(whole, model.config).last_vision_end
-    tails = question_tokens(processor, len(item.images), questions, whole["input_ids"].shape[1] - split)
-    return first_tokens(whole, split), tails
-
-
-def question_tokens(
-    processor: Any, images: int, questions: Sequence[str], first_length: int
-) -> list[list[int]]:
-    """Token ids of what follows the images, for each question.
-
-    Args:
-        processor: the processor.
-        images: number of images of the prompt.
-        questions: the questions.
-        first_length: how many tokens follow the images in the prompt of the first question.
-
-    Raises:
-        LayoutError: the chat template writes something before the images that depends on the question.
-    """
-    plain = [
-        processor.tokenizer(chat_text(processor, images, q), add_special_tokens=False)["input_ids"]
-        for q in questions
-    ]
-    start = len(plain[0]) - first_length
-    if any(row[:start] != plain[0][:start] for row in plain):
-        raise LayoutError("the chat template puts a question before the images; use protocol 'within'")
-    return [row[start:] for row in plain]
+    return first_tokens(whole, split), question_tokens(processor, model.config, len(item.images), questions)
 
 
 def cache_nbytes(cache: Any) -> tuple[int, int]:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from capsight.evaluation.asking import cache_nbytes, chat_text, to_device
+from capsight.evaluation.asking import cache_nbytes, to_device
 from capsight.evaluation.bench_row import BenchRow
 from capsight.evaluation.items import Item, reference_items
 from capsight.evaluation.memory import peak_bytes
 from capsight.evaluation.prefill import Prefill, observes
+from capsight.evaluation.prompting import chat_text
 from capsight.evaluation.sharing import FULL
 from capsight.evaluation.summary import split_label
 from capsight.evaluation.timing import Timing, medians, time_once

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from capsight.errors import OptionError
+from PIL import Image
+
+from capsight.errors import LayoutError, OptionError
 from capsight.evaluation.items import Item
+from capsight.layout import build_layout
 from capsight.pictures import picture
 
 Message = Mapping[str, Any]
@@ -50,6 +53,29 @@ def process(processor: Any, item: Item, questions: Sequence[str]) -> dict[str, A
     texts = [chat_text(processor, len(item.images), q) for q in questions]
     images = [picture(image) for image in item.images]
     return call(processor, texts, [images for _ in questions], item.name)
+
+
+def question_tokens(processor: Any, config: Any, images: int, questions: Sequence[str]) -> list[list[int]]:
+    """Token ids of what follows the images of a prompt, for each question.
+
+    Blank images stand in for those of the prompt: what follows them is the same.
+
+    Args:
+        processor: the processor.
+        config: of the model.
+        images: number of images of the prompt, at least 1.
+        questions: the questions.
+
+    Raises:
+        LayoutError: the chat template writes something before the images that depends on the question.
+    """
+    blank = Item("a question", (Image.new("RGB", (56, 56)),) * images, ())
+    inputs = process(processor, blank, questions)
+    rows = zip(inputs["input_ids"].tolist(), build_layout(inputs, config).rows, strict=True)
+    halves = [(ids[row.pad_left : row.last_vision_end], ids[row.last_vision_end :]) for ids, row in rows]
+    if any(head != halves[0][0] for head, _ in halves):
+        raise LayoutError("the chat template puts a question before the images; use protocol 'within'")
+    return [tail for _, tail in halves]
 
 
 def call(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Any]], name: str) -> dict[str, Any]:

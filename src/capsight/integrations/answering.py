@@ -50,8 +50,9 @@ class Answerer:
         capsule: str | None = None,
         head_map: str | None = None,
         protocol: str = "after",
-        dtype: str = "float32",
-        device: str = "cpu",
+        dtype: str | None = None,
+        device: str | None = None,
+        processor: str | None = None,
     ) -> Answerer:
         """Load by names, as the command line does.
 
@@ -62,8 +63,9 @@ class Answerer:
             capsule: folder or hub id, for the methods of capsules.
             head_map: folder or hub id.
             protocol: "after" or "within".
-            dtype: compute type.
-            device: torch device.
+            dtype: compute type; None is the checkpoint's, float32 for the reference VLM.
+            device: torch device; None is the GPU where there is one.
+            processor: `module:factory` of one's own.
 
         Raises:
             OptionError: a name is unknown, or the method has to be fitted.
@@ -73,14 +75,14 @@ class Answerer:
             raise OptionError(f"protocol is {protocol!r}; use 'after' or 'within'")
         if method not in (FULL, *METHOD_NAMES):
             raise OptionError(f"there is no method {method!r}; use {', '.join((FULL, *METHOD_NAMES))}")
-        model, processor = load_model(pretrained, dtype, device)
-        made: dict[str, CacheMethod] = {}
+        model, made = load_model(pretrained, dtype, device, processor)
+        methods: dict[str, CacheMethod] = {}
         if method != FULL:
-            made = make_methods(
+            methods = make_methods(
                 [method], [float(retained)], lambda: load_capsule(capsule, pretrained), _unfitted, model
             )
         found = HeadMap.from_pretrained(head_map) if head_map else None
-        return cls(model, processor, next(iter(made.values()), None), found, protocol)
+        return cls(model, made, next(iter(methods.values()), None), found, protocol)
 
     def answer(
         self, messages: Sequence[Message], images: Sequence[Any], max_new_tokens: int = 128, **options: Any

@@ -28,8 +28,9 @@ class CapsightModel(lmms):
         capsule: str | None = None,
         head_map: str | None = None,
         protocol: str = "after",
-        dtype: str = "bfloat16",
+        dtype: str | None = None,
         device: str | None = None,
+        processor: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
     ) -> None:
@@ -42,17 +43,17 @@ class CapsightModel(lmms):
             capsule: folder or hub id, for the methods of capsules.
             head_map: folder or hub id.
             protocol: "after" (the question is asked over capsules) or "within" (one prefill).
-            dtype: compute type.
+            dtype: compute type; by default the checkpoint's.
             device: torch device; by default the GPU, if there is one.
+            processor: `module:factory` of one's own.
             batch_size: 1; prompts are asked one by one.
             max_batch_size: lmms-eval passes it; of no use here.
         """
         super().__init__()
         if int(batch_size) != 1:
             raise OptionError(f"batch_size is {batch_size}; prompts are asked one by one, use 1")
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.answerer = Answerer.load(
-            pretrained, method, retained, capsule, head_map, protocol, dtype, device
+            pretrained, method, retained, capsule, head_map, protocol, dtype, device, processor
         )
 
     @property

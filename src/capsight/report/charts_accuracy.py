@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from capsight.report.inputs import FULL, Cell, EvalFile, MethodRow
-from capsight.report.svg import INK, MARKERS, MUTED, SERIES, inline, legend, new_figure
+from capsight.report.svg import INK, MARKERS, MUTED, SERIES, for_both, inline, legend, new_figure
 
 MOST_GROUPED = 6
 """Methods in a grouped chart, the full cache included; the table below it has all."""
@@ -23,9 +23,10 @@ def methods_of(file: EvalFile, ours: str) -> list[str]:
     return sorted(found, key=lambda method: method != ours)
 
 
-def curves(file: EvalFile, ours: str, name: str) -> str:
+@for_both
+def curves(file: EvalFile, ours: str, name: str, phone: bool = False) -> str:
     """Exact match against KV bytes, one line per method, with 95 % intervals."""
-    figure, (axes,) = new_figure(8.6, 4.4)
+    figure, (axes,) = new_figure(8.6, 4.4, phone=phone)
     full = file.full
     axes.axhspan(*full.interval, color=MUTED, alpha=0.12, linewidth=0)
     axes.axhline(full.exact_match, color=INK, linewidth=1.4, linestyle="--", label="full cache")
@@ -42,7 +43,7 @@ def curves(file: EvalFile, ours: str, name: str) -> str:
     axes.set_xlabel("KV cache, % of the full cache's bytes")
     axes.set_ylabel("right answers, %")
     axes.set_xlim(left=0)
-    legend(figure, axes)
+    legend(figure, axes, phone)
     return inline(figure, name, "Right answers against KV cache bytes for each method, with 95 % intervals")
 
 
@@ -58,7 +59,16 @@ def comparable(file: EvalFile, chosen: MethodRow) -> list[MethodRow]:
     return [file.full, chosen, *others]
 
 
-def by_group(file: EvalFile, rows: Sequence[MethodRow], ours: str, group: str, label: str, name: str) -> str:
+@for_both
+def by_group(
+    file: EvalFile,
+    rows: Sequence[MethodRow],
+    ours: str,
+    group: str,
+    label: str,
+    name: str,
+    phone: bool = False,
+) -> str:
     """Exact match per value of a group, one mark per method, with 95 % intervals.
 
     Args:
@@ -71,7 +81,7 @@ def by_group(file: EvalFile, rows: Sequence[MethodRow], ours: str, group: str, l
     """
     rows, methods = rows[:MOST_GROUPED], methods_of(file, ours)
     values = list(rows[0].by[group])
-    figure, (axes,) = new_figure(8.6, 1.1 + 0.17 * len(values) * len(rows))
+    figure, (axes,) = new_figure(8.6, 1.1 + 0.17 * len(values) * len(rows), phone=phone)
     for index, row in enumerate(rows):
         cells = [row.by[group][value] for value in values]
         at = [i + (index - (len(rows) - 1) / 2) * 0.8 / len(rows) for i in range(len(values))]
@@ -91,7 +101,7 @@ def by_group(file: EvalFile, rows: Sequence[MethodRow], ours: str, group: str, l
     axes.set_xlabel("right answers, %")
     axes.set_ylabel(label)
     _separate(axes, len(values))
-    legend(figure, axes)
+    legend(figure, axes, phone)
     return inline(figure, name, f"Right answers by {label} and method, with 95 % intervals")
 
 

@@ -10,7 +10,7 @@ from capsight.blindsight.head_map import HeadMap
 from capsight.kvcapsule.budget import LayerNeeds
 from capsight.kvcapsule.info import CapsuleInfo
 from capsight.report.inputs import LayerErrors
-from capsight.report.svg import INK, MUTED, SERIES, inline, new_figure
+from capsight.report.svg import INK, MUTED, SERIES, for_both, inline, new_figure
 
 COLOURS: dict[Category, str] = {
     Category.DENSE: MUTED,
@@ -21,11 +21,12 @@ COLOURS: dict[Category, str] = {
 """Of the categories in the head map's picture."""
 
 
-def head_map_picture(head_map: HeadMap, name: str) -> str:
+@for_both
+def head_map_picture(head_map: HeadMap, name: str, phone: bool = False) -> str:
     """Layers down, heads across, each in the colour of its category."""
     layers, heads = head_map.num_layers, head_map.num_heads
-    cell = min(0.3, 7.0 / heads)
-    figure, (axes,) = new_figure(1.0 + cell * heads, 0.8 + cell * layers)
+    cell = min(0.3, (2.5 if phone else 7.0) / heads)
+    figure, (axes,) = new_figure(1.0 + cell * heads, 0.8 + cell * layers, phone=phone)
     for layer, categories in enumerate(head_map.categories):
         for head, category in enumerate(categories):
             axes.add_patch(Rectangle((head - 0.45, layer - 0.45), 0.9, 0.9, color=COLOURS[category]))
@@ -40,9 +41,10 @@ def head_map_picture(head_map: HeadMap, name: str) -> str:
     return inline(figure, name, "The category of every attention head, by layer")
 
 
-def budgets(info: CapsuleInfo, name: str) -> str:
+@for_both
+def budgets(info: CapsuleInfo, name: str, phone: bool = False) -> str:
     """Percent of each block that a layer keeps."""
-    figure, (axes,) = new_figure(8.6, 2.8)
+    figure, (axes,) = new_figure(8.6, 2.8, phone=phone)
     shares = [100 * layer.kept / info.block_size for layer in info.layers]
     axes.bar([layer.index for layer in info.layers], shares, color=SERIES[0], width=0.7)
     axes.grid(False, axis="x")
@@ -52,9 +54,10 @@ def budgets(info: CapsuleInfo, name: str) -> str:
     return inline(figure, name, "Retained fraction of each layer")
 
 
-def needs(info: CapsuleInfo, found: LayerNeeds, name: str) -> str:
+@for_both
+def needs(info: CapsuleInfo, found: LayerNeeds, name: str, phone: bool = False) -> str:
     """What rebuilt tokens are off by in each layer, beside the attention that it pays to vision tokens."""
-    figure, (left, right) = new_figure(8.6, 2.8, panels=2)
+    figure, (left, right) = new_figure(8.6, 2.8, panels=2, phone=phone)
     index = [layer.index for layer in info.layers]
     lost = found.errors_at([layer.kept for layer in info.layers], info.block_size)
     for axes, label, values, colour in (
@@ -69,9 +72,10 @@ def needs(info: CapsuleInfo, found: LayerNeeds, name: str) -> str:
     return inline(figure, name, "Reconstruction error of each layer, and its attention to vision tokens")
 
 
-def errors(found: LayerErrors, name: str) -> str:
+@for_both
+def errors(found: LayerErrors, name: str, phone: bool = False) -> str:
     """Relative error of rebuilt keys and values, by layer."""
-    figure, (axes,) = new_figure(8.6, 2.8)
+    figure, (axes,) = new_figure(8.6, 2.8, phone=phone)
     layers = sorted(found.layers, key=lambda layer: layer.index)
     lines = ("keys", [layer.keys for layer in layers]), ("values", [layer.values for layer in layers])
     for colour, marker, (label, values) in zip(SERIES, "os", lines, strict=False):

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from capsight.evaluation.bench_row import BenchRow
 from capsight.report.inputs import FULL, BenchFile
-from capsight.report.svg import INK, MARKERS, SERIES, inline, legend, new_figure
+from capsight.report.svg import INK, MARKERS, SERIES, for_both, inline, legend, new_figure
 
 
 def speed_rows(file: BenchFile) -> list[BenchRow]:
@@ -29,9 +29,10 @@ def ttft_rows(file: BenchFile) -> list[BenchRow]:
     return [row for row in file.rows if row.batch == batch] if len(lengths[batch]) > 1 else []
 
 
-def speed(file: BenchFile, name: str) -> str:
+@for_both
+def speed(file: BenchFile, name: str, phone: bool = False) -> str:
     """Tokens per second against batch, one line per method."""
-    figure, (axes,) = new_figure(8.6, 3.6)
+    figure, (axes,) = new_figure(8.6, 3.6, phone=phone)
     _lines(axes, file, [(row, row.batch, row.tokens_per_s) for row in speed_rows(file)])
     axes.set_xscale("log", base=2)
     ticks = sorted({row.batch for row in speed_rows(file)})
@@ -39,18 +40,19 @@ def speed(file: BenchFile, name: str) -> str:
     axes.set_xlabel("batch")
     axes.set_ylabel("tokens per second")
     axes.set_ylim(bottom=0)
-    legend(figure, axes)
+    legend(figure, axes, phone)
     return inline(figure, name, "Decoded tokens per second against batch, for each method")
 
 
-def ttft(file: BenchFile, name: str) -> str:
+@for_both
+def ttft(file: BenchFile, name: str, phone: bool = False) -> str:
     """Seconds to the first token against prompt length, one line per method."""
-    figure, (axes,) = new_figure(8.6, 3.6)
+    figure, (axes,) = new_figure(8.6, 3.6, phone=phone)
     _lines(axes, file, [(row, row.prompt_tokens, row.ttft_s) for row in ttft_rows(file)])
     axes.set_xlabel("prompt tokens")
     axes.set_ylabel("seconds to the first token")
     axes.set_ylim(bottom=0)
-    legend(figure, axes)
+    legend(figure, axes, phone)
     return inline(figure, name, "Seconds to the first token against prompt length, for each method")
 
 

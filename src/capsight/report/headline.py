@@ -36,6 +36,21 @@ class Headline:
     tiles: tuple[Tile, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Speed against the full cache.
+
+    Attributes:
+        decode: ratio of tokens per second.
+        ttft: ratio of the times to the first token.
+        of: what was timed, where it is not the row that the sentence is about.
+    """
+
+    decode: float
+    ttft: float
+    of: str
+
+
 def chosen_row(file: EvalFile, method: str) -> MethodRow | None:
     """The row that speaks for a method: of those within `TOLERANCE`, the smallest; else the least drop.
 
@@ -54,18 +69,19 @@ def headline(
 ) -> Headline | None:
     """Build the headline from what is there; None where no file says anything of the method."""
     row = None if evaluation is None else chosen_row(evaluation, method)
-    name = None if row is None else row.name
-    speed = None if bench is None else _bench_ratios(bench, method, name)
+    speed = None if bench is None else _bench_ratios(bench, method, row)
     if evaluation is not None and row is not None:
+        if speed is None and demo is not None:
+            speed = _demo_ratios(demo)
         return _from_eval(evaluation.full, row, speed)
     if demo is not None:
         return _from_demo(demo)
     if speed is None:
         return None
-    return Headline(f"With {method}: {_gains_and_costs([], [], speed)}", _speed_tiles(*speed))
+    return Headline(f"With {method}: {_gains_and_costs([], [], speed)}", _speed_tiles(speed))
 
 
-def _from_eval(full: MethodRow, row: MethodRow, speed: tuple[float, float] | None) -> Headline:
+def _from_eval(full: MethodRow, row: MethodRow, speed: Speed | None) -> Headline:
     kept = (
         ""
         if row.retained is None
@@ -87,47 +103,57 @@ def _from_eval(full: MethodRow, row: MethodRow, speed: tuple[float, float] | Non
             f"{against}; {'could be chance' if chance else 'a real difference'} (p = {row.p_value:.2g})",
         ),
     )
-    return Headline(f"With {row.method}{kept}: {words}", tiles + (_speed_tiles(*speed) if speed else ()))
+    return Headline(f"With {row.method}{kept}: {words}", tiles + (_speed_tiles(speed) if speed else ()))
 
 
 def _from_demo(demo: DemoFile) -> Headline:
     (full, ours), asked = demo.both, len(demo.questions)
     smaller = full.kv_bytes / ours.kv_bytes
-    speed = ours.tokens_per_s / full.tokens_per_s, ours.ttft_s / full.ttft_s
+    speed = _demo_ratios(demo)
     sentence = (
         f"On one prompt of {demo.images} images the KV cache is {smaller:.1f}x smaller and "
-        f"{sum(ours.right)} of {asked} answers are right, against {sum(full.right)} with the full cache."
+        f"{sum(ours.right)} of {asked} answers are right, against {sum(full.right)} with the full cache, at "
+        f"{speed.decode:.2f}x the decode speed and {speed.ttft:.2f}x the time to the first token."
     )
     tiles = (
         Tile(f"{smaller:.1f}x", "smaller KV cache", "one prompt"),
         Tile(f"{sum(ours.right)} / {asked}", "right answers", f"{sum(full.right)} with the full cache"),
     )
-    return Headline(sentence, tiles + _speed_tiles(*speed))
+    return Headline(sentence, tiles + _speed_tiles(speed))
 
 
-def _bench_ratios(bench: BenchFile, method: str, name: str | None) -> tuple[float, float] | None:
-    """Decode speed and time to first token against the full cache: medians over what both were run on."""
-    full = {(row.batch, row.images, row.prompt_tokens): row for row in bench.rows if row.name == FULL}
-    pairs = [
-        (row, full[key])
-        for row in bench.rows
-        if (row.name == name if name else row.method == method and row.decode != "latent")
-        and (key := (row.batch, row.images, row.prompt_tokens)) in full
-    ]
+def _bench_ratios(bench: BenchFile, method: str, row: MethodRow | None) -> Speed | None:
+    """Medians over what both the full cache and the row, or the method's nearest budget, were run on."""
+    full = {(r.batch, r.images, r.prompt_tokens): r for r in bench.rows if r.name == FULL}
+    name = None if row is None else row.name
+    rows = [r for r in bench.rows if r.name == name]
+    if not rows:
+        rows = [r for r in bench.rows if r.method == method and r.decode != "latent"]
+        if row is not None and row.retained is not None and rows:
+            wanted = row.retained
+            name = min(rows, key=lambda r: abs((r.retained or 1.0) - wanted)).name
+            rows = [r for r in rows if r.name == name]
+    pairs = [(r, full[key]) for r in rows if (key := (r.batch, r.images, r.prompt_tokens)) in full]
     if not pairs:
         return None
-    speed = median(row.tokens_per_s / base.tokens_per_s for row, base in pairs)
-    return speed, median(row.ttft_s / base.ttft_s for row, base in pairs)
+    decode = median(r.tokens_per_s / base.tokens_per_s for r, base in pairs)
+    other = name if row is not None and name != row.name else ""
+    return Speed(decode, median(r.ttft_s / base.ttft_s for r, base in pairs), other or "")
 
 
-def _gains_and_costs(gains: list[str], costs: list[str], speed: tuple[float, float] | None) -> str:
+def _demo_ratios(demo: DemoFile) -> Speed:
+    full, ours = demo.both
+    return Speed(ours.tokens_per_s / full.tokens_per_s, ours.ttft_s / full.ttft_s, "the demo")
+
+
+def _gains_and_costs(gains: list[str], costs: list[str], speed: Speed | None) -> str:
     """The end of the sentence: what there is on each side, speed and time to first token included."""
     if speed is not None:
-        decode, ttft = speed
-        (gains if decode > 1 else costs).append(f"{decode:.2f}x the decode speed")
-        (gains if ttft < 1 else costs).append(f"{ttft:.2f}x the time to the first token")
+        (gains if speed.decode > 1 else costs).append(f"{speed.decode:.2f}x the decode speed")
+        (gains if speed.ttft < 1 else costs).append(f"{speed.ttft:.2f}x the time to the first token")
     gained = f"you gain {_listed(gains)}" if gains else "nothing is gained"
-    return f"{gained}; it costs {_listed(costs)}." if costs else f"{gained}."
+    sentence = f"{gained}; it costs {_listed(costs)}" if costs else gained
+    return f"{sentence} (speed and time of {speed.of})." if speed and speed.of else f"{sentence}."
 
 
 def _listed(parts: list[str]) -> str:
@@ -139,8 +165,9 @@ def signed(points: float) -> str:
     return "0.0" if round(points, 1) == 0 else f"{points:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
-def _speed_tiles(speed: float, ttft: float) -> tuple[Tile, ...]:
+def _speed_tiles(speed: Speed) -> tuple[Tile, ...]:
+    of = f"; of {speed.of}" if speed.of else ""
     return (
-        Tile(f"{speed:.2f}x", "decode speed", "tokens per second against the full cache"),
-        Tile(f"{ttft:.2f}x", "time to first token", "against the full cache; below 1 is faster"),
+        Tile(f"{speed.decode:.2f}x", "decode speed", f"tokens per second against the full cache{of}"),
+        Tile(f"{speed.ttft:.2f}x", "time to first token", f"against the full cache; below 1 is faster{of}"),
     )

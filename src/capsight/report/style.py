@@ -35,12 +35,18 @@ p {{ margin: 4px 0 14px; max-width: 76ch; }}
 figure {{ margin: 12px 0; }}
 figure img {{ max-width: 100%; height: auto; display: block; background: #fff; border-radius: 6px; }}
 figcaption {{ color: var(--muted); font-size: 14px; margin-top: 4px; }}
+.phone {{ display: none; }}
+@media screen and (max-width: 640px) {{
+  main {{ padding: 24px 20px 48px; }}
+  .desk {{ display: none; }}
+  .phone {{ display: block; }}
+}}
 svg {{ width: 100%; height: auto; display: block; }}
 svg text {{ font-family: inherit !important; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums;
   margin: 8px 0 14px; }}
-th, td {{ padding: 5px 14px 5px 0; text-align: right; border-bottom: 1px solid var(--grid);
+th, td {{ padding: 5px 12px 5px 0; text-align: right; border-bottom: 1px solid var(--grid);
   white-space: nowrap; }}
 th {{ color: var(--muted); font-weight: 600; vertical-align: bottom; }}
 th:first-child, td:first-child, td.left, th.left {{ text-align: left; }}

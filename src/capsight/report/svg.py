@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
+from functools import wraps
 from io import StringIO
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -23,11 +27,35 @@ VARIABLES: dict[str, str] = {
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 
 
-def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of `panels` axes side by side, in inches, styled for the page."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+PHONE = 3.55
+"""Inches that a chart is wide on a phone, where one made for a desk would be too small to read."""
+
+
+def for_both(draw: Callable[..., str]) -> Callable[..., str]:
+    """A chart drawn twice, for wide and for narrow screens; the page shows the one that fits.
+
+    Args:
+        draw: makes the chart as SVG; takes its name last, and `phone`.
+    """
+
+    @wraps(draw)
+    def drawn(*args: Any) -> str:
+        *given, name = args
+        wide, narrow = draw(*given, name), draw(*given, f"{name}-phone", phone=True)
+        return f'<div class="desk">{wide}</div><div class="phone">{narrow}</div>'
+
+    return drawn
+
+
+def new_figure(
+    width: float, height: float, panels: int = 1, phone: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """A figure of `panels` axes, in inches, styled for the page; side by side, or on a phone in a column."""
+    size = (min(width, PHONE), height * panels) if phone else (width, height)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasSVG(figure)
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    grid = (panels, 1) if phone else (1, panels)
+    axes = list(figure.subplots(*grid, squeeze=False).ravel())
     for panel in axes:
         panel.patch.set_visible(False)
         for side, spine in panel.spines.items():
@@ -42,10 +70,15 @@ def new_figure(width: float, height: float, panels: int = 1) -> tuple[Figure, li
     return figure, axes
 
 
-def legend(figure: Figure, axes: Axes) -> None:
-    """A legend to the right of the panels."""
+def legend(figure: Figure, axes: Axes, phone: bool = False) -> None:
+    """A legend to the right of the panels, or on a phone below them."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=9, labelcolor=INK)
+    place: dict[str, Any] = {"loc": "outside right upper"}
+    if phone:
+        place = {"loc": "outside lower center", "ncols": 2}
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + 0.2 * math.ceil(len(labels) / 2))
+    figure.legend(handles, labels, frameon=False, fontsize=9, labelcolor=INK, **place)
 
 
 def inline(figure: Figure, name: str, description: str) -> str:

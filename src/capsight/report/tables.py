@@ -32,7 +32,7 @@ def table(
 
 
 def methods_table(rows: Sequence[MethodRow], chosen: MethodRow | None) -> str:
-    """Every method and budget: bytes, accuracy, drop, test, agreement, KL."""
+    """Every method and budget; what a phone shows without scrolling comes first."""
 
     def cells(row: MethodRow) -> list[str]:
         if row.name == FULL:
@@ -47,25 +47,25 @@ def methods_table(rows: Sequence[MethodRow], chosen: MethodRow | None) -> str:
         return [
             escape(name),
             f"{100 * row.share:.0f} %",
-            human_bytes(row.module_bytes) if row.module_bytes else "",
             f"{row.exact_match:.1f}",
-            interval,
             drop,
             p,
+            interval,
             agreement,
             kl,
+            human_bytes(row.module_bytes) if row.module_bytes else "",
         ]
 
     heads = (
         "method",
         "KV bytes",
-        "modules",
         "right %",
-        "95 % interval",
         "change",
         "p",
+        "95 % interval",
         "same answer %",
         "KL",
+        "modules",
     )
     stressed = [i for i, row in enumerate(rows) if row is chosen]
     return table(heads, (cells(row) for row in rows), ours=stressed)

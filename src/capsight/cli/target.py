@@ -1,0 +1,87 @@
+"""Where commands write: checked before the work, replaced in one step, `-` for standard output."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from capsight.errors import OptionError
+from capsight.files import replace_file
+
+STDOUT = Path("-")
+
+
+def check_out(path: Path | None) -> None:
+    """Refuse a file that cannot be written, before the long work starts.
+
+    Raises:
+        OptionError: its folder is missing, or it or its folder does not let itself be written.
+    """
+    if path is None or path == STDOUT:
+        return
+    try:
+        target = path.resolve()
+        if target.is_dir():
+            raise OptionError(f"{path} is a folder; name a file")
+        if not target.parent.is_dir():
+            raise OptionError(f"the folder of {path} does not exist; make it first")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise OptionError(f"cannot write {path}: it is write-protected")
+        if not target.exists() or target.is_file():
+            with tempfile.TemporaryFile(dir=target.parent):
+                pass
+    except OptionError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OptionError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that cannot be made or written into, before the long work starts.
+
+    Raises:
+        OptionError: it cannot.
+    """
+    try:
+        nearest = path.resolve()
+        while not nearest.exists():
+            nearest = nearest.parent
+        if not nearest.is_dir():
+            raise OptionError(f"cannot write {path}: {nearest} is a file")
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OptionError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise OptionError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file in one step: it is there whole, or as it was before.
+
+    Args:
+        path: of the file; `-` is standard output. Links are followed, devices and pipes written into.
+        data: its content.
+
+    Raises:
+        OptionError: it cannot be written.
+    """
+    if path == STDOUT:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        target = path.resolve()
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)
+            return
+        replace_file(target, data)
+    except OSError as error:
+        raise OptionError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

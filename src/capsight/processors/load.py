@@ -1,0 +1,107 @@
+"""The processor of a checkpoint: transformers' own way, or put together from its parts.
+
+In most families `AutoProcessor` loads a video processor, too, and video processors need torchvision, of which
+there is no build for machines without a GPU on the usual registry. Pictures do not need it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers.utils import is_torchvision_available
+
+from capsight.errors import OptionError
+from capsight.processors.own import check_processor
+
+
+class NoVideos:
+    """Stands where a video processor would; refuses videos and says why.
+
+    Attributes:
+        model_input_names: none.
+        num_frames: of no video; SmolVLM's chat template asks for it.
+        fps: the same.
+    """
+
+    model_input_names: tuple[str, ...] = ()
+    num_frames: int | None = None
+    fps: float | None = None
+    _auto_class: str | None = None  # `save_pretrained` asks for it
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            OptionError: always.
+        """
+        raise OptionError("videos need torchvision, which is not installed; pass pictures, or install it")
+
+
+def load_processor(name: str, **options: Any) -> Any:
+    """Load a checkpoint's processor, padding on the left.
+
+    With torchvision this is `AutoProcessor.from_pretrained`. Without it the processor class of the model's
+    family is given its image processor (in the PIL form), its tokenizer and its chat template, and takes no
+    videos.
+
+    Args:
+        name: folder or hub id.
+        **options: of `from_pretrained`, such as `revision`, `token` or `cache_dir`.
+
+    Returns:
+        An object of the family's processor class (`ProcessorMixin`).
+
+    Raises:
+        OptionError: it cannot be loaded, or takes no images.
+    """
+    try:
+        found = (
+            AutoProcessor.from_pretrained(name, **options) if _whole(name, options) else _parts(name, options)
+        )
+    except Exception as error:  # of files, the hub, tokenizers, missing packages...
+        reason = " ".join(str(error).split()) or repr(error)
+        raise OptionError(f"cannot load the processor of {name!r}: {reason}") from error
+    if not hasattr(found, "tokenizer") or not hasattr(found, "image_processor"):
+        raise OptionError(
+            f"{name!r} has no processor that takes images, only a {type(found).__name__}; "
+            "save the processor of the model into the same folder: processor.save_pretrained(folder)"
+        )
+    return check_processor(found, repr(name))
+
+
+def _whole(name: str, options: dict[str, Any]) -> bool:
+    """Whether transformers can load it all."""
+    if is_torchvision_available():
+        return True
+    kind = _class(name, options)
+    return kind is None or "video_processor" not in kind.get_attributes()
+
+
+def _class(name: str, options: dict[str, Any]) -> Any:
+    config = type(AutoConfig.from_pretrained(name, **options))
+    return PROCESSOR_MAPPING.get(config, None)
+
+
+def _parts(name: str, options: dict[str, Any]) -> Any:
+    kind = _class(name, options)
+
+    class Images(kind):  # type: ignore[misc, valid-type]
+        """The family's processor without its video part."""
+
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if isinstance(argument, NoVideos):
+                return NoVideos
+            return super().check_argument_for_proper_class(argument_name, argument)
+
+        def to_dict(self) -> dict[str, Any]:
+            return {key: value for key, value in super().to_dict().items() if key != "video_processor"}
+
+    Images.__name__ = Images.__qualname__ = kind.__name__
+    made = {
+        "image_processor": lambda: AutoImageProcessor.from_pretrained(name, **options),
+        "tokenizer": lambda: AutoTokenizer.from_pretrained(name, **options),
+        "video_processor": NoVideos,
+    }
+    settings, _ = kind.get_processor_dict(name, **options)
+    return Images.from_args_and_dict([made[part]() for part in kind.get_attributes()], settings)

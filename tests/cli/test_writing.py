@@ -1,0 +1,226 @@
+"""Where commands write: checked first, whole or not at all, names as they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+import pytest
+from PIL import Image
+
+from capsight.cli import demo as demo_module
+from capsight.cli import evaluate as evaluate_module
+from capsight.cli.target import check_folder, check_out, write
+from capsight.errors import OptionError
+from capsight.reference import split_prompt
+from cli.test_cli import run
+
+NASTY = "a[/x][bold]:smile:"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two pictures of the reference task in a folder whose name is rich markup."""
+    folder = tmp_path / NASTY
+    folder.mkdir(parents=True)
+    prompt = split_prompt("calibration", 0, 2)
+    for number, scene in enumerate(prompt.scenes):
+        scene.image.save(folder / f"{number}.png")
+    return folder
+
+
+def questions(folder, **more):
+    path = folder / "q.jsonl"
+    row = {"images": ["0.png"], "question": "Image 1: what is the total?", "answer": "x"}
+    path.write_text(json.dumps(row | more) + "\n")
+    return path
+
+
+def test_write_is_whole_or_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write(path, b"one")
+    assert path.read_bytes() == b"one"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~(os.umask(0o22) or 0o22)
+    path.chmod(0o600)
+    (tmp_path / "link").symlink_to(path)
+    write(tmp_path / "link", b"two")
+    assert (tmp_path / "link").is_symlink()
+    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"two", 0o600)
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OptionError, match="No space left"):
+        write(path, b"three")
+    assert path.read_bytes() == b"two"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "link"]
+
+
+def test_devices_and_pipes_are_written_into(tmp_path):
+    check_out(tmp_path / "null")
+    (tmp_path / "null").symlink_to(os.devnull)
+    check_out(tmp_path / "null")
+    write(tmp_path / "null", b"x")
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    with pytest.raises(OptionError, match=r"cannot write /dev/full: No space"):
+        write(demo_module.Path("/dev/full"), b"x" * 100_000)
+
+
+@pytest.mark.parametrize("check", [check_out, check_folder])
+def test_what_cannot_be_written_is_refused(tmp_path, check):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "a", tmp_path / ("x" * 300), tmp_path / "a\0b"):
+        with pytest.raises(OptionError):
+            check(path)
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(OptionError):
+        check(loop / "a")
+    with pytest.raises(OptionError, match="/proc/a"):
+        check(demo_module.Path("/proc/a"))
+    if check is check_out:
+        with pytest.raises(OptionError, match="folder; name a file"):
+            check(tmp_path)
+        with pytest.raises(OptionError, match="does not exist"):
+            check(tmp_path / "none" / "a")
+        check(None)
+        check(demo_module.Path("-"))
+    else:
+        with pytest.raises(OptionError, match="is a file"):
+            check(tmp_path / "file")
+        check(tmp_path / "made" / "later")
+        assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo", "--json"], ["demo", "--png"], ["bench", "--json"], ["eval", "--json"], ["plan", "--json"],
+        ["inspect", "reference", "--json"], ["report", "--out"], ["fit", "--out"], ["calibrate", "--out"],
+        ["attention", "--head-map", "reference", "--out"], ["encapsulate", "--image", "a.png", "--out"],
+    ],
+)  # fmt: skip
+def test_every_command_refuses_before_the_work(monkeypatch, capsys, tmp_path, arguments):
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    for module in ("demo", "bench", "evaluate", "fit", "calibrate", "attention", "encapsulate"):
+        monkeypatch.setattr(f"capsight.cli.{module}.load_model", lambda *_: pytest.fail("the work began"))
+    (tmp_path / "file").write_text("")
+    code, _, err = run(monkeypatch, capsys, *arguments, tmp_path / "file" / "out")
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan"], ["inspect", "reference"],
+        ["eval", "--images", "1", "--samples", 1, "--max-new-tokens", 2],
+        ["bench", "--images", "1", "--batch", "1", "--new-tokens", 2, "--runs", 1, "--threads", 1],
+        ["demo", "--images", 1, "--questions", 1],
+    ],
+)  # fmt: skip
+def test_json_on_the_standard_output(monkeypatch, capsys, tmp_path, arguments):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(monkeypatch, capsys, *arguments, "--json", "-")
+    assert code == 0
+    assert "machine" in json.loads(out)
+    assert err.strip()
+    assert not (tmp_path / "-").exists()
+
+
+def test_json_is_there_before_the_tables(monkeypatch, capsys, tmp_path):
+    def fails(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(evaluate_module, "print_report", fails)
+    out = tmp_path / "e.json"
+    run(monkeypatch, capsys, "eval", "--images", "1", "--samples", 1, "--max-new-tokens", 2, "--json", out)
+    assert json.loads(out.read_text())["methods"]
+    assert not (tmp_path / "e.json.partial").exists()
+
+
+def test_names_with_markup_are_printed_as_they_are(monkeypatch, capsys, tmp_path, pictures):
+    monkeypatch.setenv("COLUMNS", "400")
+    out = pictures / "out"
+    image = ("--image", pictures / "0.png")
+    short = ("--max-new-tokens", 2)
+    code, said, _ = run(monkeypatch, capsys, "encapsulate", *image, "--out", f"{out}.safetensors")
+    assert code == 0
+    assert f"{out}.safetensors" in said
+    code, _, _ = run(monkeypatch, capsys, "ask", f"{out}.safetensors", "--prompt", "[/x]", *short)
+    assert code == 0
+    code, _, _ = run(monkeypatch, capsys, "generate", *image, "--prompt", "[/x] [bold]", *short)
+    assert code == 0
+    code, said, _ = run(monkeypatch, capsys, "fit", "--data", pictures, "--out", out)
+    assert code == 0
+    assert str(out) in said
+    code, said, _ = run(monkeypatch, capsys, "inspect", out)
+    assert code == 0
+    assert NASTY in said
+    data = questions(pictures, task="[/x] task", answer="[/x]")
+    code, said, _ = run(
+        monkeypatch, capsys, "eval", "--data", data, "--capsule", out, "--method", "heads", *short
+    )
+    assert code == 0
+    assert "[/x] task" in said
+    for arguments in (
+        ["generate", "--prompt", "x", "--image", pictures / "none.png"],
+        ["generate", "--prompt", "x", "--model", pictures / NASTY], ["inspect", pictures / NASTY],
+        ["generate", "--prompt", "x", "--capsule", pictures / NASTY],
+        ["ask", pictures / NASTY, "--prompt", "x"],
+        ["eval", "--data", pictures / NASTY], ["fit", "--out", "x", "--data", pictures / NASTY],
+        ["eval", "--tasks", NASTY], ["eval", "--images", NASTY],
+        ["generate", "--prompt", "x", "--device", NASTY],
+        ["generate", "--prompt", "x", "--dtype", NASTY], ["plan", "--model", pictures / NASTY],
+        ["report", "--eval", pictures / NASTY], ["attention", "--head-map", pictures / NASTY],
+        ["generate", "--prompt", "x", "--processor", f"{NASTY}:x"],
+        ["demo", "--json", pictures / "x" / NASTY],
+    ):  # fmt: skip
+        code, _, err = run(monkeypatch, capsys, *arguments)
+        assert code == 2, arguments
+        assert NASTY in err, arguments
+        assert len(err.strip().splitlines()) == 1, arguments
+
+
+def test_a_markup_option_value_that_is_no_number(monkeypatch, capsys):
+    code, _, err = run(monkeypatch, capsys, "eval", "--samples", "[/x]")
+    assert code == 2
+    assert "Traceback" not in err
+
+
+def test_names_that_no_encoding_has(monkeypatch, capsys, tmp_path):
+    code, _, err = run(monkeypatch, capsys, "generate", "--prompt", "x", "--image", tmp_path / "\udcff\n.png")
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_answers_in_the_demo_are_no_markup(monkeypatch, capsys, tmp_path):
+    from capsight.cli.demo_tables import print_demo
+    from capsight.cli.output import console
+    from capsight.evaluation import Ask, Item
+
+    class Nothing:
+        def __getattr__(self, name):
+            return 1 if name in ("nbytes", "ttft_s", "tokens_per_s", "attention", "linear") else Nothing()
+
+    class Side:
+        name, module_nbytes, other, timing, flops = "full [/x]", 0, None, Nothing(), Nothing()
+
+        class answers:  # noqa: N801
+            texts, nbytes = ("[/x]",), 5
+
+    print_demo(console(), Item("a", (), (Ask("[/q]", "[/a]"),)), [Side()])
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("[/x]", "[/q]", "[/a]", "full [/x]"))
+
+
+def test_a_device_that_is_none_is_refused_in_a_line(monkeypatch, capsys):
+    for name in ("nonsense", "meta", "cuda:99", "cpu:x"):
+        for command in (["generate", "--prompt", "x"], ["eval"], ["bench"], ["fit", "--out", "/tmp/never"]):
+            code, _, err = run(monkeypatch, capsys, *command, "--device", name)
+            assert code == 2
+            assert name in err
+            assert len(err.strip().splitlines()) == 1
