@@ -41,7 +41,7 @@ class VisionShape:
     def of(cls, config: Any, pixels: int, patch: int, token: int) -> VisionShape:
         """Read the sizes of the tower of a known family; weights have been counted before."""
         vision, kind = config.vision_config, config.model_type
-        depth: int = getattr(vision, "depth", None) or getattr(vision, "num_hidden_layers", 0)
+        depth = int(getattr(vision, "depth", None) or getattr(vision, "num_hidden_layers", None) or 0)
         window_layers = window = class_tokens = 0
         if merge := merge_side(config):
             merged = merge**2
