@@ -73,7 +73,7 @@ class StateCopy:
         """Keep what `layers` hold now."""
         self.length = length
         self._held = [[(kind, n, state.clone()) for kind, n, state in states(layer)] for layer in layers]
-        self._windows = {
+        self._windows: dict[int, tuple[Any, Any, int]] = {
             index: (layer.keys, layer.values, layer.cumulative_length)
             for index, layer in enumerate(layers)
             if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized
@@ -105,4 +105,6 @@ class StateCopy:
             return state.index_select(0, rows.to(state.device))
 
         self._held = [[(kind, n, moved(state)) for kind, n, state in held] for held in self._held]
-        self._windows = {i: (moved(k), moved(v), n) for i, (k, v, n) in self._windows.items()}
+        self._windows: dict[int, tuple[Any, Any, int]] = {
+            i: (moved(k), moved(v), n) for i, (k, v, n) in self._windows.items()
+        }
