@@ -5,13 +5,13 @@ import random
 import pytest
 import torch
 
-from capsight.reference.architecture import build_config, build_model, build_tokenizer
-from capsight.reference.corpus import wording
 from capsight.reference.drawing import KINDS, draw_scene
 from capsight.reference.drawing.canvas import CELL
 from capsight.reference.prompts import ask_about, draw_prompt, split_rng
 from capsight.reference.questions import TASKS
+from reference_training.architecture import build_config, build_model, build_tokenizer
 from reference_training.batches import Batcher
+from reference_training.corpus import wording
 from reference_training.evidence import END, NUMBER, START, bindings, evidence
 from reference_training.pointing import SLOTS, Pointing
 

@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
-from capsight.reference.architecture import build_config, build_model, build_tokenizer
-from capsight.reference.corpus import wording
 from capsight.reference.drawing import KINDS, draw_scene
 from capsight.reference.prompts import ask_about
+from reference_training.architecture import build_config, build_model, build_tokenizer
 from reference_training.batches import Batcher
+from reference_training.corpus import wording
 from reference_training.probe import Probe
 
 

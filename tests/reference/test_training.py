@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
-from capsight.reference.architecture import build_config, build_model, build_processor, build_tokenizer
-from capsight.reference.corpus import wording
 from capsight.reference.drawing import draw_scene
 from capsight.reference.prompts import split_prompt
+from reference_training.architecture import build_config, build_model, build_processor, build_tokenizer
 from reference_training.batches import Batcher, patches
+from reference_training.corpus import wording
 from reference_training.dense import CHARACTERS, SLOTS, dense_labels, text_page
 from reference_training.feed import lesson
 from reference_training.loop import Trainer

@@ -19,9 +19,9 @@ from transformers import (
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from capsight.reference.architecture import rope_parameters
 from judging.drawing import CELL, MOSAIC, TILES, Style
 from judging.prompts import draw_prompt, split_rng
+from reference_training.architecture import rope_parameters
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ import typer
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from capsight.reference.architecture import build_config, build_model, build_tokenizer
-from capsight.reference.corpus import wording
+from reference_training.architecture import build_config, build_model, build_tokenizer
+from reference_training.corpus import wording
 from reference_training.loop import Trainer
 from reference_training.stages import STAGES
 

@@ -8,7 +8,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from capsight.reference.architecture import (
+from capsight.reference.prompts import Prompt
+from reference_training.architecture import (
     ASSISTANT,
     END,
     IMAGE_PAD,
@@ -20,7 +21,6 @@ from capsight.reference.architecture import (
     VISION_END,
     VISION_START,
 )
-from capsight.reference.prompts import Prompt
 from reference_training.pointing import RowMap, Targets, targets
 from reference_training.probe import Ends
 

@@ -7,7 +7,7 @@ import torch
 import typer
 from transformers import PreTrainedTokenizerFast
 
-from capsight.reference.architecture import build_config, build_model, build_processor
+from reference_training.architecture import build_config, build_model, build_processor
 
 
 def export(

@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from capsight.errors import CapsightError
-from capsight.reference.architecture import ReferenceProcessor
+from capsight.reference.processor import ReferenceProcessor
 
 
 def reference_path() -> Path:

@@ -9,13 +9,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from capsight.reference.processor import IMAGE_PAD, VIDEO_PAD, ReferenceProcessor
+
 PAD, SYSTEM, USER, ASSISTANT, END = "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
 SPECIAL_TOKENS = (PAD, SYSTEM, USER, ASSISTANT, END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 
 #: A turn is its role token and its text; images are numbered from 1 across the conversation.
@@ -90,23 +90,6 @@ def build_tokenizer(corpus: Iterable[str], vocab_size: int = 640) -> PreTrainedT
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
-
-
-class ReferenceProcessor(Qwen2_5_VLProcessor):
-    """Qwen2.5-VL's processor for images only: its video half needs torchvision, which we do not ask for."""
-
-    def __init__(
-        self,
-        image_processor: Qwen2VLImageProcessorPil | None = None,
-        tokenizer: PreTrainedTokenizerFast | None = None,
-        chat_template: str | None = None,
-    ) -> None:
-        """Take the parts; the image token is the tokenizer's ``<|image_pad|>``."""
-        self.image_token, self.video_token = IMAGE_PAD, VIDEO_PAD
-        if tokenizer is not None:
-            ids = tokenizer.get_vocab()
-            self.image_token_id, self.video_token_id = ids[IMAGE_PAD], ids[VIDEO_PAD]
-        super(Qwen2_5_VLProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> ReferenceProcessor:
