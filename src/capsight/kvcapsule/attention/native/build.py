@@ -28,7 +28,8 @@ SWITCH = "CAPSIGHT_NATIVE"
 """Environment variable: 0 keeps attention with torch, 1 makes it an error if native code cannot be used."""
 
 INTERFACE = 1
-SOURCES = ("decode.cpp", "chunk.h", "tile.h", "vectors.h")
+UNITS = ("decode.cpp", "joint.cpp")
+HEADERS = ("chunk.h", "softmax.h", "tile.h", "vectors.h")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-w")
 LEVELS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
@@ -88,12 +89,12 @@ def library(level: str | None = None) -> ctypes.CDLL:
     flags = (*FLAGS, *(LEVELS.get(level, ()) if platform.machine() in ("x86_64", "AMD64") else ()))
     compiler = _compiler()
     here = Path(__file__).parent
-    text = b"".join((here / name).read_bytes() for name in SOURCES)
+    text = b"".join((here / name).read_bytes() for name in (*UNITS, *HEADERS))
     told = repr((flags, compiler, platform.machine(), sys.platform)).encode()
     path = _folder() / f"decode-{hashlib.sha256(text + told).hexdigest()[:20]}.so"
     for fresh in (not path.exists(), True):
         if fresh:
-            _compile(compiler, flags, here / SOURCES[0], path)
+            _compile(compiler, flags, [str(here / name) for name in UNITS], path)
         try:
             found = ctypes.CDLL(str(path))
             if found.capsight_interface() == INTERFACE:
@@ -127,13 +128,13 @@ def _folder() -> Path:
         return Path(tempfile.mkdtemp(prefix="capsight-"))
 
 
-def _compile(compiler: str, flags: tuple[str, ...], source: Path, path: Path) -> None:
+def _compile(compiler: str, flags: tuple[str, ...], units: list[str], path: Path) -> None:
     """Compile to `path`; with OpenMP, where the compiler has it, else for one thread."""
     try:
         with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
             made = Path(folder) / path.name
             for threads in (("-fopenmp",), ()):
-                command = [compiler, *flags, *threads, str(source), "-o", str(made)]
+                command = [compiler, *flags, *threads, *units, "-o", str(made)]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
                 if done.returncode == 0:
                     made.replace(path)

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "tile.h"
+#include "softmax.h"
 
 namespace capsight {
 
@@ -53,7 +53,6 @@ class Chunk {
         s(source), query(query + before * channels), before(before), channels(channels), head(head), each((channels + kernels.parts - 1) / kernels.parts),
         vectors((each + W - 1) / W), width(kernels.parts * vectors * W), q(kernels.queries * width),
         out(kernels.queries * width) {
-    std::fill_n(most, MOST, -INFINITY);
     if (each % W) whole.resize(TILE * vectors * W * kernels.bytes);
   }
 
@@ -75,7 +74,11 @@ class Chunk {
         adjust(p, first + done, done, here);
         done += here;
       }
-      softmax(p, count);
+      for (int64_t c = 0; c < taken; c++) {
+        float keep = run.take(c, p + c * TILE, count);
+        lowest[c] *= keep;
+        multiply(&out[c * width], width, keep);
+      }
       if (s.value_step) spread(p, first, count);
       kernels.sums(tile(s.values, at, count, s.keys + at + TILE * s.token_stride), p, out.data());
     }
@@ -84,7 +87,7 @@ class Chunk {
   // [most, total, D numbers] of each query; how many there are.
   int64_t results(float* x) const {
     for (int64_t c = 0; c < taken; c++, x += channels + 2) {
-      x[0] = most[c], x[1] = total[c];
+      x[0] = run.most[c], x[1] = run.total[c];
       const float* own = &out[c * width];
       for (int64_t i = 0; i < each; i++) x[2 + i] = own[i] + lowest[c];
       for (int64_t i = each; i < channels; i++) x[2 + i] = own[vectors * W + i - each] + lowest[c];
@@ -100,8 +103,9 @@ class Chunk {
   const int64_t before, channels, head, each, vectors, width;
   std::vector<float> q, out;  // [queries, width]
   std::vector<char> whole;    // a tile whose parts are filled up to full vectors
-  float most[MOST], total[MOST] = {}, lowest[MOST] = {};  // largest score, normaliser, sum of p * low
-  float mean[MOST], own[MOST];                            // q . mean, sum(q size)
+  Softmax run;
+  float lowest[MOST] = {};      // sum of p * low
+  float mean[MOST], own[MOST];  // q . mean, sum(q size)
   int64_t start, steps;
   const float* bias;
 
@@ -156,30 +160,6 @@ class Chunk {
         for (int t = 0; t < count; t++) x[t] = x[t] * step[t] + (low[t] * own[c] + mean[c]);
       if (bias)
         for (int t = 0; t < count; t++) x[t] += bias[c * s.bias_stride + first + t];
-    }
-  }
-
-  // From scores to probabilities before they are normalised.
-  void softmax(float* p, int count) {
-    for (int64_t c = 0; c < taken; c++) {
-      float* x = p + c * TILE;
-      for (int t = count; t < TILE; t++) x[t] = -INFINITY;
-      vf best = get<vf>(x);
-      for (int t = W; t < TILE; t += W) {
-        vf other = get<vf>(x + t);
-        best = other > best ? other : best;
-      }
-      float top = most[c];
-      for (int i = 0; i < W; i++) top = best[i] > top ? best[i] : top;
-      float shift = top == -INFINITY ? 0 : top, keep = std::exp(most[c] - shift);
-      vf sum = {};
-      for (int t = 0; t < TILE; t += W) {
-        vf y = exp_of(get<vf>(x + t) - shift);
-        put(x + t, y);
-        sum += y;
-      }
-      most[c] = top, total[c] = total[c] * keep + sum_of(sum), lowest[c] *= keep;
-      for (int64_t i = 0; i < width && keep != 1; i += W) put(&out[c * width + i], get<vf>(&out[c * width + i]) * keep);
     }
   }
 

@@ -54,20 +54,9 @@ extern "C" void capsight_decode(
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < pieces * count; row++) {
       int64_t piece = row / count, c = row % count, first = piece ? ends[piece - 1] : 0;
-      float most = -INFINITY, total = 0;
-      for (int64_t i = first; i < ends[piece]; i++) most = std::max(most, parts[i * part + c * (channels + 2)]);
       float* sum = &scaled[row * channels];
-      std::fill_n(sum, channels, 0.f);
-      for (int64_t i = first; i < ends[piece]; i++) {
-        const float* x = &parts[i * part + c * (channels + 2)];
-        float share = x[0] == -INFINITY ? 0 : std::exp(x[0] - most);
-        total += share * x[1];
-        for (int64_t d = 0; d < channels; d++) sum[d] += share * x[2 + d];
-      }
-      float factor = total == 0 ? 0 : 1 / total;
-      for (int64_t d = 0; d < channels; d++) sum[d] *= factor;
+      lse[row] = add_up(&parts[first * part + c * (channels + 2)], ends[piece] - first, part, channels, sum);
       write(sum, channels, format, out, row * channels);
-      lse[row] = total == 0 ? -INFINITY : most + std::log(total);
     }
   }
 }
