@@ -105,6 +105,4 @@ class StateCopy:
             return state.index_select(0, rows.to(state.device))
 
         self._held = [[(kind, n, moved(state)) for kind, n, state in held] for held in self._held]
-        self._windows: dict[int, tuple[Any, Any, int]] = {
-            i: (moved(k), moved(v), n) for i, (k, v, n) in self._windows.items()
-        }
+        self._windows = {i: (moved(k), moved(v), n) for i, (k, v, n) in self._windows.items()}
