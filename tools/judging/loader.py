@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from capsight.evaluation import Ask, Item
-from judging.prompts import Prompt, draw_prompt, split_rng
+from judging.prompts import draw_prompt, split_rng
 from judging.shapes import JUDGES
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -16,7 +16,7 @@ def load_judge(name: str, dtype: torch.dtype = torch.float32, folder: Path | Non
     """A trained judge in eval mode, and its processor (left padding, pictures in RGB).
 
     Args:
-        name: one of `JUDGES`.
+        name: one of `JUDGES`, or "smol" (`judging.smol`).
         dtype: compute type; the weights are stored in bfloat16.
         folder: where `NAME/model.safetensors` lies; else what ships.
 
@@ -24,6 +24,10 @@ def load_judge(name: str, dtype: torch.dtype = torch.float32, folder: Path | Non
         FileNotFoundError: the judge is unknown or not trained.
     """
     path = (folder or WEIGHTS) / name
+    if name == "smol" and (path / "tower.safetensors").is_file():
+        from judging.smol.loader import load_smol
+
+        return load_smol(dtype, weights=path)
     if name not in JUDGES or not (path / "model.safetensors").is_file():
         trained = sorted(p.parent.name for p in (folder or WEIGHTS).glob("*/model.safetensors"))
         raise FileNotFoundError(
@@ -37,8 +41,12 @@ def load_judge(name: str, dtype: torch.dtype = torch.float32, folder: Path | Non
     return model.eval(), judge.processor(tokenizer, judge.chat_template)
 
 
-def judge_prompt(name: str, split: str, index: int, pictures: int, questions: int = 12) -> Prompt:
+def judge_prompt(name: str, split: str, index: int, pictures: int, questions: int = 12) -> Any:
     """Prompt `index` of a split (calibration, dev, test) with 1, 2 or 4 pictures; equal on every machine."""
+    if name == "smol":
+        from judging.smol.loader import smol_prompt
+
+        return smol_prompt(split, index, pictures, questions)
     judge = JUDGES[name]
     rng = split_rng(name, split, index, f"{pictures} pictures")
     return draw_prompt(rng, judge.grid, judge.style, pictures, questions)

@@ -1,0 +1,160 @@
+"""Second lesson: the language model, with low-rank additions, learns to answer; the tower stays as it is.
+
+python -m judging.smol.answer    (in tools/, after judging.smol.see)
+"""
+
+import json
+import random
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from judging.smol.asks import KINDS, Prompt, draw_prompt, split_rng
+from judging.smol.lora import adapt
+from judging.smol.packed import Packed, Packer
+from judging.smol.pictures import Pictures
+from judging.smol.registry import DATA, RUN
+from judging.smol.see import pixels
+from judging.smol.tower import build, load_language, tokenizer_of
+
+#: Images of a prompt -> (prompts of a step, questions of each).
+SIZES = {1: (5, 8), 2: (3, 11), 4: (2, 14), 8: (1, 20)}
+
+
+def load_tower(model: Any, file: Path) -> None:
+    """Fill in the tower and the projector of `see` from its checkpoint, or from the file that ships."""
+    if file.suffix == ".pt":
+        state = torch.load(file, weights_only=True)["lesson"]
+    else:
+        state = load_file(file)
+    parts = {"tower": model.model.vision_model, "connector": model.model.connector}
+    for name, module in parts.items():
+        mine = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+        module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in mine.items()})
+
+
+def save_tower(checkpoint: Path, file: Path) -> None:
+    """Write the tower and the projector of a checkpoint of `see` in bfloat16."""
+    state = torch.load(checkpoint, weights_only=True)["lesson"]
+    kept = {k: v for k, v in state.items() if k.split(".")[0] in ("tower", "connector")}
+    kept = {k: v.bfloat16() if v.is_floating_point() else v for k, v in kept.items()}
+    save_file({k: v.contiguous() for k, v in kept.items()}, file)
+
+
+def answers(model: Any, packed: Packed, prompts: list[Prompt]) -> Tensor:
+    """[N, vocabulary] logits at `packed.at`."""
+    inner = model.model
+    with torch.no_grad():
+        embeds = inner.text_model.embed_tokens(packed.input_ids)
+        images = pixels([p for prompt in prompts for p in prompt.pictures]).to(embeds.dtype)
+        tokens = inner.connector(inner.vision_model(images).last_hidden_state).to(embeds.dtype)
+        where = (packed.input_ids == model.config.image_token_id).unsqueeze(-1)
+        embeds = embeds.masked_scatter(where, tokens.flatten(0, 1))
+        hide = ~packed.mask
+        mask = torch.zeros(hide.shape, dtype=embeds.dtype).masked_fill(hide, torch.finfo(embeds.dtype).min)
+    hidden = inner.text_model(
+        inputs_embeds=embeds, position_ids=packed.position_ids, attention_mask=mask, use_cache=False
+    ).last_hidden_state
+    logits: Tensor = model.lm_head(hidden.flatten(0, 1)[packed.at]).float()
+    return logits
+
+
+@torch.no_grad()
+def accuracy(
+    model: Any, packer: Packer, source: Pictures, split: str, images: int, prompts: int, questions: int = 16
+) -> dict[str, tuple[int, int]]:
+    """(right, asked) by kind; right when every token of the answer would have been said."""
+    found: dict[str, list[bool]] = defaultdict(list)
+    for index in range(prompts):
+        prompt = draw_prompt(source, split_rng(split, index, f"{images} images"), images, questions)
+        packed = packer([prompt])
+        hit = answers(model, packed, [prompt]).argmax(-1) == packed.target
+        for number, question in enumerate(prompt.questions):
+            found[question.task].append(bool(hit[packed.question == number].all()))
+    return {k: (sum(found[k]), len(found[k])) for k in KINDS if found[k]}
+
+
+def answer(
+    data: Annotated[Path, typer.Option(help="Folder of `registry.fetch`.")] = DATA,
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoints; goes on where a run stopped.")] = RUN,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3000,
+    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
+    minutes: Annotated[float, typer.Option(help="The rate falls to nothing by then, if sooner.")] = 1e9,
+    few: Annotated[int, typer.Option(help="Steps of one and two images before larger prompts.")] = 60,
+) -> None:
+    """Train the low-rank additions."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokenizer = tokenizer_of(data / "lm")
+    model = build(tokenizer)
+    load_language(model, data / "lm")
+    load_tower(model, out / "see.pt")
+    model.bfloat16().requires_grad_(False).eval()
+    model.model.text_model.set_attn_implementation("eager")  # fused attention is slow backwards in bfloat16
+    added = adapt(model.model.text_model)
+    optimiser = torch.optim.AdamW(added.values(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    file, step, seconds, tokens = out / "answer.pt", 0, 0.0, 0
+    if file.exists():
+        saved = torch.load(file, weights_only=True)
+        for name, p in added.items():
+            p.data.copy_(saved["added"][name])
+        optimiser.load_state_dict(saved["optimiser"])
+        step, seconds, tokens = saved["step"], saved["seconds"], saved["tokens"]
+    train, dev, packer = Pictures(data, "train"), Pictures(data, "dev"), Packer(tokenizer)
+    begun = time.time() - seconds
+    saved_at, right = time.time(), defaultdict[str, list[float]](list)
+    while step < steps and (time.time() - begun) / 60 < minutes:
+        rng = random.Random(f"capsight/smol/answer/{step}")
+        images = rng.choice((1, 1, 2)) if step < few else rng.choice((1, 2, 4, 4, 8))
+        prompts = [draw_prompt(train, rng, images, SIZES[images][1]) for _ in range(SIZES[images][0])]
+        packed = packer(prompts)
+        logits = answers(model, packed, prompts)
+        each = nn.functional.cross_entropy(logits, packed.target, reduction="none")
+        count = torch.bincount(packed.question)
+        loss = (each / count[packed.question]).sum() / len(count)
+        loss.backward()
+        nn.utils.clip_grad_norm_(added.values(), 1.0)
+        done = max(step / steps, (time.time() - begun) / 60 / minutes)
+        optimiser.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 15) * max(0.03, 1 - done)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        step, tokens = step + 1, tokens + int(packed.input_ids.numel())
+        tasks = [q.task for p in prompts for q in p.questions]
+        for task, wrong in zip(tasks, _wrong(logits.detach(), packed, len(tasks)), strict=True):
+            right[task].append(1.0 - wrong)
+        if time.time() - saved_at > 90 or step == steps:
+            line: dict[str, Any] = {
+                "step": step,
+                "seconds": time.time() - begun,
+                "tokens": tokens,
+                "loss": loss.item(),
+            }
+            line["train"] = {k: round(sum(v) / len(v), 3) for k, v in sorted(right.items())}
+            if step % 3 == 0:
+                few_dev = accuracy(model, packer, dev, "dev", 4, 2)
+                line["dev, 4 images"] = {k: f"{a}/{b}" for k, (a, b) in few_dev.items()}
+            saved_at, right = time.time(), defaultdict(list)
+            print(json.dumps(line), flush=True)
+            with (out / "answer.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+            torch.save(
+                {"added": added, "optimiser": optimiser.state_dict(), "step": step, "tokens": tokens}
+                | {"seconds": time.time() - begun},
+                file,
+            )
+
+
+def _wrong(logits: Tensor, packed: Packed, questions: int) -> list[float]:
+    miss = (logits.argmax(-1) != packed.target).float()
+    missed: list[float] = (torch.bincount(packed.question, miss, questions) > 0).float().tolist()
+    return missed
+
+
+if __name__ == "__main__":
+    typer.run(answer)
