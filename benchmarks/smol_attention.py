@@ -70,9 +70,10 @@ def measure(
     result: dict[str, Any] = {k: (weights[:, :, rows] * m).sum(-1).mean(-1) for k, m in masks.items()}
     result["other images, later images"] = (weights[:, :, later] * other[later[rows]]).sum(-1).mean(-1)
     result["question to images"] = weights[:, :, -asked.shape[1] :][..., rows].sum(-1).mean(-1)
+    prefix = len(ids) - asked.shape[1]  # later tokens are seen by too few rows
     received = (weights.sum(-2) / torch.arange(len(ids), 0, -1)).mean(1)  # [layers, S]
     result["sinks"] = [
-        _describe(ids, vision, fence, int(p), tokenizer) for p in received[:, 1:].argmax(-1) + 1
+        _describe(ids, vision, fence, int(p), tokenizer) for p in received[:, 1 : prefix - 16].argmax(-1) + 1
     ]
     result["largest"] = []
     for hidden in output.hidden_states[:-1]:
