@@ -35,7 +35,7 @@ def _ranges(positions: tuple[int, ...]) -> str:
 
 IMAGES: dict[str, str] = {
     **dict.fromkeys(
-        ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"],
+        ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "lfm3_vl"],
         """\
 193 pad 105 | image0 112:176 1x8x8 at 111 176
 193 pad 0 | image0 7:71 1x8x8 at 6 71 | image1 73:169 1x8x12 at 72 169
@@ -45,6 +45,14 @@ IMAGES: dict[str, str] = {
 162 pad 75 | image0 84:148 1x8x8 at 83 148
 162 pad 0 | image0 9:73 1x8x8 at 8 73 | image1 77:141 1x8x8 at 76 141
 162 pad 137""",
+    "minicpmv4_6": """\
+301 pad 210 | image0 220:284 1x8x8 at 219 284
+301 pad 0\
+ | image0 10:74 1x8x8 at 9 74\
+ | image1 79:145 1x6x11 at 78 145\
+ | image1 147:211 1x8x8 at 146 211\
+ | image1 213:277 1x8x8 at 212 277
+301 pad 273""",
     **dict.fromkeys(
         ["gemma4", "gemma4_unified"],
         """\
@@ -122,7 +130,7 @@ VIDEOS: dict[str, str] = {
 89 pad 35 | video0 42:74 2x4x4 every 2 s at 41 74
 89 pad 0 | video0 7:39 2x4x4 every 2 s at 6 39 | video1 41:73 2x4x4 every 2 s at 40 73""",
     **dict.fromkeys(
-        ["qwen3_vl", "qwen3_5", "qwen3_5_moe"],
+        ["qwen3_vl", "qwen3_5", "qwen3_5_moe", "lfm3_vl"],
         """\
 149 pad 65 | video0 86:102 1x4x4 at 71 85 102 | video0 117:133 1x4x4 at 116 133-134
 149 pad 0\

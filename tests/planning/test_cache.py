@@ -20,12 +20,12 @@ from capsight.planning.cache import (
     scratch_bytes,
     state_bytes,
 )
-from tiny import FAMILIES, TinyVLM
+from tiny import FAMILIES, PLANNED, TinyVLM
 
 BLOCK, NEW = 16, 3
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=PLANNED)
 def vlm(request: pytest.FixtureRequest) -> TinyVLM:
     return FAMILIES[request.param]()
 

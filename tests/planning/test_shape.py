@@ -14,12 +14,12 @@ from capsight.errors import OptionError, UnsupportedModelError
 from capsight.layout import PromptLayout, build_layout
 from capsight.planning import ModelShape
 from capsight.planning.flops import attention_flops, dense_heads, linear_flops
-from tiny import FAMILIES, TinyVLM
+from tiny import FAMILIES, PLANNED, TinyVLM
 
-UNCOUNTED = ("glm4v_moe", "qwen3_5", "qwen3_5_moe", "gemma4")
+UNCOUNTED = ("glm4v_moe", "qwen3_5", "qwen3_5_moe", "gemma4", "lfm3_vl")
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=PLANNED)
 def vlm(request: pytest.FixtureRequest) -> TinyVLM:
     return FAMILIES[request.param]()
 
@@ -106,6 +106,11 @@ def test_only_active_experts_count():
     )  # fmt: skip
     assert experts > 0
     assert ModelShape.of(config).linear == experts * 2 // 8 + others
+
+
+def test_families_that_plans_do_not_know():
+    with pytest.raises(OptionError, match="plans are not made for minicpmv4_6"):
+        ModelShape.of(FAMILIES["minicpmv4_6"]().config)
 
 
 def test_errors():

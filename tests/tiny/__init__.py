@@ -12,8 +12,10 @@ from tiny import (
     glm4v,
     idefics3,
     internvl,
+    lfm3_vl,
     llava,
     llava_onevision,
+    minicpmv,
     mistral3,
     paddleocr_vl,
     qwen2_5_vl,
@@ -36,11 +38,15 @@ _BUILD: dict[str, Callable[[], TinyVLM]] = {
     "mistral3": mistral3.build,
     "pixtral": partial(mistral3.build, "pixtral"),
     "paddleocr_vl": paddleocr_vl.build,
+    "lfm3_vl": lfm3_vl.build,
+    "minicpmv4_6": minicpmv.build,
     **{name: partial(gemma4.build, name) for name in gemma4.CLASSES},
     **{name: partial(qwen3_5.build, name) for name in qwen3_5.CLASSES},
     **{name: partial(glm4v.build, name) for name in glm4v.CLASSES},
     **{name: partial(llava.build, name) for name in llava.CLASSES},
 }
 FAMILIES: dict[str, Callable[[], TinyVLM]] = {name: cache(build) for name, build in _BUILD.items()}
+PLANNED = [name for name in FAMILIES if name != "minicpmv4_6"]
+"""Families that `capsight plan` knows."""
 
-__all__ = ["FAMILIES", "TinyVLM", "clip", "picture"]
+__all__ = ["FAMILIES", "PLANNED", "TinyVLM", "clip", "picture"]

@@ -19,8 +19,8 @@ CLASSES = {
 }
 
 
-def build(name: str) -> TinyVLM:
-    processor = qwen_processor(Qwen3VLProcessor)
+def hybrid_text(processor: object) -> dict[str, object]:
+    """Four LM layers of width 64: two gated delta nets, two of full attention."""
     text = text_config(processor) | {
         "num_hidden_layers": 4,
         "head_dim": 16,
@@ -38,6 +38,12 @@ def build(name: str) -> TinyVLM:
         "mrope_section": [4, 2, 2],
         "mrope_interleaved": True,
     }
+    return text
+
+
+def build(name: str) -> TinyVLM:
+    processor = qwen_processor(Qwen3VLProcessor)
+    text = hybrid_text(processor)
     if name == "qwen3_5_moe":
         text |= {
             "num_experts": 4,

@@ -11,7 +11,7 @@ from capsight.layout import PromptLayout, RowLayout, VisionBlock
 from capsight.layout.families import family_for
 from capsight.layout.families.llava import base_tokens
 from capsight.layout.families.llava_onevision import unpadded
-from capsight.planning.vision import Grid, merge_side, pixtral
+from capsight.planning.vision import Grid, check_planned, merge_side, pixtral
 
 ImageGrids = tuple[Grid, ...]
 """One image: the token grids (height, width) of its blocks; more than one where it is cut into tiles."""
@@ -39,7 +39,7 @@ def grids_of_size(config: Any, width: int, height: int, alone: bool = False) -> 
         UnsupportedModelError: the family is not known.
         OptionError: a side is not positive, or the config does not say how the image is tiled.
     """
-    family_for(config)
+    check_planned(config)
     if min(width, height) < 1:
         raise OptionError(f"an image of {width}x{height} pixels has no tokens; give sizes such as 448x224")
     vision, kind = config.vision_config, config.model_type
@@ -74,7 +74,7 @@ def grids_of_tokens(config: Any, tokens: int) -> ImageGrids:
         UnsupportedModelError: the family is not known.
         OptionError: no image of the family has so many tokens.
     """
-    family_for(config)
+    check_planned(config)
     if tokens < 1:
         raise OptionError(f"an image has at least one vision token, not {tokens}")
     if merge_side(config) or config.model_type in _GEMMA4:

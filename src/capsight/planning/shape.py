@@ -13,8 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from capsight.errors import OptionError
 from capsight.kvcapsule.cache.stock import has_states
-from capsight.layout.families import family_for
-from capsight.planning.vision import VisionShape
+from capsight.planning.vision import VisionShape, check_planned
 from capsight.text_layers import layer_sizes
 
 _NOT_MULTIPLIED = ("embed_tokens", "position", "pos_embed", "cls_token", "mask_token", "lm_head")
@@ -84,9 +83,9 @@ class ModelShape:
 
         Raises:
             UnsupportedModelError: the family is not known.
-            OptionError: transformers cannot build a model from the config.
+            OptionError: plans do not know it, or transformers cannot build a model from the config.
         """
-        family_for(config)
+        check_planned(config)
         try:
             with torch.device("meta"):
                 model = AutoModelForImageTextToText.from_config(config)

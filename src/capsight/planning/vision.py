@@ -5,6 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from capsight.errors import OptionError
+from capsight.layout.families import family_for
+
+_OTHERS = (
+    *("gemma3", "gemma4", "gemma4_unified", "internvl", "smolvlm", "idefics3"),
+    *("llava", "vipllava", "llava_next", "llava_onevision"),
+)
+
 Grid = tuple[int, int]
 """Height and width of a block of vision tokens, in tokens."""
 
@@ -91,6 +99,21 @@ class VisionShape:
             inside = sum((a * b * self.patches_per_token) ** 2 for a in down for b in across)
             pairs += self.window_layers * inside
         return 2 * linear + 4 * self.width * pairs
+
+
+def check_planned(config: Any) -> None:
+    """Refuse families whose images and vision tower are not planned for.
+
+    Raises:
+        UnsupportedModelError: `build_layout` does not know the family.
+        OptionError: only plans do not know it.
+    """
+    family_for(config)
+    if not merge_side(config) and config.model_type not in _OTHERS:
+        raise OptionError(
+            f"plans are not made for {config.model_type}: how its vision tower merges patches is not known; "
+            "`capsight bench` measures what `plan` would have worked out"
+        )
 
 
 def merge_side(config: Any) -> int:

@@ -12,9 +12,11 @@ from capsight.layout.families.gemma3 import Gemma3
 from capsight.layout.families.gemma4 import Gemma4
 from capsight.layout.families.glm4v import Glm4V
 from capsight.layout.families.internvl import InternVL
+from capsight.layout.families.lfm3_vl import LFM3VL
 from capsight.layout.families.llava import Llava
 from capsight.layout.families.llava_next import LlavaNext
 from capsight.layout.families.llava_onevision import LlavaOnevision
+from capsight.layout.families.minicpmv import MiniCPMV46
 from capsight.layout.families.mistral3 import Mistral3
 from capsight.layout.families.paddleocr_vl import PaddleOCRVL
 from capsight.layout.families.qwen2_5_vl import Qwen25VL
@@ -36,6 +38,8 @@ _ADAPTERS: tuple[Family, ...] = (
     PaddleOCRVL(),
     Llava(),
     LlavaNext(),
+    LFM3VL(),
+    MiniCPMV46(),
 )
 _BY_MODEL_TYPE: dict[str, Family] = {name: family for family in _ADAPTERS for name in family.model_types}
 

@@ -1,0 +1,74 @@
+"""A tiny MiniCPM-V 4.6: a picture and its slices, Qwen3.5's language model (states beside attention)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration, MiniCPMV4_6Processor
+from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
+
+from tiny.base import TinyVLM, byte_tokenizer, offline, seeded
+from tiny.qwen3_5 import hybrid_text
+
+SPECIAL = {
+    "pad": "<|endoftext|>",
+    "turn": "<|im_start|>",
+    "eos": "<|im_end|>",
+    "start": "<image>",
+    "end": "</image>",
+    "slice_start": "<slice>",
+    "slice_end": "</slice>",
+    "id_start": "<image_id>",
+    "id_end": "</image_id>",
+    "image": "<|image_pad|>",
+    "video": "<|video_pad|>",
+}
+PATCH, SIDE = 4, 128
+
+
+def build() -> TinyVLM:
+    """A 128 x 128 picture makes 8 x 8 tokens; 256 x 128 the same for the whole and for slices."""
+    tokenizer = byte_tokenizer(
+        list(SPECIAL.values()),
+        pad=SPECIAL["pad"],
+        eos=SPECIAL["eos"],
+        image_token=SPECIAL["image"],
+        video_token=SPECIAL["video"],
+        image_start_token=SPECIAL["start"],
+        image_end_token=SPECIAL["end"],
+        slice_start_token=SPECIAL["slice_start"],
+        slice_end_token=SPECIAL["slice_end"],
+        image_id_start_token=SPECIAL["id_start"],
+        image_id_end_token=SPECIAL["id_end"],
+    )
+    images = MiniCPMV4_6ImageProcessorPil(patch_size=PATCH, scale_resolution=SIDE, max_slice_nums=4)
+    videos = SimpleNamespace(slice_mode=False, downsample_mode="16x", model_input_names=[])
+    processor = offline(MiniCPMV4_6Processor)(
+        image_processor=images, tokenizer=tokenizer, video_processor=videos
+    )
+    ids = {key: tokenizer.convert_tokens_to_ids(text) for key, text in SPECIAL.items()}
+    config = MiniCPMV4_6Config(
+        text_config=hybrid_text(processor) | {"model_type": "qwen3_5_text"},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "image_size": SIDE,
+            "patch_size": PATCH,
+            "insert_layer_id": 1,
+        },
+        insert_layer_id=1,
+        image_size=SIDE,
+        image_token_id=ids["image"],
+        video_token_id=ids["video"],
+    )
+    return TinyVLM(
+        name="minicpmv4_6",
+        model=seeded(MiniCPMV4_6ForConditionalGeneration, config),
+        processor=processor,
+        placeholder=SPECIAL["image"],
+        special=SPECIAL,
+        size=(SIDE, SIDE),
+        other_size=(2 * SIDE, SIDE),
+    )
