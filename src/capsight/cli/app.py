@@ -16,6 +16,7 @@ from capsight.cli.check_model import check_model
 from capsight.cli.demo import demo
 from capsight.cli.encapsulate import encapsulate
 from capsight.cli.evaluate import evaluate_command
+from capsight.cli.examples import examples
 from capsight.cli.fit import fit
 from capsight.cli.generate import generate
 from capsight.cli.inspect import inspect
@@ -31,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command()(demo)
+app.command()(examples)
 app.command()(generate)
 app.command()(encapsulate)
 app.command()(ask)

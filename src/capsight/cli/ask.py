@@ -21,6 +21,7 @@ from capsight.cli.options import (
 from capsight.cli.output import human_bytes, note
 from capsight.errors import OptionError
 from capsight.evaluation.prompting import question_tokens
+from capsight.reference.wording import HINT, is_task_question
 from capsight.runtime import enable
 
 
@@ -57,4 +58,6 @@ def ask(
             do_sample=False,
         )
     print(made.tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)[0].strip())
+    if model == REFERENCE and not is_task_question(prompt):
+        note(HINT)
     note(f"KV cache {human_bytes(held.nbytes)}, full {human_bytes(held.nbytes_full)}")

@@ -22,7 +22,7 @@ from capsight.kvcapsule import KVCapsule
 from capsight.kvcapsule.budget import share_to_keep
 from capsight.pictures import open_image
 
-_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2"}
 
 
 def fit(
@@ -83,8 +83,13 @@ def calibration_items(model: str, data: Path | None, samples: int) -> list[Item]
     return items
 
 
+def _is_picture(path: Path) -> bool:
+    """Whether it is a file named as a picture, and not a hidden one such as macOS's `._a.png`."""
+    return path.suffix.lower() in _PICTURES and not path.name.startswith(".") and path.is_file()
+
+
 def _folder_items(folder: Path) -> Iterable[Item]:
     from capsight.evaluation import Ask
 
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _PICTURES):
+    for path in sorted(p for p in folder.iterdir() if _is_picture(p)):
         yield Item(path.name, (open_image(path),), (Ask("Describe the image.", ""),))

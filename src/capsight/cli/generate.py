@@ -23,6 +23,7 @@ from capsight.cli.options import (
 from capsight.cli.output import human_bytes, note
 from capsight.errors import OptionError
 from capsight.evaluation import ask_item
+from capsight.reference.wording import HINT, is_task_question
 from capsight.runtime import check_decode, enable
 
 
@@ -63,4 +64,6 @@ def generate(
     with enable(vlm, capsule=loaded, decode=way) as fast, torch.no_grad():
         answers = ask_item(fast, made, item, protocol, max_new_tokens)
     print(answers.texts[0])
+    if model == REFERENCE and not is_task_question(prompt):
+        note(HINT)
     note(f"KV cache {human_bytes(answers.nbytes)}, full {human_bytes(answers.nbytes_full)}")
