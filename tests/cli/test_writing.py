@@ -166,7 +166,8 @@ def test_names_with_markup_are_printed_as_they_are(monkeypatch, capsys, tmp_path
     assert "[/x] task" in said
     for arguments in (
         ["generate", "--prompt", "x", "--image", pictures / "none.png"],
-        ["generate", "--prompt", "x", "--model", pictures / NASTY, "--capsule", "reference"], ["inspect", pictures / NASTY],
+        ["generate", "--prompt", "x", "--model", pictures / NASTY, "--capsule", "reference"],
+        ["inspect", pictures / NASTY],
         ["generate", "--prompt", "x", "--capsule", pictures / NASTY],
         ["ask", pictures / NASTY, "--prompt", "x"],
         ["eval", "--data", pictures / NASTY], ["fit", "--out", "x", "--data", pictures / NASTY],
