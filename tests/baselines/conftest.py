@@ -15,7 +15,7 @@ from tiny import FAMILIES, TinyVLM
 BLOCK = 16  # tokens in a run of the tiny models
 BUDGETED = [name for name in METHODS if not name.startswith("quanto")]
 RUNNABLE = sorted(METHODS) if is_optimum_quanto_available() else sorted(BUDGETED)
-EVICTING = ["uniform", "streaming-llm", "snapkv", "vl-cache", "cur", "evict", "kvzip"]
+EVICTING = ["uniform", "streaming-llm", "snapkv", "vl-cache", "cur", "kvzip"]
 NEW = 4
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import capsight
-from capsight.baselines import NoveltyEviction, SnapKV, TokenMerging
+from capsight.baselines import SnapKV, TokenMerging
 from capsight.cli.app import main
 from capsight.evaluation import evaluate, reference_items, summary
 
@@ -23,15 +23,15 @@ def test_baselines_are_judged_beside_capsules_at_equal_bytes():
         "capsule": capsule,
         "snapkv": SnapKV(0.25),
         "merge": TokenMerging(0.25),
-        "novelty": NoveltyEviction(heads),
+        "evict": heads.with_codec("evict"),
         "all": SnapKV(1.0),
     }
     report = summary(evaluate(model, processor, list(reference_items("calibration", 2, 1)), methods))
     assert report["all"]["agreement"] == 100.0
-    for name in ("heads", "snapkv", "merge", "novelty"):
+    for name in ("heads", "snapkv", "merge", "evict"):
         assert report[name]["kv_bytes"] == pytest.approx(report["capsule"]["kv_bytes"], rel=0.01)
         assert report[name]["kl"] > 0
-    assert report["novelty"]["kv_bytes"] == report["capsule"]["kv_bytes"]
+    assert report["evict"]["kv_bytes"] == report["capsule"]["kv_bytes"]
 
 
 def test_eval_command_takes_every_kind_of_method(monkeypatch, capsys, tmp_path):

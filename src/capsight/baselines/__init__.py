@@ -8,7 +8,6 @@ from capsight.baselines.cur import CUREviction
 from capsight.baselines.feature_pca import FeaturePCA
 from capsight.baselines.kvzip import KVzip
 from capsight.baselines.merge import TokenMerging
-from capsight.baselines.novelty import NoveltyEviction
 from capsight.baselines.quantized import QuantoInt2, QuantoInt4
 from capsight.baselines.snapkv import SnapKV
 from capsight.baselines.streaming_llm import StreamingLLM
@@ -24,7 +23,6 @@ METHODS: dict[str, type[Baseline]] = {
         VLCache,
         TokenMerging,
         CUREviction,
-        NoveltyEviction,
         KVzip,
         FeaturePCA,
         QuantoInt4,
@@ -39,7 +37,6 @@ __all__ = [
     "CUREviction",
     "FeaturePCA",
     "KVzip",
-    "NoveltyEviction",
     "QuantoInt2",
     "QuantoInt4",
     "SnapKV",

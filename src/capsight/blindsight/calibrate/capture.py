@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
+from capsight.attention_swap import swapped_attention
 from capsight.blindsight.attention import sparse_attention
 from capsight.blindsight.categories import Category, MaskOptions
 from capsight.blindsight.head_map import HeadMap
@@ -100,17 +99,11 @@ def watching(model: Any, observer: Observer) -> Iterator[None]:
         model: a transformers vision-language model.
         observer: called once per layer and forward pass.
     """
-    text = model.config.get_text_config(decoder=True)
-    before = text._attn_implementation
-    AttentionInterface.register(ATTENTION_NAME, _attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, _no_mask)
     token = _WATCH.set((observer, model.config))
     try:
-        with untouched(model):
-            model.set_attn_implementation({"text_config": ATTENTION_NAME})
+        with untouched(model), swapped_attention(model, ATTENTION_NAME, _attention, _no_mask):
             yield
     finally:
-        model.set_attn_implementation({"text_config": before})
         _WATCH.reset(token)
 
 

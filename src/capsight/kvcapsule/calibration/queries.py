@@ -8,9 +8,10 @@ from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import sdpa_mask
+
+from capsight.attention_swap import swapped_attention
 
 ATTENTION_NAME = "capsight_queries"
 _SEEN: ContextVar[dict[int, Tensor]] = ContextVar("capsight_queries")
@@ -26,16 +27,12 @@ def recorded_queries(model: Any) -> Iterator[dict[int, Tensor]]:
     Yields:
         Queries `[B, Hq, Q, D]` of each layer's last call, after RoPE, by layer index.
     """
-    text = model.config.get_text_config(decoder=True)
-    before, seen = text._attn_implementation, dict[int, Tensor]()
-    AttentionInterface.register(ATTENTION_NAME, _attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+    seen: dict[int, Tensor] = {}
     token = _SEEN.set(seen)
     try:
-        model.set_attn_implementation({"text_config": ATTENTION_NAME})
-        yield seen
+        with swapped_attention(model, ATTENTION_NAME, _attention, sdpa_mask):
+            yield seen
     finally:
-        model.set_attn_implementation({"text_config": before})
         _SEEN.reset(token)
 
 

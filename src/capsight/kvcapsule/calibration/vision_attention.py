@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
+from capsight.attention_swap import swapped_attention
 from capsight.layout import PromptLayout, RowLayout
 
 ATTENTION_NAME = "capsight_fit"
@@ -49,16 +49,11 @@ class VisionAttention:
     @contextmanager
     def watching(self, model: Any, layout: PromptLayout) -> Iterator[None]:
         """Inside the block, a prefill of the prompts of `layout` by `model` is seen."""
-        text = model.config.get_text_config(decoder=True)
-        before = text._attn_implementation
-        AttentionInterface.register(ATTENTION_NAME, _attention)
-        AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
         token = _WATCH.set((self, layout))
         try:
-            model.set_attn_implementation({"text_config": ATTENTION_NAME})
-            yield
+            with swapped_attention(model, ATTENTION_NAME, _attention, sdpa_mask):
+                yield
         finally:
-            model.set_attn_implementation({"text_config": before})
             _WATCH.reset(token)
 
     def see(self, layer: int, query: Tensor, key: Tensor, scaling: float, layout: PromptLayout) -> None:
