@@ -49,7 +49,7 @@ def judge_prompt(name: str, split: str, index: int, pictures: int, questions: in
         return smol_prompt(split, index, pictures, questions)
     judge = JUDGES[name]
     rng = split_rng(name, split, index, f"{pictures} pictures")
-    return draw_prompt(rng, judge.grid, judge.style, pictures, questions)
+    return draw_prompt(rng, judge.grid, judge.style, pictures, questions, judge.kinds)
 
 
 def judge_items(

@@ -21,6 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from judging.drawing import CELL, MOSAIC, TILES, Style
 from judging.prompts import draw_prompt, split_rng
+from judging.questions import KINDS
 from reference_training.architecture import rope_parameters
 
 
@@ -37,6 +38,7 @@ class Judge:
         build: makes the untrained model of a tokenizer.
         processor: makes the processor of a tokenizer and a chat template.
         mrope: whether positions are (t, h, w).
+        unlearnt: kinds of question that it did not learn well enough to judge by; they are not asked.
     """
 
     name: str
@@ -47,6 +49,12 @@ class Judge:
     build: Callable[[PreTrainedTokenizerFast], Any]
     processor: Callable[[PreTrainedTokenizerFast, str], Any]
     mrope: bool
+    unlearnt: tuple[str, ...]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of question that it is asked."""
+        return tuple(k for k in KINDS if k not in self.unlearnt)
 
     @property
     def chat_template(self) -> str:
@@ -240,11 +248,11 @@ def _tiles_processor(tokenizer: PreTrainedTokenizerFast, chat_template: str) -> 
 JUDGES = {
     "mosaic": Judge(
         "mosaic", 11, 7, MOSAIC, ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
-        _mosaic_model, _mosaic_processor, mrope=True,
+        _mosaic_model, _mosaic_processor, mrope=True, unlearnt=("odd", "differ"),
     ),
     "tiles": Judge(
         "tiles", 23, 8, TILES, ("<img>", "<IMG_CONTEXT>", "</img>"),
-        _tiles_model, _tiles_processor, mrope=False,
+        _tiles_model, _tiles_processor, mrope=False, unlearnt=("odd", "differ"),
     ),
 }  # fmt: skip
 
