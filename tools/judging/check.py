@@ -30,16 +30,16 @@ def accuracy(
     tokenizer: PreTrainedTokenizerFast,
     split: str,
     prompts: int,
-    questions: int = 24,
+    every: bool = False,
 ) -> dict[int, dict[str, tuple[int, int]]]:
-    """(right, asked) by number of pictures and kind."""
+    """(right, asked) by number of pictures and kind; `every` asks the kinds that are not learnt, too."""
     teacher, packed = Teacher(judge, tokenizer), Packed(model.model.language_model)
     found: dict[int, dict[str, tuple[int, int]]] = {}
     for pictures in (1, 2, 4):
         counts: dict[str, list[bool]] = defaultdict(list)
         for index in range(prompts):
             rng = split_rng(judge.name, split, index, f"{pictures} pictures")
-            prompt = draw_prompt(rng, judge.grid, judge.style, pictures, questions)
+            prompt = draw_prompt(rng, judge.grid, judge.style, pictures, 24, KINDS if every else judge.kinds)
             lesson = teacher([prompt])
             packed.begin(lesson, judge.grid**2)
             logits, target, _ = answers(judge, model, lesson, features_of(judge, model, lesson))
@@ -62,7 +62,7 @@ def table(found: dict[int, dict[str, tuple[int, int]]]) -> str:
         "| kind | " + " | ".join(f"{n} picture{'s' * (n > 1)}" for n in found) + " |",
         "|---|" + "--:|" * len(found),
     ]
-    for kind in KINDS:
+    for kind in (k for k in KINDS if any(k in c for c in found.values())):
         cells = [f"{100 * c[kind][0] / c[kind][1]:.1f}" if kind in c else "" for c in found.values()]
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     totals = [(sum(r for r, _ in c.values()), sum(n for _, n in c.values())) for c in found.values()]
@@ -75,6 +75,7 @@ def check(
     run: Annotated[Path | None, typer.Option(help="Folder of a training run; else what ships.")] = None,
     split: Annotated[str, typer.Option(help="calibration, dev or test.")] = "dev",
     prompts: Annotated[int, typer.Option(help="Prompts of each number of pictures.")] = 30,
+    every: Annotated[bool, typer.Option(help="Ask the kinds that are not learnt, too.")] = False,
 ) -> None:
     """Print the accuracy of a judge."""
     torch.set_num_threads(1)
@@ -89,7 +90,7 @@ def check(
         model = untrained(made, tokenizer)
         model.load_state_dict(torch.load(run / "checkpoint.pt", weights_only=True)["model"])
         model.eval()
-    print(table(accuracy(made, model, tokenizer, split, prompts)))
+    print(table(accuracy(made, model, tokenizer, split, prompts, every)))
 
 
 if __name__ == "__main__":

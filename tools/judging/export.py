@@ -42,6 +42,7 @@ def export(
         f"Exact match with the full cache in %, test split, {prompts} prompts of each number of pictures "
         f"(`python -m judging.check --judge {judge} --split test --prompts {prompts}`):",
         table(found),
+        f"Drawn, but not asked, as it did not learn them: {', '.join(made.unlearnt) or 'none'} (`--every`).",
     ]
     (out / "README.md").write_text("\n\n".join(card) + "\n")
     print((out / "README.md").read_text())
