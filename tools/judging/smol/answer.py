@@ -128,7 +128,7 @@ def answer(
         tasks = [q.task for p in prompts for q in p.questions]
         for task, wrong in zip(tasks, _wrong(logits.detach(), packed, len(tasks)), strict=True):
             right[task].append(1.0 - wrong)
-        if time.time() - saved_at > 90 or step == steps:
+        if time.time() - saved_at > 90 or step == steps or (time.time() - begun) / 60 > minutes:
             line: dict[str, Any] = {
                 "step": step,
                 "seconds": time.time() - begun,

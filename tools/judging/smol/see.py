@@ -153,7 +153,7 @@ def see(
         for p, h in zip(drawn, hit.float().mean(1).tolist(), strict=True):
             right.setdefault(p.sort, []).append(h)
         step += 1
-        if step % 40 == 0 or step == steps:
+        if step % 40 == 0 or step == steps or (time.time() - begun) / 60 > minutes:
             line = {"step": step, "seconds": time.time() - begun, "loss": loss.item()}
             line |= {f"tokens right, {k}": sum(v) / len(v) for k, v in sorted(right.items())}
             right = {}
