@@ -125,7 +125,7 @@ def merge_side(config: Any) -> int:
 
 def pixtral(config: Any) -> bool:
     """Whether images are written as rows of tokens with a break after each, the last column of a grid."""
-    return config.vision_config.model_type == "pixtral"
+    return bool(config.vision_config.model_type == "pixtral")
 
 
 def _windows(length: int, side: int) -> list[int]:

@@ -55,6 +55,7 @@ _REFUSED = {
     **dict.fromkeys(("qwen4_exp", "glm5_next", "minimax_m3_vl"), _INDEXED),
     **dict.fromkeys(("mllama", "idefics", "florence2", "blip", "blip-2", "instructblip"), _CROSS),
     **dict.fromkeys(("paligemma", "molmo2"), _PREFIX),
+    "minicpmv4_7": "its positions are laid out on a canvas of slices, which no adapter here works out yet",
     "gemma3n": "its last layers reuse the keys and values of earlier ones",
 }
 

@@ -49,4 +49,4 @@ def base_tokens(config: Any) -> int:
     vision = config.vision_config
     features = (vision.image_size // vision.patch_size) ** 2 + (vision.model_type == "clip_vision_model")
     strategy = getattr(config, "vision_feature_select_strategy", "default")
-    return features - (strategy == "default")
+    return int(features) - (strategy == "default")
