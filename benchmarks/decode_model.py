@@ -81,8 +81,6 @@ def filled(
         else:
             cache = DynamicCache(config=model.config)
         fill(cache, model.config.get_text_config(), batch, layout.length, model.dtype)
-        fast._deltas.put(torch.zeros(batch, 1, dtype=torch.int64))
-        fast._deltas.remember(cache)
         yield fast, cache, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

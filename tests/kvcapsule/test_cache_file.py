@@ -12,9 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from capsight.errors import CapsightError, CapsuleFileError
-from capsight.kvcapsule.cache_file import SavedCache, load_cache, save_cache
+from capsight.kvcapsule.cache_file import load_cache, save_cache
 from capsight.kvcapsule.fingerprint import tensors_fingerprint
-from capsight.kvcapsule.prompt import Prompt
 from kvcapsule.conftest import BLOCK, fitted
 from tiny import FAMILIES
 
@@ -24,7 +23,7 @@ def prefilled(vlm, capsule):
     cache = capsule.cache(inputs)
     cache.honours_key_bias = True  # what is generated does not matter
     vlm.model.generate(**inputs, past_key_values=cache, max_new_tokens=2, do_sample=False)
-    return SavedCache(cache, Prompt.of(inputs), None)
+    return cache
 
 
 @pytest.fixture(
@@ -62,12 +61,15 @@ def forge(path, header, tensors):
 def test_what_is_loaded_is_what_was_saved(made):
     path, capsule, saved = made
     again = load_cache(path, capsule)
-    assert again.cache.layout == saved.cache.layout
-    assert again.cache.nbytes == saved.cache.nbytes
-    assert again.cache.nbytes_full == saved.cache.nbytes_full
-    assert torch.equal(again.prompt.input_ids, saved.prompt.input_ids)
-    assert again.prompt.pixels == saved.prompt.pixels != ""
-    for a, b in zip(again.cache.layers, saved.cache.layers, strict=True):
+    assert again.layout == saved.layout
+    assert again.nbytes == saved.nbytes
+    assert again.nbytes_full == saved.nbytes_full
+    ours, theirs = again.conversation, saved.conversation
+    assert torch.equal(ours.input_ids, theirs.input_ids)
+    assert (ours.prompt, ours.images, ours.layout) == (theirs.prompt, theirs.images, theirs.layout)
+    assert [len(row) for row in ours.images] == [1, 0]
+    assert all(map(all, ours.images))
+    for a, b in zip(again.layers, saved.layers, strict=True):
         assert a.get_seq_length() == b.get_seq_length()
         assert a.get_mask_sizes(3) == b.get_mask_sizes(3)
         if a.is_sliding:
@@ -78,10 +80,10 @@ def test_what_is_loaded_is_what_was_saved(made):
             assert all(torch.equal(t, b.payload.tensors[name]) for name, t in a.payload.tensors.items())
             assert torch.equal(a._packed, b._packed)
             assert torch.equal(a._tail, b._tail)
-    if not any(layer.is_sliding for layer in again.cache.layers):
-        again.cache.crop(-1)
-    again.cache.reorder_cache(torch.tensor([1, 0]))
-    again.cache.reset()
+    if not any(layer.is_sliding for layer in again.layers):
+        again.crop(-1)
+    again.reorder_cache(torch.tensor([1, 0]))
+    again.reset()
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -124,7 +126,13 @@ FORGED = [
     ("layout", None, "layout"),
     ("layout", {"rows": [{"length": 2, "pad_left": 0, "blocks": []}]}, "layers.0"),
     ("layout", {"rows": [{"length": "2"}]}, "not a prompt layout"),
-    ("pixels", 7, "prompt"),
+    ("images", 7, "prompt"),
+    ("images", [["a"]], "prompt"),
+    ("images", [[1], []], "prompt"),
+    ("prompt", "7", "prompt"),
+    ("prompt", 0, "prompt"),
+    ("prompt", 1 << 20, "prompt"),
+    ("format_version", 1, "format version 1"),
     ("format_version", 99, "format version 99"),
     ("model", "0", "another model"),
     ("capsule", "0", "another capsule"),
@@ -148,7 +156,7 @@ def test_forged_weights_are_refused_where_there_may_be_some(made, tmp_path, weig
         with pytest.raises(CapsightError, match="weights"):
             load_cache(forged, capsule)
     else:
-        assert load_cache(forged, capsule).cache.nbytes == saved.cache.nbytes
+        assert load_cache(forged, capsule).nbytes == saved.nbytes
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "7", "[" * 100_000])
@@ -177,25 +185,16 @@ def test_forged_tensors_are_refused(made, tmp_path):
             tensors = {key: value for key, value in good.items() if key != name}
             if bad is not None:
                 tensors[name] = bad
-            elif name == "rope_deltas":
-                continue
             with pytest.raises(CapsuleFileError):
                 load_cache(forge(tmp_path / "x", header, tensors), capsule)
     with pytest.raises(CapsuleFileError, match="of no layer"):
         load_cache(forge(tmp_path / "x", header, {**good, "more": torch.zeros(1)}), capsule)
-    for deltas in (
-        torch.zeros(3, 1).long(),
-        torch.zeros(2, 2).long(),
-        torch.zeros(2, 1),
-        torch.zeros(0, 1).long(),
-    ):
-        with pytest.raises(CapsuleFileError, match="rope_deltas"):
-            load_cache(forge(tmp_path / "x", header, {**good, "rope_deltas": deltas}), capsule)
 
 
 def test_an_empty_cache_cannot_be_saved(made, tmp_path):
     _, capsule, saved = made
-    empty = SavedCache(capsule.cache(saved.cache.layout), saved.prompt, None)
+    empty = capsule.cache(saved.layout)
+    empty.conversation = saved.conversation
     with pytest.raises(CapsightError, match="prefilled"):
         save_cache(tmp_path / "x", empty, capsule)
 
@@ -208,8 +207,8 @@ def test_other_codecs(qwen, tmp_path, codec):
     cache.honours_key_bias = True
     with torch.no_grad():
         qwen.model(**inputs, past_key_values=cache, use_cache=True)
-    save_cache(tmp_path / "x", SavedCache(cache, Prompt.of(inputs), None), capsule)
-    again = load_cache(tmp_path / "x", capsule).cache
+    save_cache(tmp_path / "x", cache, capsule)
+    again = load_cache(tmp_path / "x", capsule)
     for a, b in zip(again.layers, cache.layers, strict=True):
         for x, y in zip(a.codec.decode(a.payload), b.codec.decode(b.payload), strict=True):
             assert torch.equal(x, y)
@@ -218,5 +217,13 @@ def test_other_codecs(qwen, tmp_path, codec):
 def test_stored_weights_come_back_and_serve_a_capsule_that_solves(qwen, tmp_path):
     capsule = fitted(qwen).with_weights("stored")
     save_cache(tmp_path / "x", prefilled(qwen, capsule), capsule)
-    again = load_cache(tmp_path / "x", fitted(qwen)).cache
+    again = load_cache(tmp_path / "x", fitted(qwen))
     assert "weights" in again.capsule_layers[0].payload.tensors
+
+
+def test_a_cache_of_nobody_knows_what_cannot_be_saved(qwen, tmp_path):
+    capsule = fitted(qwen)
+    cache = prefilled(qwen, capsule)
+    cache.conversation = None
+    with pytest.raises(CapsightError, match="which prompt"):
+        save_cache(tmp_path / "x", cache, capsule)

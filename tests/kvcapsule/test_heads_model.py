@@ -10,8 +10,7 @@ import torch
 import capsight
 from capsight.errors import CapsightError, CapsuleFileError
 from capsight.kvcapsule import CapsuleCache, KVCapsule
-from capsight.kvcapsule.cache_file import SavedCache, load_cache, save_cache
-from capsight.kvcapsule.prompt import Prompt
+from capsight.kvcapsule.cache_file import load_cache, save_cache
 from capsight.layout import build_layout
 from kvcapsule.conftest import BLOCK, fitted
 from kvcapsule.test_cache_file import forge, parts
@@ -158,16 +157,14 @@ def test_counts_that_no_row_shares_out_are_refused(qwen, tmp_path, counts, fine)
     cache = capsule.cache(inputs)
     with torch.no_grad():
         qwen.model(**inputs, past_key_values=cache, use_cache=True)
-    save_cache(tmp_path / "x", SavedCache(cache, Prompt.of(inputs), None), capsule)
+    save_cache(tmp_path / "x", cache, capsule)
     header, tensors = parts(tmp_path / "x")
     tensors["layers.1.capsule.counts"] = torch.tensor(counts, dtype=torch.uint8)
     kept = torch.cat([torch.arange(block[head]) for head in (0, 1) for block in counts])
     tensors["layers.1.capsule.kept"] = kept.to(torch.uint8)
     forged = forge(tmp_path / "x", header, tensors)
     if fine:
-        assert (
-            load_cache(forged, capsule).cache.capsule_layers[1].payload.tensors["counts"].tolist() == counts
-        )
+        assert load_cache(forged, capsule).capsule_layers[1].payload.tensors["counts"].tolist() == counts
     else:
         with pytest.raises(CapsuleFileError, match=r"layers\.1\.capsule\.counts"):
             load_cache(forged, capsule)

@@ -208,7 +208,7 @@ def test_what_cannot_be_saved_or_loaded_says_so(qwen, saved, tmp_path):
         with pytest.raises(OptionError, match="KVCapsule"):
             fast.save(path)
         fast.cache = capsule.cache(inputs)
-        with pytest.raises(OptionError, match="encapsulate"):
+        with pytest.raises(CapsightError, match="encapsulate"):
             fast.save(path)
         fast.encapsulate(**inputs)
         next(iter(fast.cache.capsule_layers.values()))._packed[0, 0, 0, 0] = float("nan")

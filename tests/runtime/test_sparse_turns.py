@@ -92,7 +92,7 @@ def in_chunks(fast, inputs, chunk):
         fast.model(**inputs, use_cache=False)
     embeds, positions = given._given["inputs_embeds"], given._given["position_ids"]
     cache, length, pieces = fast.new_cache(inputs), sequence_length(inputs), []
-    with fast._running(cache, fast._sparse(inputs, length)), torch.no_grad():
+    with fast._running(cache, fast._sparse(build_layout(inputs, fast.model.config), length)), torch.no_grad():
         for start in range(0, length, chunk):
             part = slice(start, start + chunk)
             output = fast.model.get_decoder()(

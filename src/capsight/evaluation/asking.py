@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from capsight.cache_argument import CACHE
 from capsight.errors import OptionError
 from capsight.evaluation.drafts import GREEDY, append_tokens
 from capsight.evaluation.items import Item
@@ -80,7 +81,7 @@ def ask_item(
     )
     new = out.sequences[:, inputs["input_ids"].shape[1] :]
     texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-    sizes = sizes or cache_nbytes(out.past_key_values)
+    sizes = sizes or cache_nbytes(out[CACHE])
     return Answers(tuple(t.strip() for t in texts), out.logits[0].float(), *sizes)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from capsight.cache_argument import CACHE
 from capsight.evaluation.asking import cache_nbytes, to_device
 from capsight.evaluation.bench_row import BenchRow
 from capsight.evaluation.items import Item, reference_items
@@ -157,7 +158,7 @@ def _memory(
                 return_dict_in_generate=True,
             )
 
-        nbytes = cache_nbytes(generate(2).past_key_values)[0]
+        nbytes = cache_nbytes(generate(2)[CACHE])[0]
         fast.cache = None
         return nbytes, peak_bytes(lambda: generate(new_tokens), model.device)
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 from weakref import WeakSet
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from capsight.blindsight import HeadMap
+from capsight.cache_argument import CACHE
 from capsight.kvcapsule import CacheMethod, CapsuleCache, ContextRepeater, LatentMethod, QueryObserver
 from capsight.layout import PromptLayout, build_layout
-from capsight.runtime.positions import RopeDeltas
+from capsight.layout.positions import text_position_ids
 from capsight.runtime.prefill import SparsePrefill
 from capsight.runtime.repeat import ContextRepeat
 from capsight.runtime.split import TOKEN_ENTRIES, sequence_length
@@ -67,7 +67,6 @@ class Prefill:
     first_logits: Tensor
     _recorder: _Recorder
     _repeat: ContextRepeat
-    _offsets: Any  # of M-RoPE, `[B, 1]`, or None
     _lean: WeakSet[Any] = field(default_factory=WeakSet)  # caches whose capsules attention reads as they are
     _read: dict[Any, Any] = field(default_factory=dict)  # what second readings showed, by kind of method
 
@@ -92,10 +91,11 @@ class Prefill:
         )
         recorder = _ObservingRecorder() if observe else _Recorder()
         repeat = ContextRepeat(model)
-        with running(RuntimeState(cast(CapsuleCache, recorder), sparse)), repeat.recording():
+        state = RuntimeState(cast(CapsuleCache, recorder), sparse, generating=True)
+        with running(state), repeat.recording():
             output = model.generate(
                 **inputs,
-                past_key_values=recorder,
+                **{CACHE: recorder},
                 max_new_tokens=1,
                 do_sample=False,
                 output_logits=True,
@@ -106,8 +106,7 @@ class Prefill:
             # A stock layer has its heads one after another; the model gave their tokens so, side by side.
             layer.keys, layer.values = (_token_major(x) for x in (layer.keys, layer.values))
         tokens = {key: value for key, value in inputs.items() if key in TOKEN_ENTRIES}
-        offsets = RopeDeltas(model).value()
-        return cls(model, tokens, layout, output.logits[0].float(), recorder, repeat, offsets)
+        return cls(model, tokens, layout, output.logits[0].float(), recorder, repeat)
 
     def cache(self, method: CacheMethod | None) -> Any:
         """A cache of a method (None: the stock cache) as it is after this prefill.
@@ -142,18 +141,21 @@ class Prefill:
             rows: which rows of this prefill the cache's are, int64 `[B']`; None: all, or all of one.
             **inputs: token entries of everything so far, and generation options.
         """
-        offsets = self._offsets
-        if rows is not None and offsets is not None and len(offsets) > 1:
-            offsets = offsets[rows]
-        RopeDeltas(self.model).put(offsets)
+        layout, ids = self.layout, inputs["input_ids"]
+        if rows is not None and layout.batch_size > 1:
+            layout = layout.select(rows.tolist())
+        layout = layout.repeat(len(ids) // layout.batch_size)
+        mask = inputs.get("attention_mask", ids.new_ones(ids.shape))
+        positions = text_position_ids(layout, self.model.config, mask)
+        if positions is not None:
+            inputs["position_ids"] = positions.to(ids.device)
         lean = cache.leaving_capsules() if cache in self._lean else nullcontext()
-        with running(RuntimeState(cache if isinstance(cache, CapsuleCache) else None)), lean:
-            return self.model.generate(past_key_values=cache, **inputs)
+        state = RuntimeState(cache if isinstance(cache, CapsuleCache) else None, generating=True)
+        with running(state), lean:
+            return self.model.generate(**{CACHE: cache}, **inputs)
 
     def _read_again(self, copy: Any) -> None:
-        with running(RuntimeState(copy)):
-            ids = self.tokens["input_ids"]
-            self._repeat.run(copy, self.tokens.get("attention_mask", torch.ones_like(ids)))
+        self._repeat.read(copy, self.tokens)
 
 
 def observes(method: CacheMethod, layout: PromptLayout, config: Any) -> bool:

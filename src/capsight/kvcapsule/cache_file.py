@@ -7,7 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors
 import torch
@@ -18,50 +18,34 @@ from transformers import PreTrainedConfig
 from capsight.errors import CapsightError, CapsuleFileError, LayoutError, ModelMismatchError, OptionError
 from capsight.files import replace_file
 from capsight.kvcapsule.cache import CapsuleCache
+from capsight.kvcapsule.cache.conversation import Conversation
 from capsight.kvcapsule.cache_parts import put_together, take_apart
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.fingerprint import tensors_fingerprint
-from capsight.kvcapsule.prompt import Prompt
 
 KIND = "capsight.capsule_cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
-class SavedCache(NamedTuple):
-    """What a file holds.
-
-    Attributes:
-        cache: to be handed to the model that made it.
-        prompt: what it has read.
-        rope_deltas: int64 `[B, 1]`, what a model with M-RoPE adds to the positions of later tokens, or None.
-    """
-
-    cache: CapsuleCache
-    prompt: Prompt
-    rope_deltas: Tensor | None
-
-
-def save_cache(path: str | os.PathLike[str], saved: SavedCache, capsule: KVCapsule) -> None:
+def save_cache(path: str | os.PathLike[str], cache: CapsuleCache, capsule: KVCapsule) -> None:
     """Write a cache to a file; a reader sees the old file or the new one, never a mixture.
 
     Args:
         path: the file, usually *.safetensors.
-        saved: the cache and what was read.
+        cache: the cache, its `conversation` set.
         capsule: the capsule that made the cache.
 
     Raises:
         CapsuleFileError: the file cannot be written; what was there before is unharmed.
-        CapsightError: the cache is empty, holds NaN or infinite numbers, or its rows are not the prompt's.
+        CapsightError: the cache is empty, holds NaN or infinite numbers, or nobody has said what it read.
     """
-    header, tensors = take_apart(saved.cache)
-    prompt = saved.prompt.repeated(saved.cache.layout.batch_size)
-    if prompt is None:
+    header, tensors = take_apart(cache)
+    read = cache.conversation
+    if read is None:
         raise CapsightError(
-            "the rows of the cache are not those of its prompt; save it before rows are selected"
+            "it is not known which prompt the cache was made from; make it with capsule.cache(inputs)"
         )
-    tensors["input_ids"] = prompt.input_ids[:, : saved.cache.get_seq_length()].to(torch.int64)
-    if saved.rope_deltas is not None:
-        tensors["rope_deltas"] = saved.rope_deltas.to(torch.int64)
+    tensors["input_ids"] = read.input_ids[:, : cache.get_seq_length()]
     tensors = {name: _own(tensor) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -70,7 +54,8 @@ def save_cache(path: str | os.PathLike[str], saved: SavedCache, capsule: KVCapsu
             )
     header |= {
         "format_version": FORMAT_VERSION,
-        "pixels": prompt.pixels,
+        "prompt": min(read.prompt, cache.get_seq_length()),
+        "images": read.images,
         "model": capsule.info.fingerprint,
         "capsule": capsule_fingerprint(capsule),
         "made_with": _described(capsule),
@@ -86,7 +71,7 @@ def load_cache(
     capsule: KVCapsule,
     config: PreTrainedConfig | None = None,
     devices: Mapping[int, torch.device] | None = None,
-) -> SavedCache:
+) -> CapsuleCache:
     """Read a cache, to go on with it where it was saved.
 
     Args:
@@ -114,13 +99,14 @@ def load_cache(
         if capsule.info.codec == "adaptive":  # with weights as they are in the file; neither is wrong
             weights: Any = header.get("weights")
             capsule = capsule.with_weights(weights)
-        ids, deltas = tensors.pop("input_ids", None), tensors.pop("rope_deltas", None)
+        ids = tensors.pop("input_ids", None)
         cache = put_together(
             header, tensors, capsule, capsule.config if config is None else config, devices or cpu
         )
         if tensors:
             raise CapsuleFileError(f"tensors of no layer: {sorted(tensors)[:3]}; save the cache again")
-        return SavedCache(cache, _prompt(ids, header.get("pixels"), cache), _deltas(deltas, cache))
+        cache.conversation = _conversation(ids, header, cache)
+        return cache
     except (CapsuleFileError, LayoutError, OptionError) as error:
         raise CapsuleFileError(f"{path}: {error}") from error
 
@@ -156,21 +142,20 @@ def _described(capsule: KVCapsule) -> str:
     return f"{capsule.name}, {capsule.retained:.3g} retained"
 
 
-def _prompt(ids: Tensor | None, pixels: Any, cache: CapsuleCache) -> Prompt:
+def _conversation(ids: Tensor | None, header: Mapping[str, Any], cache: CapsuleCache) -> Conversation:
     length, rows = cache.get_seq_length(), cache.layout.batch_size
+    prompt, images = header.get("prompt"), header.get("images")
     fits = ids is not None and ids.dtype == torch.int64 and ids.ndim == 2 and len(ids) == rows
-    if ids is None or not fits or not 1 <= ids.shape[1] <= length or not isinstance(pixels, str):
+    named = isinstance(images, list) and len(images) == rows and all(map(_strings, images))
+    if ids is None or not fits or not named or not isinstance(prompt, int):
         raise CapsuleFileError("the prompt in it is missing or malformed; save the cache again")
-    return Prompt(ids, pixels)
+    if not 1 <= prompt <= ids.shape[1] <= length:
+        raise CapsuleFileError("the prompt in it is not as long as it says; save the cache again")
+    return Conversation(cache.layout, ids, prompt, tuple(map(tuple, images or ())))
 
 
-def _deltas(deltas: Tensor | None, cache: CapsuleCache) -> Tensor | None:
-    if deltas is None:
-        return None
-    fits = deltas.dtype == torch.int64 and deltas.ndim == 2 and deltas.shape[1] == 1 and len(deltas)
-    if not fits or cache.layout.batch_size % len(deltas):
-        raise CapsuleFileError("the rope_deltas in it are malformed; save the cache again")
-    return deltas
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -141,6 +141,7 @@ def _fill(
     packed = parts.take(prefix + "exact", (2, exact, sizes.heads, sizes.head_dim))
     tail = parts.take(prefix + "tail", (2, parts.batch, None, sizes.heads, sizes.head_dim))
     layer.lazy_initialization(tail[0].to(device), tail[1].to(device))
+    layer.dtype = tail.dtype
     layer.codec.to(device)
     layer.placement = ledger.place(runs, settled, device)
     layer._packed, layer._tail = packed.to(device), tail.to(device)

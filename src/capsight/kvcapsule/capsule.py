@@ -13,6 +13,7 @@ from capsight.errors import CapsuleFileError, ModelMismatchError, OptionError
 from capsight.kvcapsule.break_even import break_even_tokens
 from capsight.kvcapsule.budget import Budget, check_budget, share_out, share_to_keep
 from capsight.kvcapsule.cache import CapsuleCache
+from capsight.kvcapsule.cache.conversation import Conversation
 from capsight.kvcapsule.calibration.fit import kept_tokens
 from capsight.kvcapsule.calibration.fit_capsule import fit_capsule
 from capsight.kvcapsule.capsule_file import make_codec, read_capsule, write_capsule
@@ -116,7 +117,11 @@ class KVCapsule:
         """
         config = self.config if config is None else config
         layout = inputs if isinstance(inputs, PromptLayout) else build_layout(inputs, config)
-        return CapsuleCache(self.stored, layout, config)
+        cache = CapsuleCache(self.stored, layout, config)
+        cache.lean = not self.rebuilds
+        if not isinstance(inputs, PromptLayout):
+            cache.conversation = Conversation.of(inputs, layout)
+        return cache
 
     @property
     def stored(self) -> Mapping[int, LayerCodec | QuantisedCodec]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,19 +60,17 @@ def tensors_fingerprint(tensors: Mapping[str, Tensor], about: Any) -> str:
     return digest.hexdigest()
 
 
-def pixels_fingerprint(inputs: Mapping[str, Any]) -> str:
-    """Hash of numbers sampled from all pixels of processor outputs; "" if there are none.
+def pixels_fingerprint(pixels: Sequence[Tensor]) -> str:
+    """Hash of numbers sampled from pixel tensors; "" if there are none.
 
     The numbers are rounded to bfloat16 first, so that casting inputs to that dtype changes nothing.
     """
-    names = sorted(k for k, v in inputs.items() if k.startswith("pixel_values") and isinstance(v, Tensor))
     digest = hashlib.sha256()
-    for name in names:
-        pixels = inputs[name].detach()
-        step = max(pixels.numel() // _PIXELS, 1)
-        digest.update(f"{name} {tuple(pixels.shape)}".encode())
-        digest.update(_bytes(pixels.flatten()[::step].to("cpu", torch.bfloat16)))
-    return digest.hexdigest() if names else ""
+    for tensor in pixels:
+        step = max(tensor.numel() // _PIXELS, 1)
+        digest.update(f"{tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor.detach().flatten()[::step].to("cpu", torch.bfloat16)))
+    return digest.hexdigest() if pixels else ""
 
 
 def _bytes(tensor: Tensor) -> memoryview:

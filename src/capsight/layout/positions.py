@@ -58,3 +58,40 @@ def positions_after(layout: PromptLayout, config: Any, new: int) -> Tensor:
         UnsupportedModelError: no adapter knows `config.model_type`.
     """
     return rope_positions(layout.extended(new), config)[..., layout.length :]
+
+
+def position_ids(layout: PromptLayout, config: Any, start: int = 0) -> Tensor | None:
+    """The `position_ids` to give a model for the tokens from `start` on, where it needs to be told.
+
+    Returns:
+        int64 `[4, B, S - start]`: the index without padding, then `rope_positions`. None for families
+        whose models number their tokens by index and need nothing but the attention mask.
+
+    Raises:
+        UnsupportedModelError: no adapter knows `config.model_type`.
+    """
+    if family_for(config).position_rows == 1:
+        return None
+    pads = torch.tensor([[row.pad_left] for row in layout.rows])
+    index = (torch.arange(layout.length) - pads).clamp_min(0)
+    return torch.cat((index[None], rope_positions(layout, config)))[..., start:]
+
+
+def text_position_ids(layout: PromptLayout, config: Any, mask: Tensor) -> Tensor | None:
+    """`position_ids` of prompts that go on with text, where not every token need count.
+
+    Args:
+        layout: of the prompts.
+        config: the config of the whole vision-language model.
+        mask: `[B, S + new]`, 0 for padding, also between the prompts and the text.
+
+    Returns:
+        As `position_ids`, int64 `[4, B, S + new]` on the CPU; right for the last `new` tokens.
+
+    Raises:
+        UnsupportedModelError: no adapter knows `config.model_type`.
+    """
+    if family_for(config).position_rows == 1:
+        return None
+    index = (mask.cpu().long().cumsum(-1) - 1).clamp_min(0)
+    return torch.cat((index[None], (index + rope_deltas(layout, config)).expand(3, -1, -1)))

@@ -90,6 +90,14 @@ class PromptLayout:
         """
         return self._map(lambda row: row.prefix(n))
 
+    def continued(self, seen: int, length: int) -> PromptLayout:
+        """The first `seen` tokens of this layout, then text up to `length` tokens a row.
+
+        Raises:
+            LayoutError: `length` is less than `seen`, or a vision block straddles `seen`.
+        """
+        return self.prefix(min(seen, self.length)).extended(length - min(seen, self.length))
+
     def select(self, rows: Sequence[int]) -> PromptLayout:
         """The named rows, in that order, repeats allowed (as `tensor[rows]`; beam reordering).
 

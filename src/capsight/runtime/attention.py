@@ -1,8 +1,9 @@
 """capsight's attention function, registered with transformers under its own name.
 
 It is the stock SDPA attention, with what the runtime state adds to it: the key bias of a cache that has
-evicted tokens, queries for a cache that chooses by them, and capsules that are read as they are. It is
-installed for the text model only, and only while `enable` needs it.
+evicted tokens, queries for a cache that chooses by them, and capsules that are read as they are. `enable`
+installs it for the text model while it is needed; for calls that concern no cache of capsight's it is SDPA
+attention, so `model.set_attn_implementation("capsight")` can as well be said once and for all.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from capsight.kvcapsule import QueryObserver
+from capsight.kvcapsule.cache.handover import handed_over
+from capsight.kvcapsule.cache.reader import ATTENTION_NAME
 from capsight.runtime.state import current_state
-
-ATTENTION_NAME = "capsight"
 
 
 def capsight_attention(
@@ -42,8 +43,13 @@ def capsight_attention(
     Returns:
         Output `[B, Q, Hq, D]`, and None for the weights.
     """
-    state, layer = current_state(), int(module.layer_idx)  # type: ignore[arg-type]
-    cache = state.cache
+    state, given = current_state(), handed_over(key)
+    cache = state.cache if given is None else given
+    if given is not None:
+        given.attended()
+    layer = getattr(module, "layer_idx", None)
+    if layer is None or (cache is None and state.prefill is None):  # a vision tower, or nothing of ours
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     left = None if cache is None else cache.take_latent()
@@ -74,7 +80,5 @@ def _with_bias(mask: Tensor | None, bias: Tensor, query: Tensor, key: Tensor) ->
     return mask + bias
 
 
-def register() -> None:
-    """Make the name known to transformers; calling it again changes nothing."""
-    AttentionInterface.register(ATTENTION_NAME, capsight_attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+AttentionInterface.register(ATTENTION_NAME, capsight_attention)
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

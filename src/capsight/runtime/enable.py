@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from capsight.blindsight import HeadMap
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, LatentMethod
 from capsight.kvcapsule.fingerprint import model_fingerprint
-from capsight.runtime.attention import ATTENTION_NAME, register
-from capsight.runtime.fast_model import Decode, FastModel, check_decode
+from capsight.runtime.calls import serving
+from capsight.runtime.decode import Decode, check_decode
+from capsight.runtime.fast_model import FastModel
+from capsight.runtime.switch import capsight_attention_on
 
 
 @contextmanager
@@ -61,17 +63,8 @@ def enable(
         fingerprint = model_fingerprint(model) if head_map.model else ""
         head_map.check(text.num_hidden_layers, text.num_attention_heads, fingerprint)
     fast = FastModel(model, capsule, head_map, decode)
-    deltas = fast._deltas.value()
     needs_attention = (
         head_map is not None or decode == "latent" or (capsule is not None and capsule.needs_attention)
     )
-    before = text._attn_implementation
-    try:
-        if needs_attention:
-            register()
-            model.set_attn_implementation({"text_config": ATTENTION_NAME})
+    with capsight_attention_on(model) if needs_attention else nullcontext(), serving(fast):
         yield fast
-    finally:
-        if needs_attention:
-            model.set_attn_implementation({"text_config": before})
-        fast._deltas.put(deltas)

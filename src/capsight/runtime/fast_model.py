@@ -5,44 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from capsight.blindsight import HeadMap
+from capsight.cache_argument import CACHE
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, CapsuleCache, ContextRepeater
-from capsight.layout import build_layout
-from capsight.runtime.positions import RopeDeltas
+from capsight.kvcapsule.cache.conversation import Conversation
+from capsight.layout import PromptLayout, build_layout
+from capsight.runtime.decode import Decode
+from capsight.runtime.options import beams, check_options
 from capsight.runtime.prefill import SparsePrefill
 from capsight.runtime.repeat import ContextRepeat
-from capsight.runtime.saved import Prompts
-from capsight.runtime.split import (
-    PIXEL_PREFIXES,
-    TOKEN_ENTRIES,
-    first_tokens,
-    has_vision,
-    sequence_length,
-    tokens_after,
-)
+from capsight.runtime.saved import load, save
+from capsight.runtime.split import PIXEL_PREFIXES, TOKEN_ENTRIES, first_tokens, sequence_length
 from capsight.runtime.state import RuntimeState, running
-
-Decode = Literal["materialise", "latent"]
-DECODES: tuple[Decode, ...] = ("materialise", "latent")
-"""How attention gets at capsules."""
-
-
-def check_decode(name: str) -> Decode:
-    """The way to decode of that name.
-
-    Raises:
-        OptionError: there is none.
-    """
-    for known in DECODES:
-        if name == known:
-            return known
-    raise OptionError(f"decode must be one of {list(DECODES)}, not {name!r}")
+from capsight.runtime.turn import Turn
 
 
 class FastModel:
@@ -62,7 +43,6 @@ class FastModel:
         """Use `enable` instead."""
         self.model, self.capsule, self.head_map, self.decode = model, capsule, head_map, decode
         self.cache: Any = None
-        self._deltas, self._prompts = RopeDeltas(model), Prompts()
 
     def new_cache(self, inputs: Mapping[str, Any]) -> Any:
         """An empty cache of the capsule in use for a batch of prompts; None without a capsule."""
@@ -70,40 +50,55 @@ class FastModel:
             return None
         cache = self.capsule.cache(inputs, self.model.config)
         if isinstance(cache, CapsuleCache):
-            cache.honours_key_bias = True
+            cache.lean = self.decode == "latent"
         return cache
 
-    def generate(self, past_key_values: Any = None, **inputs: Any) -> Tensor:
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        past_key_values: Any = None,
+        cache: Any = None,
+        **inputs: Any,
+    ) -> Any:
         """Generate, as `model.generate` does and with all of its options.
 
         Args:
+            input_ids: int64 `[B, S]`, the whole conversation so far.
             past_key_values: cache of an earlier turn or of `encapsulate`; by default a new one.
-            **inputs: processor outputs of the whole conversation so far, and generation options.
-                Images that the cache holds already are not looked at again.
+            cache: the same, as transformers spells it from 5.24 on.
+            **inputs: the other processor outputs, of the whole conversation so far, and generation options.
+                Images that the cache holds already are not looked at again; new ones are.
 
         Returns:
             `[B, S + new]` token ids, prompt included (int64).
 
         Raises:
             LayoutError: the inputs do not continue what the cache holds.
+            OptionError: an option cannot go with capsules, or the prompt is no longer than the cache.
+            CapsightError: keys or values are NaN or infinite.
         """
-        cache = self.new_cache(inputs) if past_key_values is None else past_key_values
-        if cache is not None and not cache.get_seq_length() and isinstance(cache, ContextRepeater):
-            cache = self._prefilled(cache, inputs)
-        prefill, given = None, inputs
-        if cache is not None and cache.get_seq_length():
-            inputs = self._continue(cache.get_seq_length(), inputs)
-            self._prompts.check(cache, given)
-            self._deltas.restore(cache)
-        else:
-            prefill = self._sparse(inputs, sequence_length(inputs))
-        with self._running(cache, prefill):
-            tokens: Tensor = self.model.generate(past_key_values=cache, **inputs)
+        if input_ids is not None:
+            inputs = {"input_ids": input_ids, **inputs}
+        cache = past_key_values if cache is None else cache
+        if cache is None:
+            cache = self.new_cache(inputs)
+        if cache is None:
+            cache = DynamicCache(config=self.model.config) if inputs.get("use_cache") is not False else None
         if cache is not None:
-            self._deltas.remember(cache)
-            self._prompts.remember(cache, given)
+            check_options(inputs, cache.get_seq_length())
+            inputs.setdefault("use_cache", True)
+            if not cache.get_seq_length() and isinstance(cache, ContextRepeater):
+                cache = self._prefilled(cache, inputs)
+        turn = self._turn(cache, inputs)
+        output = self._run(cache, turn, sequence_length(inputs) if "input_ids" in inputs else 0)
+        tokens = getattr(output, "sequences", output)
+        if cache is not None and turn.conversation is not None:
+            alike = len(tokens) == cache.conversation.layout.batch_size and beams(inputs, self.model) == 1
+            if alike:
+                cache.conversation = cache.conversation.answered(tokens)
         self.cache = cache
-        return tokens
+        return output
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `cache` to a file, to ask about its images later without prefilling them again.
@@ -121,7 +116,7 @@ class FastModel:
             >>> fast.save("images.safetensors")
             >>> fast.generate(past_key_values=fast.load("images.safetensors"), **inputs_of_a_question)
         """
-        self._prompts.save(path, self.cache, self.capsule, self._deltas)
+        save(path, self.cache, self.capsule)
 
     def load(self, path: str | os.PathLike[str]) -> CapsuleCache:
         """Read a cache that `save` wrote, in this process or another, for `generate(past_key_values=...)`.
@@ -133,10 +128,8 @@ class FastModel:
             CapsuleFileError: the file is missing, truncated or was changed.
             ModelMismatchError: it was made for another model or dtype, or with another capsule.
         """
-        cache = self._prompts.load(path, self.model, self.capsule, self._deltas)
-        cache.honours_key_bias = True
-        self.cache = cache
-        return cache
+        self.cache = load(path, self.model, self.capsule)
+        return self.cache
 
     @property
     def prompt_ids(self) -> Tensor:
@@ -147,28 +140,52 @@ class FastModel:
         Raises:
             OptionError: there is no cache yet.
         """
-        return self._prompts.of(self.cache).input_ids
+        read: Conversation | None = getattr(self.cache, "conversation", None)
+        if read is None:
+            raise OptionError("there is no cache of a prompt yet; call encapsulate or generate first")
+        return read.input_ids[:, : read.prompt]
 
-    def _continue(self, seen: int, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs of a turn of text whose first `seen` tokens the cache holds: no pixels."""
-        length = sequence_length(inputs)
-        if length <= seen:
-            raise OptionError(
-                f"the cache holds {seen} tokens and the prompt has {length}; pass the whole "
-                "conversation, with the new turn at its end"
-            )
-        if has_vision(tokens_after(inputs, seen), self.model.config):
-            raise OptionError(
-                "the new turn brings images; start a new cache for it (text alone can go on with this one)"
-            )
-        return {k: v for k, v in inputs.items() if not k.startswith(PIXEL_PREFIXES)}
+    def _turn(self, cache: Any, inputs: Mapping[str, Any]) -> Turn:
+        """What a call gives the model."""
+        if cache is not None and cache.get_seq_length():
+            return Turn.next(cache, inputs, self.model.config)
+        strict = self.capsule is not None or self.head_map is not None
+        return Turn.first(inputs, self.model.config, strict)
 
-    def _sparse(self, inputs: Mapping[str, Any], new: int) -> SparsePrefill | None:
+    def _run(self, cache: Any, turn: Turn, length: int, **options: Any) -> Any:
+        """Run the model over one turn; the cache is as before if it cannot be finished."""
+        prefill = None if turn.seen or turn.layout is None else self._sparse(turn.layout, length)
+        before = getattr(cache, "conversation", None)
+        if isinstance(cache, CapsuleCache) and turn.seen and turn.layout is not None:
+            cache.continue_layout(turn.layout)
+        if cache is not None:
+            rows = cache.layout.batch_size if isinstance(cache, CapsuleCache) and turn.seen else None
+            read = turn.conversation
+            cache.conversation = read.repeated(rows) if read is not None and rows is not None else read
+        try:
+            with self._running(cache, prefill):
+                output = self.model.generate(**{CACHE: cache}, **turn.inputs, **options)
+            if isinstance(cache, CapsuleCache):
+                cache.check_finite()
+        except BaseException:
+            if isinstance(cache, CapsuleCache):
+                cache.restore(turn.seen)
+                cache.conversation = before
+            raise
+        return output
+
+    def _sparse(self, layout: PromptLayout, new: int) -> SparsePrefill | None:
         """The plan of a prefill of the first `new` tokens; None without a head map."""
         if self.head_map is None:
             return None
-        layout = build_layout(inputs, self.model.config)
         return SparsePrefill(self.head_map, layout, self.model.config, seen=0, new=new)
+
+    def _prefill_state(self, cache: Any, inputs: Mapping[str, Any]) -> Any:
+        """What surrounds a prefill that did not come through `generate`; None if nothing does."""
+        if self.head_map is None:
+            return None
+        layout = build_layout(inputs, self.model.config)
+        return self._running(cache, self._sparse(layout, layout.length), generating=False)
 
     def _prefilled(self, cache: Any, inputs: dict[str, Any]) -> Any:
         """A cache of the images where it needs them to be read twice; else the empty `cache` as it is."""
@@ -180,51 +197,57 @@ class FastModel:
         )
 
     @contextmanager
-    def _running(self, cache: Any, prefill: SparsePrefill | None = None) -> Iterator[None]:
+    def _running(
+        self, cache: Any, prefill: SparsePrefill | None = None, generating: bool = True
+    ) -> Iterator[None]:
         """What the attention function has to know while the model runs with `cache`."""
         capsules = cache if isinstance(cache, CapsuleCache) else None
-        latent = capsules if self.decode == "latent" else None
-        after = 0 if prefill is None else prefill.seen + prefill.new  # its chunks follow the head map
+        after = None
+        if self.decode == "latent":
+            after = 0 if prefill is None else prefill.seen + prefill.new  # its chunks follow the head map
         with (
-            running(RuntimeState(capsules, prefill)),
-            nullcontext() if latent is None else latent.leaving_capsules(after),
+            running(RuntimeState(capsules, prefill, generating)),
+            nullcontext() if capsules is None else capsules.leaving_capsules(after),
         ):
             yield
 
-    def encapsulate(self, **inputs: Any) -> Any:
+    def encapsulate(self, *, past_key_values: Any = None, cache: Any = None, **inputs: Any) -> Any:
         """Prefill the images alone (protocol `after`); what follows the last is left for `generate`.
 
         Args:
+            past_key_values: a cache that holds the conversation up to images that are new; by default a new
+                one.
+            cache: the same, as transformers spells it from 5.24 on.
             **inputs: processor outputs; the part after the last image may be missing or is ignored.
 
         Returns:
             The cache, for `generate(past_key_values=..., **inputs)`: every later token attends to capsules.
+
+        Raises:
+            LayoutError: the inputs do not continue what the cache holds.
+            OptionError: they bring no image that it does not hold already.
         """
         layout = build_layout(inputs, self.model.config)
         length = layout.last_vision_end or sequence_length(inputs)
         head = first_tokens(inputs, length)
-        cache = self.new_cache(head)
+        cache = past_key_values if cache is None else cache
+        if cache is None:
+            cache = self.new_cache(head)
+        if cache is None:
+            cache = DynamicCache(config=self.model.config)
+        seen = cache.get_seq_length()
+        check_options(head, seen)
+        if seen and isinstance(cache, ContextRepeater):
+            raise OptionError("this method reads the context twice; start a new cache for new images")
         repeat = ContextRepeat(self.model)
-        with (
-            self._running(cache, self._sparse(inputs, length)),
-            repeat.recording() if isinstance(cache, ContextRepeater) else nullcontext(),
-        ):
-            # generate, not forward: it derives positions from the padding as later turns will.
-            output = self.model.generate(
-                **head, past_key_values=cache, max_new_tokens=1, do_sample=False, return_dict_in_generate=True
+        with repeat.recording() if isinstance(cache, ContextRepeater) else nullcontext():
+            # generate, not forward: it expands and cuts the inputs as later turns will.
+            self._run(
+                cache, self._turn(cache, head), length, max_new_tokens=1, do_sample=False, use_cache=True
             )
-        cache = output.past_key_values
         if isinstance(cache, ContextRepeater):
-
-            def run(copy: Any) -> None:
-                with running(RuntimeState(copy)):  # it has to see all tokens, also those of capsules
-                    repeat.run(copy, head.get("attention_mask", torch.ones_like(head["input_ids"])))
-
-            cache.repeat_context(run)
-        self._deltas.remember(cache)
+            cache.repeat_context(lambda copy: repeat.read(copy, head))
         if isinstance(cache, CapsuleCache):
             cache.keep_states()
-        if cache is not None:
-            self._prompts.remember(cache, head)
         self.cache = cache
         return cache

@@ -1,53 +1,50 @@
-"""Keeps a model's M-RoPE offset with the cache it belongs to.
+"""Gives a model the positions that a cache's own conversation calls for, whatever the model saw last.
 
-Qwen's models store `rope_deltas` on the model, so a second conversation overwrites that of the first.
+Qwen's models keep the offset of M-RoPE on themselves, where the next conversation overwrites it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
-from capsight.runtime.noted import Noted
+from capsight.cache_argument import cache_of
+from capsight.kvcapsule import CapsuleCache
+from capsight.layout.positions import position_ids, text_position_ids
+from capsight.runtime.state import current_state
 
 
-class RopeDeltas:
-    """Remembers the offset of every cache and puts it back before the cache is used again."""
+@contextmanager
+def positions_of_caches(model: Any) -> Iterator[None]:
+    """Inside the block the text model numbers the tokens that go to a `CapsuleCache` by that cache's layout.
 
-    def __init__(self, model: Any) -> None:
-        """Find the submodule that holds `rope_deltas`; models without one need nothing."""
-        core = getattr(model, "model", model)
-        self._core = core if hasattr(core, "rope_deltas") else None
-        self._known: Noted[Tensor | None] = Noted()
+    It is a forward hook, which every kind of call goes through: `generate`, pipelines, one's own loop.
+    """
+    config = model.config
 
-    def restore(self, cache: Any) -> None:
-        """Give the model the offset that `cache` was prefilled with; an unknown cache gets none."""
-        if self._core is not None:
-            self._core.rope_deltas = self.of(cache)
+    def number(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        cache, given = cache_of(kwargs), kwargs.get("inputs_embeds")
+        if not isinstance(cache, CapsuleCache) or given is None or current_state().generating:
+            return None
+        seen = cache.get_seq_length()
+        layout = cache.layout.continued(seen, seen + given.shape[1]) if seen else None
+        if layout is None or len(given) % layout.batch_size:
+            return None
+        layout, mask = layout.repeat(len(given) // layout.batch_size), kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == (len(given), layout.length):
+            positions = text_position_ids(layout, config, mask)
+            positions = None if positions is None else positions[..., seen:]
+        else:
+            positions = position_ids(layout, config, seen)
+        if positions is None:
+            return None
+        return args, kwargs | {"position_ids": positions.to(given.device)}
 
-    def remember(self, cache: Any) -> None:
-        """Keep the model's present offset for `cache`."""
-        if self._core is not None:
-            self._known.put(cache, self._core.rope_deltas)
-
-    def of(self, cache: Any) -> Any:
-        """Offset `[B, 1]` of the rows that `cache` has now; None if there is none, or it is not known."""
-        found = self._known.get(cache)
-        if found is None or found.value is None or found.order is None:
-            return None if found is None else found.value
-        return found.order.pick(found.value)
-
-    def assign(self, cache: Any, value: Any) -> None:
-        """Say what offset `cache`, which comes from a file, was prefilled with."""
-        if self._core is not None:
-            self._known.put(cache, value)
-
-    def value(self) -> Any:
-        """The model's present offset."""
-        return None if self._core is None else self._core.rope_deltas
-
-    def put(self, value: Any) -> None:
-        """Set the model's offset."""
-        if self._core is not None:
-            self._core.rope_deltas = value
+    hook = model.get_decoder().register_forward_pre_hook(number, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()

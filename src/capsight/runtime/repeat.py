@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from capsight.cache_argument import CACHE
 from capsight.errors import CapsightError
+from capsight.runtime.state import RuntimeState, running
 
 
 class ContextRepeat:
@@ -55,11 +57,16 @@ class ContextRepeat:
         positions = given.get("position_ids")
         if positions is not None:
             given["position_ids"] = _continued(positions)
-        given.pop("cache_position", None)
+        for name in ("cache_position", "past_key_values", "cache"):
+            given.pop(name, None)
         self._decoder(
-            **given
-            | {"past_key_values": cache, "attention_mask": torch.cat([attention_mask, attention_mask], -1)}
+            **given | {CACHE: cache, "attention_mask": torch.cat([attention_mask, attention_mask], -1)}
         )
+
+    def read(self, cache: Any, inputs: Mapping[str, Any]) -> None:
+        """`run`, seen by a cache that needs to see all tokens, also those of capsules."""
+        with running(RuntimeState(cache, generating=True)), cache.leaving_capsules(None):
+            self.run(cache, inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])))
 
 
 def _continued(positions: Tensor) -> Tensor:

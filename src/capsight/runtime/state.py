@@ -19,10 +19,12 @@ class RuntimeState:
         cache: the capsule cache in use; its `key_bias` hides evicted tokens, its `observe`, where it has
             one, is shown the queries.
         prefill: the prefill that is running, where it follows a head map.
+        generating: whether it is a call of `FastModel`, which tells the model its positions.
     """
 
     cache: CapsuleCache | None = None
     prefill: SparsePrefill | None = None
+    generating: bool = False
 
 
 _STATE: ContextVar[RuntimeState | None] = ContextVar("capsight_runtime_state", default=None)

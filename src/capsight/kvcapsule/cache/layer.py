@@ -91,12 +91,12 @@ class CapsuleLayer(DynamicLayer):
             value_states: `[B, H, Q, D]`.
 
         Returns:
-            Keys and values `[B, H, S, D]` of all S tokens seen, capsules rebuilt; or the new ones, where
-            all are left to attention.
+            `[B, H, S, D]` of all tokens seen, capsules rebuilt; or new ones, where all are left to attention.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.codec.to(key_states.device)
+            self.dtype = key_states.dtype  # transformers 5.24 no longer sets it
         with torch.no_grad():
             if self.placement is None:
                 self._store(key_states, value_states)

@@ -11,7 +11,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
+from transformers import PreTrainedConfig
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
+
+
+def full_attention_layers(config: PreTrainedConfig) -> list[int]:
+    """Indices of a model's full-attention layers: those whose vision tokens can be compressed."""
+    layers = DynamicCache(config=config).layers
+    return [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
 
 
 def has_states(layer: Any) -> bool:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from capsight.cache_argument import CACHE
 from capsight.errors import CalibrationError, OptionError
 from capsight.kvcapsule.budget import DEFAULT_BUDGET, Budget, LayerNeeds, check_budget, measured_counts
 from capsight.kvcapsule.calibration.block_sample import relative_error
@@ -117,7 +118,7 @@ def prefilled(model: Any, inputs: Mapping[str, Any]) -> dict[int, tuple[Tensor, 
     cache = DynamicCache(config=model.config)
     on_device = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     # generate, not forward: it derives the positions of padded rows as later calls will.
-    model.generate(**on_device, past_key_values=cache, max_new_tokens=1, do_sample=False, num_beams=1)
+    model.generate(**on_device, **{CACHE: cache}, max_new_tokens=1, do_sample=False, num_beams=1)
     return {
         index: (layer.keys, layer.values)
         for index, layer in enumerate(cache.layers)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from capsight.cache_argument import CACHE
 from capsight.errors import CalibrationError
 
 _TRIED = ((0, 0, 0), (900, 0, 0), (0, 900, 0), (0, 0, 900), (37, 37, 37), (61, 5, 17))
@@ -114,7 +115,7 @@ def _keys_at(model: Any, decoder: Any, layers: Sequence[int]) -> Tensor:
     if "mrope_section" not in (getattr(text, "rope_parameters", None) or {}):
         positions = positions[0]
     cache = DynamicCache(config=model.config)
-    decoder(inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True)
+    decoder(inputs_embeds=embeds, position_ids=positions, **{CACHE: cache}, use_cache=True)
     held: list[Any] = cache.layers
     return torch.stack([held[layer].keys[:, :, 0].double().cpu() for layer in layers])
 

@@ -80,6 +80,11 @@ class Family(Protocol):
         """
         ...
 
+    @property
+    def position_rows(self) -> int:
+        """How many numbers a token's position has: 1, or 3 (M-RoPE)."""
+        ...
+
     def row_positions(self, row: RowLayout, config: Any) -> NDArray[np.int64]:
         """The rotary positions of one row, `[3, S]`, see `capsight.layout.positions.rope_positions`."""
         ...

@@ -21,6 +21,8 @@ class AnyConfig:
 class PlainRope(AnyConfig):
     """One position a token, whatever it shows."""
 
+    position_rows: int = 1
+
     def row_positions(self, row: RowLayout, config: Any) -> NDArray[np.int64]:
         """See `Family.row_positions`."""
         return np.tile(np.maximum(np.arange(row.length) - row.pad_left, 0), (3, 1))
@@ -32,6 +34,8 @@ class MRope(AnyConfig):
     A vision block starts at the position that a text token would have there, and the text after it
     goes on behind its longer side, however long the block lasts.
     """
+
+    position_rows: int = 3
 
     def frame_step(self, block: VisionBlock, config: Any) -> float:
         """Positions from one t of a block to the next."""

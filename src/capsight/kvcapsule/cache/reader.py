@@ -1,0 +1,82 @@
+"""`Reader`: whether a cache's keys go to capsight's attention, which knows what is hidden."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from capsight.errors import CapsightError
+
+ATTENTION_NAME = "capsight"
+"""What capsight's attention function is called in transformers."""
+
+
+class Reader:
+    """Watches, update by update, whether capsight's attention function has run."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        """Watch for a cache of a model with this config; the model's own says what attention it runs."""
+        self._config: PreTrainedConfig | None = config
+        self._seen = False
+        self._codec: str | None = None  # whose keys were last handed over, "" if nothing is hidden in them
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is known that capsight's attention function runs."""
+        known = self._implementation
+        return self._seen if known is None else known == ATTENTION_NAME
+
+    @property
+    def _implementation(self) -> str | None:
+        return None if self._config is None else self._config.get_text_config()._attn_implementation
+
+    def expect(self, codec: str) -> None:
+        """Note that keys were handed over; `codec` has hidden something in them, if it is not ""."""
+        self._codec = codec
+
+    def read(self) -> None:
+        """Note that capsight's attention function has taken them."""
+        self._codec, self._seen = None, True
+
+    def forget(self) -> None:
+        """Expect nothing any more."""
+        self._codec = None
+
+    def check_read(self) -> None:
+        """Refuse to go on if something else has.
+
+        Raises:
+            CapsightError: tokens that are not there were attended to.
+        """
+        if self._codec is not None:
+            codec, self._codec, self._seen = self._codec, None, False
+            if codec:
+                raise _refusal(codec)
+
+    def check_known(self, codec: str) -> None:
+        """Refuse keys with something hidden in them where the model is known to run another attention.
+
+        Raises:
+            CapsightError: it is.
+        """
+        if self._implementation not in (None, ATTENTION_NAME):
+            raise _refusal(codec)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reader:
+        """A copy that watches the same model."""
+        other = Reader.__new__(Reader)
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the config: a copy of it does not change with the model."""
+        return {"_config": None, "_seen": False, "_codec": None}
+
+
+def _refusal(codec: str) -> CapsightError:
+    return CapsightError(
+        f"the {codec} codec keeps part of the image tokens, and the model's attention does not know which; "
+        "generate inside capsight.enable(model, capsule=...), or call "
+        f'model.set_attn_implementation("{ATTENTION_NAME}") once'
+    )

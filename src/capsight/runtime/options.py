@@ -1,0 +1,47 @@
+"""Generation options that a cache of capsules cannot go with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from capsight.errors import OptionError
+
+_GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+
+
+def check_options(options: Mapping[str, Any], seen: int) -> None:
+    """Refuse what would give other tokens than it should.
+
+    Args:
+        options: what `generate` was given.
+        seen: tokens per row that the cache holds already.
+
+    Raises:
+        OptionError: an option cannot be had, or pixels are not numbers.
+    """
+    if _asked(options, "use_cache") is False:
+        raise OptionError("use_cache=False leaves no cache to keep capsules in; leave it out")
+    guessing = next((name for name in _GUESSING if _asked(options, name) is not None), None)
+    if seen and guessing is not None:
+        raise OptionError(
+            f"{guessing} cannot go on from a filled cache; leave it out, or pass the whole prompt without "
+            "past_key_values"
+        )
+    for name, value in options.items():
+        if name.startswith("pixel_values") and isinstance(value, Tensor) and not torch.isfinite(value).all():
+            raise OptionError(f"{name} holds NaN or infinite numbers; process the images again")
+
+
+def beams(options: Mapping[str, Any], model: Any) -> int:
+    """How many beams `generate` follows."""
+    return int(_asked(options, "num_beams") or getattr(model.generation_config, "num_beams", None) or 1)
+
+
+def _asked(options: Mapping[str, Any], name: str) -> Any:
+    """An option as a keyword, or in the generation config that was passed."""
+    value = options.get(name)
+    return getattr(options.get("generation_config"), name, None) if value is None else value

@@ -1,0 +1,152 @@
+"""What a conversation needs lies on its cache: copies, files, contexts, rows and wrappers change nothing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import capsight
+from capsight.errors import CapsightError, LayoutError, OptionError
+from tiny import FAMILIES, clip
+
+from .conftest import fitted
+from .test_enable import assert_same, greedy, mixed_batch
+
+VIDEOS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision"]
+
+
+def one(vlm, seeds=(1, 2), text="what is it"):
+    return vlm.inputs([([vlm.picture(seed) for seed in seeds], text)])
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_goes_on_in_another_context_after_another_conversation(vlm, way):
+    inputs = mixed_batch(vlm)
+    full = greedy(vlm.model.generate, **inputs)
+    capsule = fitted(vlm.name, 1.0)
+    with capsight.enable(vlm.model, capsule=capsule) as fast:
+        other = way(fast.encapsulate(**inputs))
+        fast.generate(**one(vlm, (7,)), max_new_tokens=1)
+    with capsight.enable(vlm.model, capsule=capsule) as fast:
+        with pytest.raises(LayoutError, match="other images"):
+            fast.generate(past_key_values=other, **changed_pixels(inputs))
+        edited = inputs | {"input_ids": inputs["input_ids"].clone()}
+        edited["input_ids"][0, inputs["attention_mask"][0].argmax() + 1] += 1
+        with pytest.raises(LayoutError, match="another prompt"):
+            fast.generate(past_key_values=other, **edited)
+        assert_same(greedy(fast.generate, past_key_values=other, **inputs), full)
+
+
+def changed_pixels(inputs):
+    return inputs | {"pixel_values": inputs["pixel_values"].flip(-1)}
+
+
+@pytest.mark.parametrize("codec", ["heads", "adaptive"])
+@pytest.mark.parametrize("name", VIDEOS)
+def test_a_question_after_a_long_clip_is_where_one_prefill_puts_it(name, codec):
+    vlm = FAMILIES[name]()
+    inputs = vlm.video_inputs([([clip(1, 16)], "what is it"), ([clip(2, 16)], "and this one here")])
+    full = greedy(vlm.model.generate, **inputs)
+    with capsight.enable(vlm.model, capsule=fitted(name, 1.0, codec)) as fast:
+        cache = fast.encapsulate(**inputs)
+        assert_same(greedy(fast.generate, past_key_values=cache, **inputs), full)
+
+
+def test_an_edited_answer_is_refused_and_the_real_one_goes_on(vlm):
+    inputs = mixed_batch(vlm)
+    with capsight.enable(vlm.model, capsule=fitted(vlm.name, 0.4)) as fast:
+        tokens = fast.generate(**inputs, max_new_tokens=5, do_sample=False)
+        more = torch.tensor([[5, 6, 7]]).expand(len(tokens), -1)
+        mask = inputs["attention_mask"]
+        turn = {
+            "input_ids": torch.cat([tokens, more], 1),
+            "attention_mask": torch.cat(
+                [mask, mask.new_ones(len(tokens), tokens.shape[1] + 3 - mask.shape[1])], 1
+            ),
+        }
+        wrong = turn | {"input_ids": turn["input_ids"].clone()}
+        wrong["input_ids"][1, inputs["input_ids"].shape[1] + 1] += 1
+        cache = fast.cache
+        with pytest.raises(LayoutError, match="row 1"):
+            fast.generate(past_key_values=cache, **wrong)
+        fast.generate(past_key_values=cache, **turn, max_new_tokens=2)
+        assert fast.prompt_ids.shape == turn["input_ids"].shape
+
+
+@pytest.mark.parametrize("wrap", ["peft", "compile", "accelerate"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
+def test_wrapped_models_keep_conversations_apart(name, wrap):
+    vlm = FAMILIES[name]()
+    model = wrapped(copy.deepcopy(vlm.model), wrap)
+    a, b = one(vlm), one(vlm, (3,), "and what is this")
+    full = greedy(vlm.model.generate, **a)
+    with capsight.enable(model, capsule=fitted(name, 1.0)) as fast:
+        cache = fast.encapsulate(**a)
+        fast.generate(**b, max_new_tokens=3)
+        assert_same(greedy(fast.generate, past_key_values=cache, **a), full)
+
+
+def wrapped(model, how):
+    if how == "compile":
+        return torch.compile(model)
+    if how == "accelerate":
+        accelerate = pytest.importorskip("accelerate")
+        return accelerate.cpu_offload(model, execution_device="cpu") and model
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=True)
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("codec", ["heads", "evict"])
+def test_what_hides_tokens_is_refused_under_another_attention(vlm, codec):
+    inputs = one(vlm)
+    capsule = fitted(vlm.name, 0.4, "heads").with_codec(codec)
+    with capsight.enable(vlm.model, capsule=capsule) as fast:
+        cache = fast.encapsulate(**inputs)
+    fresh = capsule.cache(inputs)
+    tokens = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    for given, prompt in ((cache, tokens), (fresh, inputs), (copy.deepcopy(cache), tokens)):
+        with pytest.raises(CapsightError, match=r"enable|set_attn"):
+            vlm.model.generate(**prompt, past_key_values=given, max_new_tokens=3)
+    loop = capsule.cache(inputs, vlm.config)
+    with torch.no_grad():
+        vlm.model(**inputs, past_key_values=loop)
+    with torch.no_grad(), pytest.raises(CapsightError, match=r"enable|set_attn"):
+        vlm.model(input_ids=inputs["input_ids"][:, :1], past_key_values=loop)
+
+
+@pytest.mark.parametrize("codec", ["heads", "evict", "adaptive"])
+def test_one_attention_for_good_needs_no_context(vlm, codec):
+    model = copy.deepcopy(vlm.model)
+    inputs = mixed_batch(vlm)
+    before = greedy(model.generate, **inputs)
+    capsule = fitted(vlm.name, 0.4, "heads").with_codec(codec)
+    with capsight.enable(vlm.model, capsule=capsule) as fast:
+        expected = greedy(fast.generate, **inputs)
+    model.set_attn_implementation("capsight")
+    for cache in (capsule.cache(inputs), capsule.cache(inputs, model.config)):
+        assert_same(greedy(model.generate, past_key_values=cache, **inputs), expected)
+    assert_same(greedy(model.generate, **inputs), before)
+
+
+def test_no_cache_is_refused(vlm):
+    inputs = one(vlm)
+    config = copy.deepcopy(vlm.model.generation_config)
+    config.use_cache = False
+    with capsight.enable(vlm.model, capsule=fitted(vlm.name, 0.4)) as fast:
+        for options in ({"use_cache": False}, {"generation_config": config}):
+            with pytest.raises(OptionError, match="use_cache"):
+                fast.generate(**inputs, **options)
+
+
+def test_a_model_that_was_told_to_cache_nothing_caches_all_the_same(qwen):
+    inputs = one(qwen)
+    model = copy.deepcopy(qwen.model)
+    full = greedy(model.generate, **inputs)
+    model.generation_config.use_cache = False
+    with capsight.enable(model, capsule=fitted("qwen2_5_vl", 1.0)) as fast:
+        assert_same(greedy(fast.generate, **inputs), full)
+        assert fast.cache.get_seq_length() == full.sequences.shape[1] - 1
