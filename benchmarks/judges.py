@@ -22,7 +22,7 @@ from capsight.cli.evaluate_tables import print_report
 from capsight.cli.methods import METHOD_NAMES, make_methods
 from capsight.cli.output import machine, write_json
 from capsight.evaluation import evaluate, summary
-from capsight.evaluation.asking import process
+from capsight.evaluation.prompting import process
 from capsight.kvcapsule import KVCapsule
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
