@@ -252,7 +252,8 @@ JUDGES = {
     ),
     "tiles": Judge(
         "tiles", 23, 8, TILES, ("<img>", "<IMG_CONTEXT>", "</img>"),
-        _tiles_model, _tiles_processor, mrope=False, unlearnt=("odd", "differ"),
+        _tiles_model, _tiles_processor, mrope=False,
+        unlearnt=("at", "which_scene", "same_ground", "odd", "differ"),
     ),
 }  # fmt: skip
 
