@@ -16,6 +16,9 @@ VIDEOS = {
 }  # fmt: skip
 """The six families whose processors have a part for videos."""
 
+EIGHT = sorted([*VIDEOS, "gemma3", "idefics3"])
+"""The families whose checkpoints are written here."""
+
 SETTINGS = ("num_image_tokens", "vision_feature_select_strategy", "image_seq_length", "image_seq_len")
 
 

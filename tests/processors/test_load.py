@@ -12,11 +12,11 @@ from capsight.errors import OptionError
 from capsight.evaluation import Ask, Item, ask_item
 from capsight.evaluation.prompting import process
 from capsight.runtime import enable
-from processors.checkpoints import save
+from processors.checkpoints import EIGHT, save
 from tiny import FAMILIES
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=EIGHT)
 def vlm(request):
     return FAMILIES[request.param]()
 

@@ -16,7 +16,7 @@ from capsight.processors.own import check_processor
 
 
 class NoVideos:
-    """Stands where a video processor would; refuses videos and says why.
+    """Stands where a processor of videos or sound would; refuses them and says why.
 
     Attributes:
         model_input_names: none.
@@ -35,7 +35,9 @@ class NoVideos:
         Raises:
             OptionError: always.
         """
-        raise OptionError("videos need torchvision, which is not installed; pass pictures, or install it")
+        raise OptionError(
+            "videos need torchvision, which is not installed, and sound is not read; pass pictures"
+        )
 
 
 def load_processor(name: str, **options: Any) -> Any:
@@ -95,13 +97,12 @@ def _parts(name: str, options: dict[str, Any]) -> Any:
             return super().check_argument_for_proper_class(argument_name, argument)
 
         def to_dict(self) -> dict[str, Any]:
-            return {key: value for key, value in super().to_dict().items() if key != "video_processor"}
+            return {key: value for key, value in super().to_dict().items() if not isinstance(value, NoVideos)}
 
     Images.__name__ = Images.__qualname__ = kind.__name__
     made = {
         "image_processor": lambda: AutoImageProcessor.from_pretrained(name, **options),
         "tokenizer": lambda: AutoTokenizer.from_pretrained(name, **options),
-        "video_processor": NoVideos,
     }
     settings, _ = kind.get_processor_dict(name, **options)
-    return Images.from_args_and_dict([made[part]() for part in kind.get_attributes()], settings)
+    return Images.from_args_and_dict([made.get(part, NoVideos)() for part in kind.get_attributes()], settings)
