@@ -19,7 +19,6 @@ from capsight.errors import OptionError
 from capsight.evaluation import Item, jsonl_items, reference_items
 from capsight.evaluation.asking import process
 from capsight.kvcapsule import KVCapsule
-from capsight.kvcapsule.budget import share_to_keep
 from capsight.pictures import open_image
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2"}
@@ -35,17 +34,21 @@ def fit(
         ),
     ] = None,
     retained: Annotated[
-        float | None, typer.Option(help="Fraction of each block's tokens to keep, (0, 1]; 0.4 by default.")
+        float | None,
+        typer.Option(
+            help="Part of a 16-bit cache's bytes (joint, 0.05), of each block's tokens (others, 0.40)."
+        ),
     ] = None,
     compression_ratio: CompressionOption = None,
-    codec: Annotated[str, typer.Option(help="heads, adaptive, evict, static or static-mlp.")] = "heads",
+    codec: Annotated[
+        str, typer.Option(help="joint, heads, adaptive, evict, static or static-mlp.")
+    ] = "joint",
     samples: Annotated[int, typer.Option(help="Calibration prompts to use at most.")] = 96,
     processor: ProcessorOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Fit a capsule to a model and write it to a folder; run again, it goes on where it was interrupted."""
-    share = share_to_keep(retained, compression_ratio, 0.40)
     check_folder(out)
     vlm, made = load_model(model, dtype, device, processor)
     items = calibration_items(model, data, samples)

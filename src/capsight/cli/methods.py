@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from capsight.baselines import METHODS
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, KVCapsule
+from capsight.kvcapsule.capsule import ALIKE
 from capsight.kvcapsule.codecs import CODECS
 from capsight.kvcapsule.codecs.quantise import BITS
 
@@ -30,6 +31,8 @@ CAPSULES: dict[str, Form] = {
     **{codec: Form(codec) for codec in CODECS},
     **{f"{codec}-int{bits}": Form(codec, bits) for codec in ("heads", "adaptive") for bits in BITS},
 }
+FIXED = ("static", "static-mlp")
+"""Codecs that are fitted for one retained fraction."""
 METHOD_NAMES = (*CAPSULES, *(name for name in METHODS if name not in CAPSULES))
 
 
@@ -45,9 +48,8 @@ def make_methods(
     Args:
         names: out of `METHOD_NAMES`.
         retained: retained fractions; methods whose bytes cannot be chosen ignore them.
-        load: gives the capsule, for its codec, and for `heads`, `adaptive` and `evict` in all their forms.
-        samples: gives calibration prompts (processor outputs), for methods that are fitted: some
-            baselines, and `static` and `static-mlp`, whose fraction is fixed at the fit.
+        load: gives a capsule; other codecs than it can be turned into are fitted.
+        samples: gives calibration prompts (processor outputs) for methods that are fitted.
         model: the model to fit them to.
 
     Raises:
@@ -57,9 +59,10 @@ def make_methods(
     if unknown := [name for name in names if name not in METHOD_NAMES]:
         raise OptionError(f"there is no method {unknown[0]!r}; use {', '.join(METHOD_NAMES)}")
     methods: dict[str, CacheMethod] = {}
+    capsules = _Capsules(load, samples, model)
     for name in names:
         if name in CAPSULES:
-            methods |= {f"{name} {rho:g}": _capsule(name, rho, load, samples, model) for rho in retained}
+            methods |= {f"{name} {rho:g}": capsules.of(CAPSULES[name], rho) for rho in retained}
             continue
         kind: Any = METHODS[name]
         fitted = kind.fit(model, None, samples()) if kind.calibrated else kind(retained[0])
@@ -69,10 +72,23 @@ def make_methods(
     return methods
 
 
-def _capsule(
-    name: str, retained: float, load: Callable[[], KVCapsule], samples: Callable[[], list[Any]], model: Any
-) -> KVCapsule:
-    form = CAPSULES[name]
-    if form.codec in ("static", "static-mlp"):  # their positions and maps are those of one fraction
-        return KVCapsule.fit(model, None, samples(), retained=retained, codec=form.codec)
-    return form.of(load()).with_retained(retained)
+class _Capsules:
+    """Capsules in every form: the loaded one where its codec allows, others fitted, each codec once."""
+
+    def __init__(self, load: Callable[[], KVCapsule], samples: Callable[[], list[Any]], model: Any) -> None:
+        self._load, self._samples, self._model = load, samples, model
+        self._known: list[KVCapsule] = []
+
+    def of(self, form: Form, retained: float) -> KVCapsule:
+        """A capsule in `form` at a retained fraction."""
+        if form.codec in FIXED:  # their positions and maps are those of one fraction
+            return self._fit(form.codec, retained)
+        self._known = self._known or [self._load()]
+        for capsule in self._known:
+            if capsule.info.codec == form.codec or {capsule.info.codec, form.codec} <= set(ALIKE):
+                return form.of(capsule).with_retained(retained)
+        self._known.append(self._fit(form.codec, None))
+        return self.of(form, retained)
+
+    def _fit(self, codec: str, retained: float | None) -> KVCapsule:
+        return KVCapsule.fit(self._model, None, self._samples(), retained=retained, codec=codec)

@@ -25,6 +25,11 @@ from capsight.kvcapsule.info import CapsuleInfo
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
 from capsight.layout import PromptLayout, build_layout
 
+ALIKE = ("heads", "adaptive", "evict")
+"""Codecs that learn the same."""
+_RETAINED = {"joint": 0.05}
+"""Retained fraction of a fit that names none, by codec; 0.40, the paper's, for others."""
+
 
 class KVCapsule:
     """Codecs for all full-attention layers of one model; after KVCapsule (arXiv 2605.16439), codecs our own.
@@ -45,7 +50,7 @@ class KVCapsule:
         processor: Any,
         samples: Iterable[Any],
         retained: float | None = None,
-        codec: str = "heads",
+        codec: str = "joint",
         block_size: int = DEFAULT_BLOCK_SIZE,
         progress: bool = True,
         budget: Budget | None = None,
@@ -59,18 +64,20 @@ class KVCapsule:
             model: a transformers vision-language model of a family that `build_layout` knows.
             processor: its processor; may be None where all samples are processor outputs.
             samples: processor outputs (any batch size) or lists of chat messages, with images.
-            retained: fraction of each block's tokens to keep, in (0, 1]; an average over the layers (0.4).
-            codec: "heads", "adaptive" and its control "evict", "static", or "static-mlp" (trained after the
-                closed-form fit, reads the samples twice).
-            block_size: vision tokens per capsule (N).
+            retained: what to keep, in (0, 1]: of a 16-bit cache's bytes ("joint"; by default 0.05), or of
+                each block's tokens, an average over the layers (others; 0.40).
+            codec: "joint", "heads", "adaptive" and its control "evict", "static", or "static-mlp" (trained
+                after the closed-form fit, reads the samples twice).
+            block_size: vision tokens per capsule (N); "joint" has none.
             progress: show a progress bar.
             budget: how the average is shared out: "water-filled" (by the errors and the attention of the
                 layers, see `with_budget`) or "uniform"; None for the codec's default.
             resume: folder where the pass leaves, every half minute, what it has added up; a fit that was
                 interrupted goes on from there, given the same samples. Remove it afterwards.
             compression_ratio: 1 - retained, instead of `retained`.
-            **options: the codec's own, see its `fit`: `ridge`, of the first three `joint`, of "adaptive"
-                `weights`, of "static-mlp" `width`.
+            **options: the codec's own, see its `fit`: of "joint" `rank` (coordinates at most), of others
+                `ridge`, of "heads", "adaptive" and "evict" `joint`, of "adaptive" `weights`, of
+                "static-mlp" `width`.
 
         Raises:
             CalibrationError: no image is as long as a block, keys or values are not finite, or `resume`
@@ -78,7 +85,7 @@ class KVCapsule:
             CapsuleFileError: `resume` cannot be read or written.
             OptionError: an option is unknown or out of range.
         """
-        share = share_to_keep(retained, compression_ratio, 0.40)
+        share = share_to_keep(retained, compression_ratio, _RETAINED.get(codec, 0.40))
         arguments = (share, codec, block_size, progress, budget, resume, options)
         return cls(*fit_capsule(model, processor, samples, *arguments))
 
@@ -218,9 +225,8 @@ class KVCapsule:
         Raises:
             OptionError: the codecs do not share what they learn.
         """
-        alike = ("heads", "adaptive", "evict")
-        if name not in alike or self.info.codec not in alike:
-            raise OptionError(f"only {alike} share what they learn; fit a capsule with codec={name!r}")
+        if name not in ALIKE or self.info.codec not in ALIKE:
+            raise OptionError(f"only {ALIKE} share what they learn; fit a capsule with codec={name!r}")
         options = {key: value for key, value in self.info.options.items() if key != "weights"}
         info = replace(self.info, codec=name, options=options)
         codecs = {

@@ -138,9 +138,11 @@ def solve_joint(
     if not (spread > 0).all():
         raise CalibrationError("all calibration tokens are alike; give pictures that differ")
     weight = torch.tensor([1.0, VALUE_WEIGHT]) / spread
-    x *= weight[:, :, None].expand(-1, -1, shape[0] * shape[1]).flatten()
-    axes = principal_axes(x, -(-rank // GROUP) * GROUP).bfloat16()  # [F, K]
-    latents = x @ axes.float()
+    scale = weight[:, :, None].expand(-1, -1, shape[0] * shape[1]).flatten()  # [F], the diagonal of W
+    x *= scale
+    axes = principal_axes(x, -(-rank // GROUP) * GROUP)  # [F, K]
+    latents = x @ axes
+    rows = (axes / scale[:, None]).bfloat16().T.unflatten(1, parts)  # [K, L, 2, H, D]
     typical = (1 - latents.square().sum() / x.square().sum()).clamp_min(0)
     shared = {
         "lost": distortions(latents),
@@ -149,12 +151,12 @@ def solve_joint(
         "pairs": rotary.axes,
         "turning": torch.tensor([float(rotary.interleaved), rotary.scaling, len(layers)]),
     }
-    means, rows = mean.view(parts), axes.view(*parts, -1)
+    means = mean.view(parts)
     return {
         layer: JointCodec(
             {
                 "mean": means[i],
-                "axes": rows[i],
+                "axes": rows[:, i].contiguous(),
                 "weight": weight[i],
                 **{name: x.clone() for name, x in shared.items()},
             }
