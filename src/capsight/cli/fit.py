@@ -55,7 +55,9 @@ def fit(
     prompts = [process(made, item, [item.asks[0].question]) for item in items]
     began = time.perf_counter()
     partial = out.with_name(f"{out.name}.partial")
-    capsule = KVCapsule.fit(vlm, made, prompts, share, codec, resume=partial)
+    capsule = KVCapsule.fit(
+        vlm, made, prompts, retained, codec, compression_ratio=compression_ratio, resume=partial
+    )
     capsule.save_pretrained(out)
     shutil.rmtree(partial, ignore_errors=True)
     console().print(
