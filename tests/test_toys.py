@@ -112,7 +112,7 @@ def colour_items(count):
 
 def test_a_judge():
     model, processor = capsight.load_reference_vlm()
-    methods = {"heads 0.4": KVCapsule.from_pretrained("reference")}
+    methods = {"heads 0.4": KVCapsule.from_pretrained("reference-heads")}
     found = summary(evaluate(model, processor, colour_items(3), methods, max_new_tokens=4))
     assert found["heads 0.4"]["by"]["task"]["colour"]["questions"] == 3
     assert found["heads 0.4"]["kv_bytes"] < found["full"]["kv_bytes"]

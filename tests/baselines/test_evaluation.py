@@ -16,7 +16,7 @@ from capsight.evaluation import evaluate, reference_items, summary
 
 def test_baselines_are_judged_beside_capsules_at_equal_bytes():
     model, processor = capsight.load_reference_vlm()
-    heads = capsight.KVCapsule.from_pretrained("reference").with_retained(0.25)
+    heads = capsight.KVCapsule.from_pretrained("reference-heads").with_retained(0.25)
     capsule = heads.with_codec("adaptive")
     methods = {
         "heads": heads,

@@ -42,7 +42,7 @@ def test_demo_writes_table_json_and_picture(monkeypatch, capsys, tmp_path):
 
 
 def test_demo_times_both_ways_where_there_are_two(monkeypatch, capsys, tmp_path):
-    capsule = KVCapsule.from_pretrained("reference").with_codec("adaptive")
+    capsule = KVCapsule.from_pretrained("reference-heads").with_codec("adaptive")
     monkeypatch.setattr(demo, "chosen_capsule", lambda *_: capsule)
     code, out, _ = run(
         monkeypatch, capsys, "demo", "--images", 1, "--questions", 1,
@@ -70,7 +70,7 @@ def test_generate(monkeypatch, capsys, tmp_path):
         assert "KV cache" in err
     said = {}
     latent, rebuilt = ("--decode", "latent"), ("--decode", "materialise")
-    KVCapsule.from_pretrained("reference").with_codec("adaptive").save_pretrained(tmp_path / "adaptive")
+    KVCapsule.from_pretrained("reference-heads").with_codec("adaptive").save_pretrained(tmp_path / "adaptive")
     adaptive = ("--capsule", tmp_path / "adaptive")
     for options in (
         ("--bits", 16), latent, rebuilt, ("--bits", 8), ("--bits", 4, *latent), adaptive, (*adaptive, *latent)

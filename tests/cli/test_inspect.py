@@ -22,7 +22,7 @@ def inspected(path, tmp_path):
 @pytest.fixture(scope="module")
 def capsule():
     """The shipped capsule with needs made up: the later a layer, the more it needs."""
-    found = KVCapsule.from_pretrained("reference")
+    found = KVCapsule.from_pretrained("reference-heads")
     layers = len(found.info.layers)
     shares = tuple((index + 1) / layers for index in range(layers))
     needs = LayerNeeds((16, 32), ((0.5, 0.2),) * layers, shares)
@@ -31,6 +31,8 @@ def capsule():
 
 def test_the_shipped_capsule(tmp_path):
     _, facts = inspected("reference", tmp_path)
+    assert (facts["codec"], facts["retained"], facts["weights"]) == ("joint", 0.0488, "none")
+    _, facts = inspected("reference-heads", tmp_path)
     assert (facts["codec"], facts["retained"], facts["weights"]) == ("heads", 0.4062, "none")
 
 

@@ -18,7 +18,7 @@ from capsight.kvcapsule import KVCapsule
 
 
 def made(*names):
-    return make_methods(list(names), [0.5, 0.25], lambda: KVCapsule.from_pretrained("reference"), list, None)
+    return make_methods(list(names), [0.5, 0.25], lambda: KVCapsule.from_pretrained("reference-heads"), list, None)
 
 
 def test_capsules_in_few_bits():
@@ -42,7 +42,7 @@ def test_static_is_fitted_at_every_fraction():
     fitted = make_methods(
         ["static"],
         [0.5, 0.25],
-        lambda: KVCapsule.from_pretrained("reference"),
+        lambda: KVCapsule.from_pretrained("reference-heads"),
         lambda: calibration_prompts(processor, "reference", None)[:2],
         model,
     )

@@ -40,7 +40,7 @@ def test_questions_do_not_see_each_other(reference):
 
 def test_capsules_are_judged_only_after(reference):
     model, processor = reference
-    capsule = capsight.KVCapsule.from_pretrained("reference").with_retained(0.1)
+    capsule = capsight.KVCapsule.from_pretrained("reference-heads").with_retained(0.1)
     item = next(iter(reference_items("calibration", 2, 1)))
     logits = {}
     for name, used in (("full", None), ("capsule", capsule)):
@@ -53,7 +53,7 @@ def test_capsules_are_judged_only_after(reference):
 
 def test_evaluate_pairs_methods_with_the_full_cache(reference):
     model, processor = reference
-    capsule = capsight.KVCapsule.from_pretrained("reference")
+    capsule = capsight.KVCapsule.from_pretrained("reference-heads")
     items = list(reference_items("calibration", 2, 3))
     seen = []
     results = evaluate(

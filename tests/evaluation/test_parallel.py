@@ -65,7 +65,7 @@ def test_workers_that_cannot_be():
 
 def test_evaluate_in_processes_is_evaluate(tmp_path):
     model, processor = capsight.load_reference_vlm()
-    methods = {"heads": capsight.KVCapsule.from_pretrained("reference").with_retained(0.1)}
+    methods = {"heads": capsight.KVCapsule.from_pretrained("reference-heads").with_retained(0.1)}
     asked = list(reference_items("calibration", 1, 5))
     alone = evaluate(model, processor, asked, methods, max_new_tokens=3)
     evaluate(model, processor, asked[1:2], methods, max_new_tokens=3, journal=Journal(tmp_path / "j", {}))

@@ -23,7 +23,7 @@ def reference():
 
 @pytest.fixture(scope="module")
 def methods():
-    capsule = capsight.KVCapsule.from_pretrained("reference")
+    capsule = capsight.KVCapsule.from_pretrained("reference-heads")
     chosen = {
         "adaptive": capsule.with_retained(0.2),
         "evict": capsule.with_codec("evict").with_retained(0.05),

@@ -32,7 +32,7 @@ def documents():
 @pytest.fixture(scope="module")
 def expected(documents):
     model, processor = capsight.load_reference_vlm()
-    capsule = capsight.KVCapsule.from_pretrained("reference").with_retained(0.2)
+    capsule = capsight.KVCapsule.from_pretrained("reference-heads").with_retained(0.2)
     with enable(model, capsule=capsule) as fast:
         return [
             ask_item(fast, processor, Item("x", tuple(d["images"]), (Ask(d["question"], ""),)), "after", 8)

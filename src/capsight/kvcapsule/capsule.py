@@ -255,12 +255,12 @@ class KVCapsule:
     @property
     def needs_attention(self) -> bool:
         """Whether evicted tokens have to be hidden by capsight's attention function."""
-        return not self.rebuilds
+        return self.info.codec in ("heads", "evict")
 
     @property
     def rebuilds(self) -> bool:
         """Whether evicted tokens are rebuilt: else attention is best left to read the kept ones alone."""
-        return self.info.codec not in ("heads", "evict")
+        return self.info.codec not in ("joint", "heads", "evict")
 
     @property
     def retained(self) -> float:

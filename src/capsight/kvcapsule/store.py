@@ -83,13 +83,14 @@ def read_folder(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tens
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
-    """The folder that `source` names: "reference" (the shipped one), a folder, or a hub repository id.
+    """The folder that `source` names: "reference" or "reference-heads" (those shipped), a folder, or a hub repository id.
 
     Raises:
         CapsuleFileError: there is no such folder, and the hub has no such repository or cannot be reached.
     """
-    if source == "reference":
-        return Path(str(files("capsight").joinpath("reference", "weights", "capsule")))
+    shipped = {"reference": "capsule", "reference-heads": "capsule-heads"}
+    if source in shipped:
+        return Path(str(files("capsight").joinpath("reference", "weights", shipped[str(source)])))
     path = Path(source)
     if path.exists() or not isinstance(source, str):
         return path

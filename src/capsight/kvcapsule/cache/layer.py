@@ -102,7 +102,8 @@ class CapsuleLayer(DynamicLayer):
                 self._store(key_states, value_states)
                 return key_states, value_states
             grows = self._grows(self.placement, key_states.shape[2])
-            if grows and self._ledger.latent and self.payload is not None:
+            latent = self._ledger.latent and self.codec.leaves(key_states)
+            if grows and latent and self.payload is not None:
                 self._append(key_states, value_states)
                 self._leave(self.placement, self.payload)
                 return key_states, value_states
@@ -123,7 +124,8 @@ class CapsuleLayer(DynamicLayer):
         assert self._room is not None
         own = payload, self._ledger.exact_rows(placement), self._packed, self._room
         if self._left is None or not self._left.are(*own):
-            self._left = LayerTokens(self.codec, *own)
+            places = self._ledger.latent_tokens(placement) if self.codec.needs_positions else None
+            self._left = LayerTokens(self.codec, *own, places)
         self._bias, self._ledger.left = None, (self._left, self._held)
 
     def _rebuilt(self, placement: Placement, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:

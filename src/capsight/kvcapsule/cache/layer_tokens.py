@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from capsight.kvcapsule.attention import latent_attention
+from capsight.kvcapsule.attention.joint import LatentTokens, joint_attention
 from capsight.kvcapsule.attention.native import Source, decode_attention, supports
 from capsight.kvcapsule.cache.exact_rows import ExactRows
 from capsight.kvcapsule.cache.scratch import Scratch
@@ -26,7 +27,13 @@ class LayerTokens:
     """
 
     def __init__(
-        self, codec: BlockCodec, payload: Payload, rows: ExactRows, packed: Tensor, room: Tensor
+        self,
+        codec: BlockCodec,
+        payload: Payload,
+        rows: ExactRows,
+        packed: Tensor,
+        room: Tensor,
+        places: LatentTokens | None = None,
     ) -> None:
         """Take them.
 
@@ -36,7 +43,9 @@ class LayerTokens:
             rows: where exact tokens lie in their rows.
             packed: exact keys and values `[2, E, H, D]`.
             room: `[2, B, R, H, D]`, which begins with the tail.
+            places: of latents that all layers share, where the codec stores such.
         """
+        self.places = places
         self.codec, self.payload, self.rows, self.packed, self.room = codec, payload, rows, packed, room
 
     def are(self, payload: Payload, rows: ExactRows, packed: Tensor, room: Tensor) -> bool:
@@ -59,6 +68,8 @@ class LayerTokens:
         Returns:
             `[B, Q, Hq, D]` in the dtype of `query`.
         """
+        if self.places is not None:
+            return self._with_latents(query, held, mask, scaling, self.places)
         query_heads, count = query.shape[1:3]
         heads, exact = self.packed.shape[2], self.rows.width + held
         if query_heads // heads * count <= _FEW and self._kept is not None and supports(query):
@@ -73,6 +84,21 @@ class LayerTokens:
         shown = self.rows.mask(mask, count, exact)
         blocks = self.codec.latent(self.payload)
         return latent_attention(query, keys, values, blocks, self.rows.blocks, shown, scaling)
+
+    def _with_latents(
+        self, query: Tensor, held: int, mask: Tensor | None, scaling: float, places: LatentTokens
+    ) -> Tensor:
+        """Attention over exact tokens and over latents, added up by the logs of their normalisers."""
+        count, exact = query.shape[2], self.rows.width + held
+        bias = self.rows.bias(mask, count, exact, query.shape[1])
+        self._tail.counts.fill_(held)
+        own = [self._packed, self._tail] if bias is None else self._biased(bias)
+        near, near_lse = decode_attention(query, own, scaling)
+        far, far_lse = joint_attention(
+            query, self.codec.opened(self.payload), places, self.codec.basis, scaling
+        )
+        part = (far_lse - near_lse).sigmoid()[..., None]
+        return torch.lerp(near.float(), far, part).to(query.dtype).transpose(1, 2)
 
     @cached_property
     def _kept(self) -> Source | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from capsight.errors import LayoutError
+from capsight.kvcapsule.attention.joint import LatentTokens
 from capsight.kvcapsule.cache.exact_rows import ExactRows
 from capsight.kvcapsule.cache.intake import Intake
 from capsight.kvcapsule.cache.layer_tokens import LayerTokens
@@ -46,6 +48,8 @@ class Ledger:
         self.left: tuple[LayerTokens, int] | None = None  # and tokens of its tail
         self._exact: tuple[Placement, ExactRows] | None = None
         self._intake: tuple[Placement | None, Intake] | None = None
+        self._latents: tuple[Placement, LatentTokens] | None = None
+        self._rotary: Any = getattr(codecs[0], "rotary", None)
         self._positions: tuple[tuple[Run, ...], TokenPositions] | None = None
 
     @property
@@ -130,6 +134,17 @@ class Ledger:
             thw = torch.cat([places[:, run.row, run.start : run.end] for run in runs], 1)
             known = self._positions = runs, TokenPositions(thw.to(device))
         return known[1]
+
+    def latent_tokens(self, placement: Placement) -> LatentTokens:
+        """Places of the tokens of `placement`'s runs, row after row; worked out once for all layers."""
+        if self._latents is None or self._latents[0] is not placement:
+            counts = torch.zeros(self.plan.batch_size, dtype=torch.int64)
+            for run in placement.runs:
+                counts[run.row] += run.length
+            thw = self.positions(placement.runs, placement.run_rows.device).thw
+            found = LatentTokens(counts.cumsum(0) - counts, counts, thw, self._rotary)
+            self._latents = placement, found
+        return self._latents[1]
 
     def exact_rows(self, placement: Placement) -> ExactRows:
         """The exact tokens of `placement` side by side; worked out once for all layers."""

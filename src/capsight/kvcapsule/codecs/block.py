@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from capsight.errors import CapsightError
 from capsight.kvcapsule.attention import BlockRows, KeptTokens, LatentBlocks
+from capsight.kvcapsule.attention.joint import LayerBasis
 from capsight.kvcapsule.attention.native import Source, Steps
 from capsight.kvcapsule.codecs.positions import TokenPositions
 from capsight.kvcapsule.plan import Run
@@ -137,6 +138,27 @@ class BlockCodec(nn.Module, ABC):
     @abstractmethod
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Keys and values `[M, H, N, D]` of the capsules; kept tokens are copied bit for bit."""
+
+    def leaves(self, new: Tensor) -> bool:
+        """Whether attention of new tokens `[B, H, Q, D]` is better done on capsules as they are."""
+        return True
+
+    @property
+    def basis(self) -> LayerBasis:
+        """What makes keys and values of latents that all layers share.
+
+        Raises:
+            CapsightError: the codec stores no such latents.
+        """
+        raise CapsightError(f"the {self.name} codec stores no latents")
+
+    def opened(self, payload: Payload) -> Tensor:
+        """Such latents, float32 `[T, R]`.
+
+        Raises:
+            CapsightError: the codec stores none.
+        """
+        raise CapsightError(f"the {self.name} codec stores no latents")
 
     def latent(self, payload: Payload) -> LatentBlocks | KeptTokens:
         """The capsules as attention reads them without rebuilding tokens.

@@ -11,12 +11,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from capsight.errors import CapsightError, OptionError, UnlikeCalibrationWarning
+from capsight.kvcapsule.attention.joint import LayerBasis
+from capsight.kvcapsule.attention.native import supports
 from capsight.kvcapsule.codecs.base import LayerCodec, take_tensors
 from capsight.kvcapsule.codecs.block import Payload
 from capsight.kvcapsule.codecs.levels import GROUP, pack, share_bits, unpack
@@ -27,6 +30,7 @@ from capsight.kvcapsule.plan import Run
 
 _WHOLE = 2**31  # block size of a codec that stores nothing: no image is as long
 _UNLIKE = 4.0  # times the loss on calibration images from which on images are said to be unlike them
+_FEW = 4  # new tokens of a row up to which attention reads latents as they are
 _SHAPES: dict[str, tuple[int | None, ...]] = {
     "lost": (None, 4),
     "typical": (1,),
@@ -214,15 +218,30 @@ class JointCodec(LayerCodec):
         keys = self.rotary.turn(keys.transpose(0, 1), *positions.tables(self.rotary)).transpose(0, 1)
         return keys[:, :, None].to(dtype), values[:, :, None].to(dtype)
 
-    def latents(self, payload: Payload) -> Tensor:
+    def leaves(self, new: Tensor) -> bool:
+        """Where native code runs, and for few new tokens: for many, keys are better rebuilt once."""
+        return new.shape[2] <= _FEW and supports(new)
+
+    @cached_property
+    def basis(self) -> LayerBasis:
+        """This layer's axes as attention over latents takes them."""
+        keys, values = self.axes[: self.levels.rank].permute(1, 2, 3, 0)  # [H, D, R] each
+        return LayerBasis(keys, self.mean[0], values, self.mean[1])
+
+    def opened(self, payload: Payload) -> Tensor:
+        """Latents float32 `[T, R]`."""
+        return self.latents(payload, torch.float32)
+
+    def latents(self, payload: Payload, dtype: torch.dtype | None = None) -> Tensor:
         """Latents `[T, R]`; unpacked once for all layers, and forgotten after the last one.
 
         In bfloat16 where matrix products are much faster so: that rounds less than eight bits do.
         """
         assert isinstance(payload, JointPayload)
-        if payload.open is None:
+        dtype = self._dtype if dtype is None else dtype
+        if payload.open is None or payload.open.latents.dtype != dtype:
             codes, scales = payload.tensors["codes"], payload.tensors["scales"]
-            payload.open = OpenLatents(unpack(codes, scales, self.levels, self._dtype), self.layers_together)
+            payload.open = OpenLatents(unpack(codes, scales, self.levels, dtype), self.layers_together)
         found = payload.open.latents
         payload.open.left -= 1
         if payload.open.left <= 0:
