@@ -18,7 +18,9 @@ from capsight.kvcapsule import KVCapsule
 
 
 def made(*names):
-    return make_methods(list(names), [0.5, 0.25], lambda: KVCapsule.from_pretrained("reference-heads"), list, None)
+    return make_methods(
+        list(names), [0.5, 0.25], lambda: KVCapsule.from_pretrained("reference-heads"), list, None
+    )
 
 
 def test_capsules_in_few_bits():
