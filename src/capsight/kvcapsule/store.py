@@ -83,7 +83,7 @@ def read_folder(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tens
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
-    """The folder that `source` names: "reference" or "reference-heads" (those shipped), a folder, or a hub repository id.
+    """The folder that `source` names: "reference", "reference-heads" (those shipped), a folder, or a hub id.
 
     Raises:
         CapsuleFileError: there is no such folder, and the hub has no such repository or cannot be reached.
