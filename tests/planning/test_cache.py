@@ -77,8 +77,8 @@ def test_grouped_queries_store_kv_heads_only(vlm):
 @pytest.mark.parametrize("retained", [1.0, 0.4, 0.1])
 def test_capsule_cache(vlm, retained):
     inputs, shape = prompt(vlm), ModelShape.of(vlm.config)
-    fitted = KVCapsule.fit(vlm.model, vlm.processor, [inputs], retained, block_size=BLOCK, progress=False)
-    planned, layout = planned_capsule(shape, retained, 4, BLOCK), build_layout(inputs, vlm.config)
+    fitted = KVCapsule.fit(vlm.model, vlm.processor, [inputs], retained, "heads", BLOCK, progress=False)
+    planned, layout = planned_capsule(shape, retained, 4, BLOCK, "heads"), build_layout(inputs, vlm.config)
     scratch = {}
     for decode in ("latent", "materialise"):
         with capsight.enable(vlm.model, capsule=fitted, decode=decode) as fast:
@@ -95,10 +95,25 @@ def test_capsule_cache(vlm, retained):
 def test_batch_of_left_padded_rows(vlm):
     inputs = vlm.inputs([([vlm.picture(0)], "hi"), ([vlm.picture(1)], "what is there to see?")])
     shape = ModelShape.of(vlm.config)
-    fitted = KVCapsule.fit(vlm.model, vlm.processor, [inputs], 0.4, block_size=BLOCK, progress=False)
+    fitted = KVCapsule.fit(vlm.model, vlm.processor, [inputs], 0.4, "heads", BLOCK, progress=False)
     cache = fitted.cache(inputs)
     with torch.no_grad():
         vlm.model(**inputs, past_key_values=cache, use_cache=True)
     layout = build_layout(inputs, vlm.config)
-    planned = planned_capsule(shape, 0.4, 4, BLOCK)
+    planned = planned_capsule(shape, 0.4, 4, BLOCK, "heads")
     assert capsule_kv_bytes(shape, layout, 0, 4, planned) == cache.nbytes - cache.state_nbytes
+
+
+@pytest.mark.parametrize("retained", [1.0, 0.5])
+def test_joint_capsules_take_no_more_than_planned(vlm, retained):
+    inputs, shape = prompt(vlm), ModelShape.of(vlm.config)
+    fitted = KVCapsule.fit(vlm.model, vlm.processor, [inputs], retained, "joint", progress=False)
+    planned, layout = planned_capsule(shape, retained, 4), build_layout(inputs, vlm.config)
+    assert planned.module_nbytes == fitted.module_nbytes
+    with capsight.enable(vlm.model, capsule=fitted) as fast:
+        fill(fast, None, inputs)
+    real = fast.cache.nbytes - fast.cache.state_nbytes
+    most = capsule_kv_bytes(shape, layout, NEW, 4, planned)
+    assert real <= most
+    assert retained < 1 or real == most
+    assert most - real <= layout.length * fitted.codecs[next(iter(fitted.codecs))].full_nbytes * 0.25

@@ -34,7 +34,7 @@ def test_table_and_json(monkeypatch, capsys, tmp_path):
         assert words in out
     figures = json.loads((tmp_path / "plan.json").read_text())
     assert figures["vision_tokens"] == 4 * 128 + 2 * 4
-    assert figures["capsule_tokens"] == 4 * 128
+    assert figures["capsule_tokens"] == 4 * 128 + 2 * 4
     assert figures["sparse"]["total"] < figures["dense"]["total"]
     assert figures["machine"]["torch"]
 
@@ -52,6 +52,8 @@ def test_every_family_from_a_config_file(monkeypatch, capsys, tmp_path, name):
             2,
             "--image-tokens",
             64,
+            "--retained",
+            0.4,
             "--gpu-memory",
             "1GiB",
         )

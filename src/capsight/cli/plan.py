@@ -34,7 +34,7 @@ def plan(
     reserve: Annotated[float, typer.Option(help="Fraction of it left to activations.")] = 0.1,
     weights_gb: Annotated[float | None, typer.Option(help="GB of the weights, if quantised.")] = None,
     retained: Annotated[
-        float | None, typer.Option(help="Fraction that capsules keep; 0.4 by default.")
+        float | None, typer.Option(help="Part of the 16-bit bytes that capsules keep; 0.05 by default.")
     ] = None,
     compression_ratio: CompressionOption = None,
     dtype: Annotated[str, typer.Option(help="Of weights and KV: bfloat16, float16, float32.")] = "bfloat16",
@@ -57,7 +57,7 @@ def plan(
         weights_bytes=None if weights_gb is None else round(weights_gb * 1e9),
         reserve=reserve,
         batch=batch,
-        retained=share_to_keep(retained, compression_ratio, 0.4),
+        retained=share_to_keep(retained, compression_ratio, 0.05),
     )
     sparse = HeadMap.from_pretrained(head_map) if head_map is not None else dense_share
     config = load_config(model)

@@ -6,13 +6,16 @@ import torch
 
 from capsight.kvcapsule import CapsulePlan, KVCapsule
 from capsight.kvcapsule.calibration.fit import kept_tokens
-from capsight.kvcapsule.codecs import HeadsCodec
+from capsight.kvcapsule.calibration.joint_fit import DEFAULT_RANK
+from capsight.kvcapsule.codecs import HeadsCodec, JointCodec
+from capsight.kvcapsule.codecs.levels import GROUP
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
 from capsight.layout import PromptLayout
 from capsight.planning.shape import ModelShape
 
 INDEX_BYTES = 16
+RUN_BYTES = 24  # of a run: row, start and length
 """Two int64 positions that the capsule cache keeps per run and per exact token, shared by all layers."""
 
 SCRATCH_GROWTH = 1.25
@@ -37,7 +40,11 @@ def state_bytes(shape: ModelShape, itemsize: int) -> int:
 
 
 def planned_capsule(
-    shape: ModelShape, retained: float, itemsize: int, block_size: int = DEFAULT_BLOCK_SIZE
+    shape: ModelShape,
+    retained: float,
+    itemsize: int,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    codec: str = "joint",
 ) -> KVCapsule:
     """The capsule that `KVCapsule.fit` would make with its defaults, sizes only (meta tensors).
 
@@ -45,13 +52,16 @@ def planned_capsule(
 
     Args:
         shape: the model's.
-        retained: fraction of each run kept, in (0, 1].
+        retained: of a 16-bit cache's bytes ("joint"), or of each run ("heads"), in (0, 1].
         itemsize: bytes of one number of the KV cache.
-        block_size: tokens of a run (N).
+        block_size: tokens of a run (N); "joint" has none.
+        codec: "joint" or "heads".
 
     Raises:
         OptionError: `retained` is out of range.
     """
+    if codec == JointCodec.name:
+        return _planned_joint(shape, retained, itemsize)
     kept = kept_tokens(retained, block_size)
     codecs, infos = {}, []
     for index, layer in enumerate(shape.layers):
@@ -65,28 +75,55 @@ def planned_capsule(
     return KVCapsule(codecs, CapsuleInfo("heads", block_size, itemsize, tuple(infos), {}, "", {}, 0))
 
 
+def _planned_joint(shape: ModelShape, retained: float, itemsize: int) -> KVCapsule:
+    """The joint codec of a model whose latents need all the bytes they may take."""
+    layers = {index: layer for index, layer in enumerate(shape.layers) if layer.holds_capsules}
+    numbers = sum(2 * layer.kv_heads * layer.head_dim for layer in layers.values())
+    rank = -(-min(DEFAULT_RANK, numbers) // GROUP) * GROUP
+    variance = 0.9 ** torch.arange(rank // GROUP, dtype=torch.float64)  # falls, so that all bytes are of use
+    pairs = min((layer.head_dim for layer in layers.values()), default=0) // 2
+    shared = {
+        "lost": variance[:, None] * torch.tensor([1.0, 0.11, 9e-3, 3e-5], dtype=torch.float64),
+        "typical": torch.zeros(1),
+        "frequencies": torch.ones(pairs, dtype=torch.float64),
+        "pairs": torch.zeros(pairs, dtype=torch.int64),
+        "turning": torch.tensor([0.0, 1.0, len(layers)]),
+        "weight": torch.ones(2),
+    }
+    codecs = {}
+    for index, layer in layers.items():
+        size = layer.kv_heads, layer.head_dim
+        axes = torch.empty(rank, 2, *size, device="meta", dtype=torch.bfloat16)
+        own = {"mean": torch.empty(2, *size, device="meta"), "axes": axes, **shared}
+        codecs[index] = JointCodec(own, retained)
+    infos = tuple(LayerInfo(index, 1, layer.kv_heads, layer.head_dim) for index, layer in layers.items())
+    return KVCapsule(codecs, CapsuleInfo("joint", 1, itemsize, infos, {}, "", {}, 0, share=retained))
+
+
 def capsule_kv_bytes(
     shape: ModelShape, layout: PromptLayout, new_tokens: int, itemsize: int, capsule: KVCapsule
 ) -> int:
     """Bytes of a capsule cache for the rows of a layout and `new_tokens` tokens generated after each.
 
-    Of M runs of N tokens and E exact prompt tokens: a full-attention layer holds
+    Of M blocks of N tokens in runs, and E exact prompt tokens: with `heads` a full-attention layer holds
     `M * Hkv * (r * (2 D * itemsize + 1) + 1)` (position of a kept token, and their number) and
-    `2 * (E + new_tokens) * Hkv * D * itemsize`; all layers share `16 * (M + E)` bytes of positions;
-    sliding-window layers are as in the full cache.
+    `2 * (E + new_tokens) * Hkv * D * itemsize`; with `joint` a vision token takes what is retained of 16 bits
+    in all layers together. All layers share 24 bytes a run and 16 an exact token of positions; sliding-window
+    layers are as in the full cache.
     """
-    plan = CapsulePlan.from_layout(layout, capsule.info.block_size)
+    block_size = next(iter(capsule.codecs.values())).block_size
+    plan = CapsulePlan.from_layout(layout, block_size)
     seen = layout.length + new_tokens
     exact = plan.real_tokens(layout.length) - plan.capsule_tokens
-    total = INDEX_BYTES * (len(plan.runs) + exact)
+    total: float = RUN_BYTES * len(plan.runs) + INDEX_BYTES * exact
     for index, layer in enumerate(shape.layers):
         if not layer.holds_capsules:
             total += layout.batch_size * layer.kv_bytes(min(seen, (layer.window or seen + 1) - 1), itemsize)
             continue
         payload = capsule.stored[index].payload_nbytes(layer.kv_heads, layer.head_dim, itemsize)
-        total += round(len(plan.runs) * payload)
+        total += plan.capsule_tokens // block_size * payload
         total += layer.kv_bytes(exact + new_tokens * layout.batch_size, itemsize)
-    return total
+    return round(total)
 
 
 def scratch_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:

@@ -40,7 +40,7 @@ class Budget:
         weights_bytes: memory that the weights take; None: parameters * itemsize.
         reserve: fraction of the GPU left to activations and workspace, in [0, 1).
         batch: requests of one prefill, and rows that share the capsules' modules at break-even.
-        retained: fraction of each run of vision tokens that capsules keep, in (0, 1].
+        retained: of a 16-bit cache's bytes that vision tokens may take in capsules, in (0, 1].
 
     Raises:
         OptionError: a number is out of range.
@@ -51,7 +51,7 @@ class Budget:
     weights_bytes: int | None = None
     reserve: float = 0.1
     batch: int = 1
-    retained: float = 0.4
+    retained: float = 0.05
 
     def __post_init__(self) -> None:
         """Check the ranges; `retained` is checked where it is used."""

@@ -140,7 +140,7 @@ def solve_joint(
     weight = torch.tensor([1.0, VALUE_WEIGHT]) / spread
     scale = weight[:, :, None].expand(-1, -1, shape[0] * shape[1]).flatten()  # [F], the diagonal of W
     x *= scale
-    axes = principal_axes(x, -(-rank // GROUP) * GROUP)  # [F, K]
+    axes = principal_axes(x, -(-min(rank, x.shape[1]) // GROUP) * GROUP)  # [F, K]
     latents = x @ axes
     rows = (axes / scale[:, None]).bfloat16().T.unflatten(1, parts)  # [K, L, 2, H, D]
     typical = (1 - latents.square().sum() / x.square().sum()).clamp_min(0)
