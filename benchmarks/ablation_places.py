@@ -40,7 +40,7 @@ def places(layout: PromptLayout, block_size: int) -> dict[Run, Place]:
             first = position + block.start - at
             _, height, width = block.grid
             for number in range(block.num_tokens // block_size):
-                run = Run(index, block.start + number * block_size)
+                run = Run(index, block.start + number * block_size, block_size)
                 found[run] = Place(first, height, width, number)
             position, at = first + max(height, width), block.end
     return found

@@ -52,7 +52,7 @@ def judged(
     samples = calibration_samples(judge, processor)
 
     def fitted() -> KVCapsule:
-        return KVCapsule.fit(model, processor, samples, block_size=block, progress=False)
+        return KVCapsule.fit(model, processor, samples, codec="heads", block_size=block, progress=False)
 
     made = make_methods(methods, retained, fitted, lambda: samples, model)
     items = [item for n in pictures for item in judge_items(judge, split, n, prompts)]

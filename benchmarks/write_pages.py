@@ -13,6 +13,7 @@ import ablations_page
 import accuracy_page
 import decode_page
 import head_maps_page
+import judges_page
 import readme_numbers
 import speed_page
 from readme_numbers import load
@@ -55,6 +56,8 @@ def main(root: Path = ROOT) -> None:
         write("head-maps", head_maps_page.page(*maps))
     if (ablations := load(results, "ablations.json")) is not None:
         write("ablations", ablations_page.page(ablations))
+    if (judges := load(results, "judges.json")) is not None:
+        write("judges", judges_page.page(judges))
     readme_numbers.main(root)
 
 

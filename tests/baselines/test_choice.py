@@ -119,7 +119,7 @@ def test_snapkv_pools_the_mean_of_the_last_window(monkeypatch):
     view, _ = seen()
     mean = view.mean((16, 16))
     scores = SnapKV(0.5, N).look(view, RUNS).scores
-    for m, (row, start) in enumerate(RUNS):
+    for m, (row, start, _) in enumerate(RUNS):
         for n in range(N):
             near = mean[row, :, max(start + n - 2, 0) : start + n + 3].mean(-1)
             torch.testing.assert_close(scores[m, :, n], near)
@@ -147,7 +147,7 @@ def test_kvzip_takes_the_maximum_over_the_repeat():
     view = Seen(view.query, view.key, view.mask, view.scaling, (0, 2))
     runs = (Run(0, 2), Run(1, 2))
     scores = KVzip(0.5, N).look(view, runs).scores
-    for m, (row, start) in enumerate(runs):
+    for m, (row, start, _) in enumerate(runs):
         for head in range(H):
             own = weights[row, 2 * head : 2 * head + 2, view.pads[row] :, start : start + N]
             torch.testing.assert_close(scores[m, head], own.amax((0, 1)))

@@ -106,12 +106,14 @@ def test_calibration_without_a_block_or_with_nan_is_refused(qwen):
     image = qwen.inputs([([qwen.picture(0)], "x")])
     for samples, size in (([], BLOCK), ([qwen.inputs([([], "text")])], BLOCK), ([image], 65)):
         with pytest.raises(CalibrationError, match="no calibration sample"):
-            fit(qwen.model, None, samples, block_size=size, progress=False)
+            fit(qwen.model, None, samples, codec="heads", block_size=size, progress=False)
     broken = copy.deepcopy(qwen.model)
     with torch.no_grad():
         broken.model.language_model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
     with pytest.raises(CalibrationError, match=r"layer 1: .*NaN"):
-        fit(broken, None, [image], block_size=BLOCK, progress=False)
+        fit(broken, None, [image], codec="heads", block_size=BLOCK, progress=False)
+    with pytest.raises(CalibrationError, match="NaN"):
+        fit(broken, None, [image], progress=False)
     with pytest.raises(CalibrationError, match="processor"):
         fit(qwen.model, None, [[{"role": "user", "content": "x"}]], progress=False)
 
@@ -139,10 +141,15 @@ def test_options_are_checked_before_calibration(qwen):
     with pytest.raises(OptionError, match="joint"):
         KVCapsule.fit(qwen.model, None, [], codec="static", joint=True)
     with pytest.raises(OptionError, match="ridge"):
-        KVCapsule.fit(qwen.model, None, [], ridge=7)
+        KVCapsule.fit(qwen.model, None, [], codec="heads", ridge=7)
     with pytest.raises(CapsightError):
         KVCapsule.fit(
-            qwen.model, None, [qwen.inputs([([qwen.picture(0)], "x")])], block_size=1, progress=False
+            qwen.model,
+            None,
+            [qwen.inputs([([qwen.picture(0)], "x")])],
+            codec="heads",
+            block_size=1,
+            progress=False,
         )
 
 
@@ -184,9 +191,10 @@ def test_break_even_by_counting_up(qwen, codec, batch):
     assert fitted(qwen, 1.0).break_even_tokens() is None
 
 
-def test_heads_is_the_default_and_rebuilds_nothing(qwen):
+def test_joint_is_the_default_and_heads_rebuilds_nothing(qwen):
     samples = [qwen.inputs([([qwen.picture(0)], "hi")])]
-    capsule = KVCapsule.fit(qwen.model, None, samples, block_size=BLOCK, progress=False)
+    assert KVCapsule.fit(qwen.model, None, samples, progress=False, retained=0.5).info.codec == "joint"
+    capsule = KVCapsule.fit(qwen.model, None, samples, codec="heads", block_size=BLOCK, progress=False)
     assert (capsule.info.codec, capsule.name, capsule.with_bits(4).name) == ("heads", "heads", "heads-int4")
     for codec, rebuilds in (("heads", False), ("evict", False), ("adaptive", True)):
         other = capsule.with_codec(codec)

@@ -32,7 +32,8 @@ def samples(qwen, count=COUNT, first=0):
 
 
 def fit(qwen, given, folder=None, block_size=8):
-    return KVCapsule.fit(qwen.model, None, given, block_size=block_size, progress=False, resume=folder)
+    options = {"codec": "heads", "block_size": block_size, "progress": False}
+    return KVCapsule.fit(qwen.model, None, given, resume=folder, **options)
 
 
 def stopped_after(given, count):
@@ -92,3 +93,16 @@ def test_damage_is_noticed_and_what_is_there_stays(qwen, interrupted):
             fit(qwen, samples(qwen), interrupted)
     (interrupted / "capsule.json").write_text(header)
     fit(qwen, samples(qwen), interrupted)
+
+
+def test_joint_latents_end_as_if_nothing_had_happened(qwen, tmp_path):
+    options = {"codec": "joint", "progress": False}
+    folder = tmp_path / "joint.partial"
+    with pytest.raises(KeyboardInterrupt):
+        KVCapsule.fit(qwen.model, None, stopped_after(samples(qwen), 3), resume=folder, **options)
+    plain = KVCapsule.fit(qwen.model, None, samples(qwen), **options)
+    again = KVCapsule.fit(qwen.model, None, samples(qwen), resume=folder, **options)
+    assert again.info == plain.info
+    for index, codec in plain.codecs.items():
+        for name, tensor in codec.state_dict().items():
+            assert torch.equal(tensor, again.codecs[index].state_dict()[name])

@@ -76,8 +76,8 @@ def test_rows_of_the_kept_states_move_with_the_cache(hybrid):
 
 def test_crop_comes_back_to_the_images_and_to_no_other_length(hybrid):
     inputs = batch(hybrid)
+    expected = run(hybrid, inputs, full_cache(hybrid))
     with capsight.enable(hybrid.model, capsule=fitted(hybrid, 1.0)) as fast:
-        expected = run(hybrid, inputs, full_cache(hybrid))
         cache = fast.encapsulate(**inputs)
         length = cache.get_seq_length()
         for _ in range(3):

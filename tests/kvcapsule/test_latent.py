@@ -175,7 +175,7 @@ def test_gradients_reach_the_query(dtype):
 def test_what_is_left_must_be_taken():
     _, cache = pair(LAYOUT, "adaptive", 3)
     new = torch.randn(2, 3, H, 1, D)
-    with cache.leaving_capsules(), pytest.raises(CapsightError, match="materialise"):
+    with cache.leaving_capsules(), pytest.raises(CapsightError, match=r"capsight\.enable"):
         feed(cache, new)
     assert cache.take_latent() is None
 

@@ -77,4 +77,4 @@ def test_layers_of_adaptive_are_encoded_together():
     assert [waiting.payload for waiting in found] == [None, None]
     for own, pair, waiting in zip(alone, pairs(2), found, strict=True):
         assert equal(queue.payload(waiting), own.encode_runs(*pair, where))
-        assert waiting.blocks == ()
+        assert queue._held is None

@@ -9,7 +9,7 @@ from capsight.baselines import METHODS
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, KVCapsule
 from capsight.kvcapsule.capsule import ALIKE
-from capsight.kvcapsule.codecs import CODECS
+from capsight.kvcapsule.codecs import ALL_CODECS
 from capsight.kvcapsule.codecs.quantise import BITS
 
 
@@ -28,7 +28,7 @@ class Form(NamedTuple):
 
 #: Capsules by method name.
 CAPSULES: dict[str, Form] = {
-    **{codec: Form(codec) for codec in CODECS},
+    **{codec: Form(codec) for codec in ALL_CODECS},
     **{f"{codec}-int{bits}": Form(codec, bits) for codec in ("heads", "adaptive") for bits in BITS},
 }
 FIXED = ("static", "static-mlp")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from capsight.kvcapsule.codecs import LayerCodec, QuantisedCodec
 from capsight.kvcapsule.info import CapsuleInfo
 
-_INDEX_NBYTES = 24  # of a run in `Placement`: row, start and length, shared by all layers
+_INDEX_NBYTES = 16  # of a run in `Placement`: row and start, shared by all layers
 
 
 def break_even_tokens(

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from capsight.errors import CapsuleFileError, OptionError
-from capsight.kvcapsule.codecs import CODECS, JointCodec, LayerCodec
+from capsight.kvcapsule.codecs import ALL_CODECS, JointCodec, LayerCodec
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
 from capsight.kvcapsule.store import locate, read_folder, write_folder
 
@@ -44,9 +44,9 @@ def read_capsule(source: str | os.PathLike[str]) -> tuple[dict[int, LayerCodec],
     folder = locate(source)
     header, tensors = read_folder(folder, KIND)
     info = CapsuleInfo.from_header(header)
-    if info.codec not in CODECS:
+    if info.codec not in ALL_CODECS:
         raise CapsuleFileError(
-            f"{folder} uses the codec {info.codec!r}, this capsight knows {sorted(CODECS)}"
+            f"{folder} uses the codec {info.codec!r}, this capsight knows {sorted(ALL_CODECS)}"
         )
     codecs = {}
     for layer in info.layers:
@@ -71,7 +71,7 @@ def make_codec(tensors: Mapping[str, Tensor], info: CapsuleInfo, layer: LayerInf
         OptionError: they are not those of such a codec.
     """
     shape = (layer.heads, info.block_size, layer.head_dim)
-    codec = CODECS[info.codec].from_tensors(tensors, shape, layer.kept)
+    codec = ALL_CODECS[info.codec].from_tensors(tensors, shape, layer.kept)
     if info.share is not None and isinstance(codec, JointCodec):
         return codec.at(info.share)
     if "weights" in info.options:

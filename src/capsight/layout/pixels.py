@@ -16,7 +16,7 @@ from capsight.layout.prompt_layout import PromptLayout
 ImageKey = tuple[int, int]
 """An image or video: its row, and its number in the row."""
 
-VISION_PREFIXES = ("pixel_", "image_", "video_", "second_per_grid", "batch_num_images")
+VISION_PREFIXES = ("pixel_", "image_", "video_", "second_per_grid", "batch_num_images", "target_sizes")
 """What the names of the entries begin with that describe images and videos."""
 
 
@@ -63,6 +63,9 @@ def select_images(
         if name.startswith("pixel_values") and grids is not None:
             patches = [int(np.prod([int(n) for n in grid])) for grid in grids]
             picked = np.repeat(_chosen(owners, wanted, name, len(grids)), patches)
+        elif name == "pixel_values" and inputs.get("target_sizes") is not None:
+            found[name] = _strips(value, inputs["target_sizes"], by_block, wanted)
+            continue
         elif _by_row(inputs, kind) and isinstance(value, Tensor):
             found[name] = _tiles(inputs["pixel_values"], value, by_block, wanted, layout)
             continue
@@ -121,6 +124,14 @@ def _tiles(
     for row, own in enumerate(by_row):
         out[row, : len(own)] = own
     return out
+
+
+def _strips(value: Tensor, sizes: Tensor, owners: list[ImageKey], wanted: Collection[ImageKey]) -> Tensor:
+    """The patches of the images wanted, side by side as in `[1, C, patch, patches * patch]`."""
+    picked = _chosen(owners, wanted, "target_sizes", len(sizes))
+    columns = sizes.prod(-1).cpu().numpy() * value.shape[2]
+    kept = value[..., torch.from_numpy(np.repeat(picked, columns)).to(value.device)]
+    return kept if kept.numel() else value.new_zeros(0)
 
 
 def _counts(alone: list[bool], picked: NDArray[np.bool_]) -> list[int]:

@@ -15,7 +15,6 @@ from capsight.layout import PromptLayout
 from capsight.planning.shape import ModelShape
 
 INDEX_BYTES = 16
-RUN_BYTES = 24  # of a run: row, start and length
 """Two int64 positions that the capsule cache keeps per run and per exact token, shared by all layers."""
 
 SCRATCH_GROWTH = 1.25
@@ -108,14 +107,14 @@ def capsule_kv_bytes(
     Of M blocks of N tokens in runs, and E exact prompt tokens: with `heads` a full-attention layer holds
     `M * Hkv * (r * (2 D * itemsize + 1) + 1)` (position of a kept token, and their number) and
     `2 * (E + new_tokens) * Hkv * D * itemsize`; with `joint` a vision token takes what is retained of 16 bits
-    in all layers together. All layers share 24 bytes a run and 16 an exact token of positions; sliding-window
-    layers are as in the full cache.
+    in all layers together. All layers share 16 bytes of positions a run and an exact token;
+    sliding-window layers are as in the full cache.
     """
     block_size = next(iter(capsule.codecs.values())).block_size
     plan = CapsulePlan.from_layout(layout, block_size)
     seen = layout.length + new_tokens
     exact = plan.real_tokens(layout.length) - plan.capsule_tokens
-    total: float = RUN_BYTES * len(plan.runs) + INDEX_BYTES * exact
+    total: float = INDEX_BYTES * (len(plan.runs) + exact)
     for index, layer in enumerate(shape.layers):
         if not layer.holds_capsules:
             total += layout.batch_size * layer.kv_bytes(min(seen, (layer.window or seen + 1) - 1), itemsize)

@@ -22,7 +22,6 @@ class Placement:
         runs: the runs stored as capsules, ascending.
         run_rows: int64 `[M]`, row of each run.
         run_starts: int64 `[M]`, first position of each run.
-        run_lengths: int64 `[M]`, its tokens.
         exact_rows: int64 `[E]`, row of each exact token.
         exact_cols: int64 `[E]`, position of each exact token, ascending within a row.
     """
@@ -33,7 +32,6 @@ class Placement:
     runs: tuple[Run, ...]
     run_rows: Tensor
     run_starts: Tensor
-    run_lengths: Tensor
     exact_rows: Tensor
     exact_cols: Tensor
 
@@ -53,7 +51,6 @@ class Placement:
             runs,
             torch.tensor([run.row for run in runs], dtype=torch.int64, device=device),
             torch.tensor([run.start for run in runs], dtype=torch.int64, device=device),
-            torch.tensor([run.length for run in runs], dtype=torch.int64, device=device),
             torch.cat([none, *rows]).to(device),
             torch.cat([none, *cols]).to(device),
         )
@@ -61,8 +58,14 @@ class Placement:
     @property
     def nbytes(self) -> int:
         """Bytes of the index tensors."""
-        runs = (self.run_rows, self.run_starts, self.run_lengths)
-        return sum(t.nbytes for t in (*runs, self.exact_rows, self.exact_cols))
+        return sum(t.nbytes for t in (self.run_rows, self.run_starts, self.exact_rows, self.exact_cols))
+
+    @property
+    def run_lengths(self) -> Tensor:
+        """Tokens of each run: int64 `[M]`."""
+        if self.block_size > 1:
+            return torch.full_like(self.run_rows, self.block_size)
+        return torch.tensor([run.length for run in self.runs], dtype=torch.int64, device=self.run_rows.device)
 
     def run_slots(self, length: int) -> Tensor:
         """Flat positions of the runs' T tokens in rows of `length` tokens: int64 `[T]`."""

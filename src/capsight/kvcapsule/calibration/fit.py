@@ -18,7 +18,7 @@ from capsight.kvcapsule.budget import DEFAULT_BUDGET, Budget, LayerNeeds, check_
 from capsight.kvcapsule.calibration.block_sample import relative_error
 from capsight.kvcapsule.calibration.fit_journal import FitJournal
 from capsight.kvcapsule.calibration.statistics import Calibration, Moments
-from capsight.kvcapsule.codecs import CODECS, AdaptiveCodec, LayerCodec
+from capsight.kvcapsule.codecs import ALL_CODECS, CODECS, AdaptiveCodec, LayerCodec
 from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.plan import CapsulePlan
 from capsight.layout import build_layout
@@ -141,7 +141,7 @@ def solve(
         OptionError: an option is unknown or out of range.
     """
     if codec not in CODECS:
-        raise OptionError(f"codec must be one of {sorted(CODECS)}, not {codec!r}")
+        raise OptionError(f"codec must be one of {sorted(ALL_CODECS)}, not {codec!r}")
     known = [
         p.name for p in inspect.signature(CODECS[codec].fit).parameters.values() if p.kind is p.KEYWORD_ONLY
     ]

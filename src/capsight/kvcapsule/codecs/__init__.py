@@ -1,4 +1,4 @@
-"""Codecs: `heads` (default), `adaptive`, `evict`, `static`, `static-mlp`, behind one small interface.
+"""Codecs: `joint` (default), `heads`, `adaptive`, `evict`, `static`, `static-mlp`, behind an interface.
 
 `QuantisedCodec` goes around any of them.
 """
@@ -16,12 +16,14 @@ from capsight.kvcapsule.codecs.static import StaticCodec
 from capsight.kvcapsule.codecs.static_mlp import StaticMlpCodec
 
 CODECS: dict[str, type[LayerCodec]] = {
-    codec.name: codec
-    for codec in (JointCodec, HeadsCodec, AdaptiveCodec, EvictCodec, StaticCodec, StaticMlpCodec)
+    codec.name: codec for codec in (HeadsCodec, AdaptiveCodec, EvictCodec, StaticCodec, StaticMlpCodec)
 }
-"""Codec classes by name."""
+"""Codecs that are fitted layer by layer, by name."""
+ALL_CODECS: dict[str, type[LayerCodec]] = {JointCodec.name: JointCodec, **CODECS}
+"""Those, and the one that is fitted to all layers at once."""
 
 __all__ = [
+    "ALL_CODECS",
     "CODECS",
     "AdaptiveCodec",
     "BlockCodec",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -22,6 +21,7 @@ from capsight.kvcapsule.attention.joint import LayerBasis
 from capsight.kvcapsule.attention.native import supports
 from capsight.kvcapsule.codecs.base import LayerCodec, take_tensors
 from capsight.kvcapsule.codecs.block import Payload
+from capsight.kvcapsule.codecs.joint_payload import JointPayload, OpenLatents
 from capsight.kvcapsule.codecs.levels import GROUP, pack, share_bits, unpack
 from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.codecs.positions import TokenPositions
@@ -39,39 +39,6 @@ _SHAPES: dict[str, tuple[int | None, ...]] = {
     "turning": (3,),
 }
 _DTYPES = {"axes": torch.bfloat16, "lost": torch.float64, "frequencies": torch.float64, "pairs": torch.int64}
-
-
-@dataclass(slots=True, eq=False)
-class OpenLatents:
-    """Latents `[T, R]` in a form to calculate with, and how many layers have yet to read them."""
-
-    latents: Tensor
-    left: int
-
-
-class JointPayload(Payload):
-    """Latents of T tokens; the same object in every layer.
-
-    Tensors:
-        codes: uint8 `[T, C]`.
-        scales: float16 `[T, R / GROUP]`.
-    """
-
-    open: OpenLatents | None = None
-    _selected: tuple[Tensor, Any] | None = None
-    _joined: tuple[Payload, Any] | None = None
-
-    def select(self, index: Tensor) -> Self:
-        """The tokens at `index`: the same object for the same index, so that layers go on sharing."""
-        if self._selected is None or self._selected[0] is not index:
-            self._selected = index, Payload.select(self, index)
-        return self._selected[1]
-
-    def join(self, other: Payload) -> Self:
-        """These tokens, then the other ones; shared likewise."""
-        if self._joined is None or self._joined[0] is not other:
-            self._joined = other, Payload.join(self, other)
-        return self._joined[1]
 
 
 def check_share(retained: float) -> None:
