@@ -6,9 +6,10 @@ from typing import Any
 
 INTRO = """# Other judges
 
-Small VLMs of other classes, shapes and picture styles than the reference VLM, trained by `tools/judging`. Nothing was
-chosen on their test split, and their questions ask about all that a picture holds: what is usual, what is absent,
-counts, places, numbers, long descriptions. Protocol [`after`](../evaluation.md#protocols); p by McNemar's test.
+Small VLMs of other classes, shapes and picture styles than the reference VLM, trained by `tools/judging`.
+Nothing was chosen on their test split, and their questions ask about all that a picture holds: what is
+usual, what is absent, counts, places, numbers, long descriptions. Protocol
+[`after`](../evaluation.md#protocols); p by McNemar's test. Codecs of blocks leave a picture's tail exact.
 
 `python benchmarks/judges.py {arguments} --json benchmarks/results/judges.json`, then
 `python benchmarks/write_pages.py`. Bytes are those of all tokens, text and positions included, modules not.

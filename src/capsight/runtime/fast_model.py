@@ -163,11 +163,12 @@ class FastModel:
             read = turn.conversation
             cache.conversation = read.repeated(rows) if read is not None and rows is not None else read
         try:
-            with self._running(cache, prefill):
-                repeats = max(options.get("num_beams") or 1, options.get("num_return_sequences") or 1)
+            asked = {**turn.inputs, **options}
+            repeats = max(asked.get("num_beams") or 1, asked.get("num_return_sequences") or 1)
             if repeats > 1 and getattr(cache, "state_nbytes", 0):
                 cache.batch_repeat_interleave(repeats)  # models read states before any update tells the rows
-            output = self.model.generate(**{CACHE: cache}, **turn.inputs, **options)
+            with self._running(cache, prefill):
+                output = self.model.generate(**{CACHE: cache}, **turn.inputs, **options)
             if isinstance(cache, CapsuleCache):
                 cache.check_finite()
         except BaseException:

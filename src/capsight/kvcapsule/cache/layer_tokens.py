@@ -95,7 +95,7 @@ class LayerTokens:
         own = [self._packed, self._tail] if bias is None else self._biased(bias)
         near, near_lse = decode_attention(query, own, scaling)
         far, far_lse = joint_attention(
-            query, self.codec.opened(self.payload), places, self.codec.basis, scaling
+            query, self.codec.open_latents(self.payload), places, self.codec.basis, scaling
         )
         part = (far_lse - near_lse).sigmoid()[..., None]
         return torch.lerp(near.float(), far, part).to(query.dtype).transpose(1, 2)

@@ -152,7 +152,7 @@ class BlockCodec(nn.Module, ABC):
         """
         raise CapsightError(f"the {self.name} codec stores no latents")
 
-    def opened(self, payload: Payload) -> Tensor:
+    def open_latents(self, payload: Payload) -> Tensor:
         """Such latents, float32 `[T, R]`.
 
         Raises:

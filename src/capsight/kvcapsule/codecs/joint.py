@@ -195,7 +195,7 @@ class JointCodec(LayerCodec):
         keys, values = self.axes[: self.levels.rank].permute(1, 2, 3, 0)  # [H, D, R] each
         return LayerBasis(keys, self.mean[0], values, self.mean[1])
 
-    def opened(self, payload: Payload) -> Tensor:
+    def open_latents(self, payload: Payload) -> Tensor:
         """Latents float32 `[T, R]`."""
         return self.latents(payload, torch.float32)
 
