@@ -85,7 +85,7 @@ def main(
         process(processor, item, [item.asks[0].question])
         for item in calibration_items(REFERENCE, None, calibration)
     ]
-    capsule = KVCapsule.fit(model, None, prompts)
+    capsule = KVCapsule.fit(model, None, prompts, codec="heads")
     capsules = {
         f"{name} {rho:g}": capsule.with_budget(name).with_retained(rho) for rho in budgets for name in BUDGETS
     }

@@ -88,7 +88,9 @@ def test_generate(monkeypatch, capsys, tmp_path):
 
 def test_fit_then_inspect_then_eval(monkeypatch, capsys, tmp_path):
     folder = tmp_path / "capsule"
-    code, out, _ = run(monkeypatch, capsys, "fit", "--out", folder, "--samples", 4, "--retained", 0.5)
+    code, out, _ = run(
+        monkeypatch, capsys, "fit", "--out", folder, "--samples", 4, "--codec", "heads", "--retained", 0.5
+    )  # fmt: skip
     assert code == 0
     assert "break-even" in out
     code, out, _ = run(monkeypatch, capsys, "inspect", folder, "--json", tmp_path / "i.json")

@@ -21,7 +21,7 @@ def test_ask_says_what_generate_says(monkeypatch, capsys, tmp_path, pictures):
     prompt, (first, second) = pictures
     file = tmp_path / "images.safetensors"
     images = ("--image", first, "--image", second)
-    for options in ((), ("--retained", 0.5, "--bits", 8)):
+    for options in ((), ("--capsule", "reference-heads", "--retained", 0.5, "--bits", 8)):
         code, out, _ = run(monkeypatch, capsys, "encapsulate", *images, "--out", file, *options)
         assert code == 0
         assert "2 images" in out

@@ -47,7 +47,7 @@ def lmms_model(monkeypatch, documents):
     monkeypatch.delitem(sys.modules, path.rpartition(".")[0], raising=False)
     kind = getattr(importlib.import_module(path.rpartition(".")[0]), path.rpartition(".")[2])
     model = kind.create_from_arg_string(
-        "method=adaptive,retained=0.2,dtype=float32",
+        "method=adaptive,capsule=reference-heads,retained=0.2,dtype=float32",
         {"batch_size": 1, "max_batch_size": None, "device": "cpu"},
     )
     model.task_dict["tiny"] = {"test": documents}

@@ -206,9 +206,8 @@ def test_what_rebuilds_nothing_needs_attention_that_hides_evicted_tokens(name):
     cache, new = cache_for(layout, name), torch.randn(2, 1, H, 20, D)
     cache.honours_key_bias = False
     feed(cache, new)
-    feed(cache, new[:, :, :, :1])  # nobody says what attention runs: the next update finds that none has
     with pytest.raises(CapsightError, match=rf"{name} codec keeps part .*capsight\.enable"):
-        feed(cache, new[:, :, :, :1])
+        feed(cache, new[:, :, :, :1])  # the second layer's update finds that no attention has asked
     cache = cache_for(layout, name, 8)  # nothing is evicted
     cache.honours_key_bias = False
     feed(cache, new)

@@ -157,7 +157,8 @@ def test_what_is_no_number_is_said(vlm):
         for call in (fast.generate, fast.encapsulate):
             with pytest.raises(OptionError, match="NaN"):
                 call(**broken)
-        weight = vlm.model.get_decoder().layers[1].self_attn.v_proj.weight
+        attention = vlm.model.get_decoder().layers[1].self_attn
+        weight = (attention.v_proj or attention.k_proj).weight  # Gemma 4: values are keys
         kept = weight.data[0, 0].clone()
         weight.data[0, 0] = float("nan")
         try:

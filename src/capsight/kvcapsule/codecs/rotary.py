@@ -78,6 +78,10 @@ def find_rotary(model: Any, layers: Sequence[int]) -> Rotary:
     decoder = model.get_decoder()
     frequencies, scaling = _frequencies(decoder)
     keys = _keys_at(model, decoder, layers)  # [L, positions, H, D], float64
+    if not keys.isfinite().all():
+        raise CalibrationError(
+            "calibration keys hold NaN or infinite values; run the model in float32 or bfloat16"
+        )
     for interleaved in (False, True):
         axes = _axes(keys, len(frequencies), interleaved)
         rotary = Rotary(frequencies, axes, interleaved, scaling)
