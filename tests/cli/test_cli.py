@@ -70,6 +70,7 @@ def test_generate(monkeypatch, capsys, tmp_path):
         assert "KV cache" in err
     said = {}
     latent, rebuilt = ("--decode", "latent"), ("--decode", "materialise")
+    heads = ("--capsule", "reference-heads")
     KVCapsule.from_pretrained("reference-heads").with_codec("adaptive").save_pretrained(tmp_path / "adaptive")
     adaptive = ("--capsule", tmp_path / "adaptive")
     for options in (
@@ -78,6 +79,7 @@ def test_generate(monkeypatch, capsys, tmp_path):
         code, _, err = run(
             monkeypatch, capsys, "generate", "--image", tmp_path / "a.png",
             "--prompt", prompt.questions[0].text, "--max-new-tokens", 1, *options,
+            *(() if "--capsule" in options else heads),
         )  # fmt: skip
         assert code == 0
         said[options] = parse_bytes(err.split("KV cache ")[1].split(",")[0])

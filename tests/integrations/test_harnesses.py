@@ -116,7 +116,14 @@ def test_vlmevalkit(monkeypatch, tmp_path, documents, expected):
         "print(sys.argv[1:], file=open(__file__ + '.out', 'w'))\n"
         "supported_VLM['made'] = supported_VLM['capsight']()\n"
     )
-    main(["method=adaptive,retained=0.2", str(tmp_path / "run.py"), "--model", "capsight"])
+    main(
+        [
+            "method=adaptive,capsule=reference-heads,retained=0.2",
+            str(tmp_path / "run.py"),
+            "--model",
+            "capsight",
+        ]
+    )
     assert (tmp_path / "run.py.out").read_text() == "['--model', 'capsight']\n"
     model = sys.modules["vlmeval.config"].supported_VLM["made"]
     assert model.INTERLEAVE

@@ -86,7 +86,7 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
     (tmp_path / "config.json").write_text("[" * 100_000)
     for load in (capsight.load_processor, load_model):
-        with pytest.raises(OptionError, match="cannot load the") as caught:
+        with pytest.raises(OptionError, match=r"cannot (load the|read the config)") as caught:
             load(str(tmp_path))
         assert "\n" not in str(caught.value)
     (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')

@@ -57,13 +57,14 @@ def _own_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
     """
     inner = next((x for x in model.modules() if isinstance(x, PreTrainedModel)), model)
     seen: set[int] = set()  # tied weights count once
+    tied = set(getattr(inner, "all_tied_weights_keys", None) or ())
     for prefix, module in inner.named_modules():
         for local, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             name = f"{prefix}.{local}".replace(".base_layer.", ".")
-            if ".lora_" in name:
+            if ".lora_" in name or name in tied:  # offloaded, the same weight is several tensors
                 continue
             held = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
             yield name, held[local] if parameter.is_meta and held is not None else parameter
