@@ -203,7 +203,7 @@ def test_fit_on_a_folder_of_pictures(monkeypatch, capsys, tmp_path):
     ("arguments", "words"),
     [
         (["generate", "--prompt", "x", "--image", "none.png"], "none.png"),
-        (["generate", "--prompt", "x", "--model", "/no/such/folder"], "cannot load"),
+        (["generate", "--prompt", "x", "--model", "/no/such/folder"], "--capsule"),
         (["generate", "--prompt", "x", "--model", reference_path()], "--capsule"),
         (["generate", "--prompt", "x", "--capsule", "/no/such/folder"], "/no/such/folder"),
         (["generate", "--prompt", "x", "--retained", "1.5"], "1.5"),

@@ -23,6 +23,7 @@ from capsight.evaluation.sharing import FULL
 from capsight.evaluation.summary import split_label
 from capsight.evaluation.timing import Timing, medians, time_once
 from capsight.kvcapsule import CacheMethod, LatentMethod
+from capsight.kvcapsule.method import reads_latent
 from capsight.layout import build_layout
 from capsight.runtime import Decode, FastModel, enable
 
@@ -131,7 +132,8 @@ def _encode_seconds(
     layout = build_layout(inputs, model.config)
     observe = any(observes(method, layout, model.config) for method in chosen)
     found: list[list[float]] = [[] for _ in timed]
-    with enable(model, capsule=next((m for m in chosen if m.needs_attention), None)), torch.no_grad():
+    needy = next((m for m in chosen if m.needs_attention or reads_latent(m)), None)
+    with enable(model, capsule=needy), torch.no_grad():
         prefill = Prefill.record(model, inputs, None, observe)
         for _ in range(1 + runs):
             for variant, seconds in zip(timed, found, strict=True):

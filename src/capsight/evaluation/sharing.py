@@ -23,6 +23,7 @@ from capsight.evaluation.drafts import Rows, append_tokens, check, end_tokens, u
 from capsight.evaluation.items import Item
 from capsight.evaluation.prefill import Prefill, observes
 from capsight.kvcapsule import CacheMethod, ContextRepeater
+from capsight.kvcapsule.method import reads_latent
 from capsight.layout import build_layout
 from capsight.runtime import enable
 
@@ -79,7 +80,7 @@ class Asking:
             yield from ((name, self._alone(item, name)) for name in everything)
             return
         # One context for all: capsight's attention function is the stock one with what a cache may add.
-        needy = next((m for m in self.methods.values() if m.needs_attention), None)
+        needy = next((m for m in self.methods.values() if m.needs_attention or reads_latent(m)), None)
         with enable(self.model, capsule=needy, head_map=self.head_map):
             dense = _Prompt(self, item, None)
             sparse = dense if self.head_map is None else _Prompt(self, item, self.head_map)

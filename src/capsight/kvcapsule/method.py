@@ -100,3 +100,8 @@ class ContextRepeater(Protocol):
             What the second reading showed, for other budgets.
         """
         ...
+
+
+def reads_latent(method: object) -> bool:
+    """Whether attention is best left to read a method's capsules as they are."""
+    return isinstance(method, LatentMethod) and not method.rebuilds
