@@ -17,6 +17,7 @@ from capsight.cli.output import console, human_bytes, write_json
 from capsight.cli.target import check_out
 from capsight.errors import CapsuleFileError
 from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.codecs import JointCodec
 from capsight.kvcapsule.info import CapsuleInfo
 
 LETTERS = {
@@ -62,17 +63,26 @@ def _capsule(path: str) -> tuple[dict[str, Any], list[Table]]:
         "block size": info.block_size,
         "retained": round(capsule.retained, 4),
         "budget": info.budget,
-        "bits": info.bits or "as in the cache",
+        "bits": _bits(capsule),
         "weights": info.options.get("weights", "solved") if info.codec == "adaptive" else "none",
         "layers": len(info.layers),
         "modules": human_bytes(capsule.module_nbytes),
         "break-even": f"{capsule.break_even_tokens()} vision tokens at batch 1",
-        "fitted on": f"{info.blocks} blocks",
+        "fitted on": f"{info.blocks} blocks" if info.share is None else f"{info.blocks} vision tokens",
         "model": str(info.model_config.get("model_type")),
         "fingerprint": info.fingerprint,
     }
     rows = _layers(info)
-    return facts | {"per_layer": rows}, [_table(path, facts), _budget_chart(info, rows)]
+    charts = [] if info.share is not None else [_budget_chart(info, rows)]  # latents are of all layers
+    return facts | {"per_layer": rows}, [_table(path, facts), *charts]
+
+
+def _bits(capsule: KVCapsule) -> str | int:
+    """Bits of what is stored; of latents, how many coordinates have how many."""
+    first = next(iter(capsule.codecs.values()))
+    if isinstance(first, JointCodec):
+        return ", ".join(f"{count} coordinates in {bits}" for bits, count in first.levels.parts)
+    return capsule.info.bits or "as in the cache"
 
 
 def _layers(info: CapsuleInfo) -> list[dict[str, Any]]:
@@ -133,7 +143,7 @@ def _head_map(path: str) -> tuple[dict[str, Any], list[Table]]:
 
 
 def _table(title: str, facts: dict[str, Any]) -> Table:
-    table = Table(title=title, show_header=False)
-    for name, value in facts.items():
+    table = Table(show_header=False)
+    for name, value in {"read from": title, **facts}.items():
         table.add_row(name, str(value))
     return table

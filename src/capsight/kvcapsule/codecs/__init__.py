@@ -3,6 +3,9 @@
 `QuantisedCodec` goes around any of them.
 """
 
+from collections import ChainMap
+from collections.abc import Mapping
+
 from capsight.kvcapsule.codecs.adaptive import AdaptiveCodec
 from capsight.kvcapsule.codecs.base import LayerCodec
 from capsight.kvcapsule.codecs.block import BlockCodec, Payload
@@ -19,8 +22,8 @@ CODECS: dict[str, type[LayerCodec]] = {
     codec.name: codec for codec in (HeadsCodec, AdaptiveCodec, EvictCodec, StaticCodec, StaticMlpCodec)
 }
 """Codecs that are fitted layer by layer, by name."""
-ALL_CODECS: dict[str, type[LayerCodec]] = {JointCodec.name: JointCodec, **CODECS}
-"""Those, and the one that is fitted to all layers at once."""
+ALL_CODECS: Mapping[str, type[LayerCodec]] = ChainMap({JointCodec.name: JointCodec}, CODECS)
+"""Those as they are now, and the one that is fitted to all layers at once."""
 
 __all__ = [
     "ALL_CODECS",
