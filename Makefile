@@ -16,11 +16,11 @@ export TOKENIZERS_PARALLELISM ?= false
 WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 
 # What `make bench` compares; the first one is tested against the others. TIMED ones are timed, too.
-METHODS := heads adaptive evict cur uniform streaming-llm snapkv vl-cache merge kvzip feature-pca \
+METHODS := joint heads adaptive evict cur uniform streaming-llm snapkv vl-cache merge kvzip feature-pca \
 	quanto-int4 quanto-int2
 BUDGETS := 0.6 0.4 0.2 0.1
 BITS := heads heads-int8 heads-int4
-TIMED := heads heads-int8 heads-int4 adaptive
+TIMED := joint heads heads-int8 heads-int4 adaptive
 
 .PHONY: help setup demo test lint docs train-reference fit-reference judge accuracy accuracy-more bench test-triton test-matrix clean
 

@@ -135,7 +135,7 @@ def main(
     model = large_model(reference.config, getattr(torch, dtype))
     item = prompt(4, 0)
     sample = process(processor, item, [item.asks[0].question])
-    capsule = KVCapsule.fit(model, None, [sample], progress=False)
+    capsule = KVCapsule.fit(model, None, [sample], codec="heads", progress=False)
     variants = [Variant("full, DynamicCache", "dynamic", None), Variant("full, StaticCache", "static", None)]
     for rho in retained.split(","):
         variants.append(Variant(f"heads {float(rho):g}", None, capsule.with_retained(float(rho))))

@@ -77,7 +77,7 @@ def main(
 ) -> None:
     """Measure and print a table in markdown."""
     reference, processor = load_reference_vlm()
-    shipped = KVCapsule.from_pretrained("reference-heads")
+    shipped = KVCapsule.from_pretrained("reference")
     rows = [
         {"model": "reference VLM, float32"} | measured(reference, processor, shipped, batch, runs)
         for batch in (1, 8)
