@@ -106,10 +106,26 @@ def test_quantised_bytes(qwen):
     for kind in (QuantoInt4, QuantoInt2):
         with capsight.enable(qwen.model, capsule=kind()) as fast:
             cache = fast.encapsulate(**inputs)
-        numbers = 2 * text.num_hidden_layers * cache.get_seq_length() * channels
-        assert cache.nbytes_full == 4 * numbers
-        # each group has a scale and a shift in float32
-        assert cache.nbytes == numbers * kind.bits / 8 + numbers / math.gcd(64, channels) * 8
+        length, group = cache.get_seq_length(), math.gcd(64, channels)
+        assert cache.nbytes_full == 4 * 2 * text.num_hidden_layers * length * channels
+        # keys are filled up to whole groups of tokens; each group has a scale and a shift in float32
+        numbers = text.num_hidden_layers * channels * (length + math.ceil(length / group) * group)
+        assert cache.nbytes == numbers * kind.bits / 8 + numbers / group * 8
+
+
+@pytest.mark.parametrize("kind", [QuantoInt4, QuantoInt2])
+def test_a_large_key_channel_does_not_hurt_the_others(qwen, kind):
+    """KIVI's reason to quantise keys by channel; transformers' default loses the small channels to it."""
+    pytest.importorskip("optimum.quanto")
+    text = qwen.config.get_text_config()
+    size = text.hidden_size // text.num_attention_heads
+    keys = torch.randn(1, text.num_key_value_heads, 71, size, generator=torch.Generator().manual_seed(0))
+    keys[..., 3] = 100 + keys[..., 3]
+    layer = kind().cache(qwen.inputs([([qwen.picture(0)], "hi")]), qwen.config).layers[0]
+    layer.update(keys, keys)
+    held = layer._dequantize(layer._quantized_keys)
+    assert held.shape == keys.shape
+    assert (held - keys)[..., 4:].abs().max() < (1.5 if kind.bits == 2 else 0.4)
 
 
 def test_quantised_cache_refuses_sliding_layers(qwen):

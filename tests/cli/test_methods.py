@@ -39,6 +39,15 @@ def test_names_are_unique_and_others_are_refused():
             made(name)
 
 
+def test_baselines_take_the_tokens_of_a_picture_as_one_run():
+    names = ["uniform", "merge", "snapkv", "feature-pca"]
+    model, processor = capsight.load_reference_vlm()
+    methods = make_methods(
+        names, [0.5], list, lambda: calibration_prompts(processor, "reference", None)[:1], model, 49
+    )
+    assert [m.block_size for m in methods.values()] == [49] * len(names)
+
+
 def test_static_is_fitted_at_every_fraction():
     model, processor = capsight.load_reference_vlm()
     fitted = make_methods(

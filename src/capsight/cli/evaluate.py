@@ -32,6 +32,7 @@ from capsight.evaluation import Item, Journal, evaluate, jsonl_items, paired, re
 from capsight.evaluation.asking import process
 from capsight.evaluation.metric import check_metric
 from capsight.kvcapsule.fingerprint import model_fingerprint
+from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
 from capsight.reference.questions import TASKS
 
 _CALIBRATION_PROMPTS = 96  # as `capsight fit` takes by default
@@ -51,6 +52,9 @@ def evaluate_command(
         str | None, typer.Option(help="Prefill with this head map: folder, hub id, or 'reference'.")
     ] = None,
     protocol: Annotated[str, typer.Option(help="after (the judge) or within.")] = "after",
+    block_size: Annotated[
+        int, typer.Option(help="Vision tokens in a run of a baseline; what is left of an image stays exact.")
+    ] = DEFAULT_BLOCK_SIZE,
     tasks: Annotated[str | None, typer.Option(help="Ask only these tasks, comma-separated.")] = None,
     images: Annotated[
         str, typer.Option(help="Image counts of the reference task, comma-separated.")
@@ -94,10 +98,12 @@ def evaluate_command(
         lambda: load_capsule(capsule, model),
         lambda: calibration_prompts(made, model, calibration),
         vlm,
+        block_size,
     )
     asked = {
         "model": model,
         "protocol": protocol,
+        "block_size": block_size,
         "head_map": head_map,
         "tasks": tasks,
         "data": None if data is None else str(data),

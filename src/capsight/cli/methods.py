@@ -11,6 +11,7 @@ from capsight.kvcapsule import CacheMethod, KVCapsule
 from capsight.kvcapsule.capsule import ALIKE
 from capsight.kvcapsule.codecs import ALL_CODECS
 from capsight.kvcapsule.codecs.quantise import BITS
+from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
 
 
 class Form(NamedTuple):
@@ -42,6 +43,7 @@ def make_methods(
     load: Callable[[], KVCapsule],
     samples: Callable[[], list[Any]],
     model: Any,
+    block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> dict[str, CacheMethod]:
     """Every method at every budget, by a label for tables.
 
@@ -51,6 +53,7 @@ def make_methods(
         load: gives a capsule; other codecs than it can be turned into are fitted.
         samples: gives calibration prompts (processor outputs) for methods that are fitted.
         model: the model to fit them to.
+        block_size: vision tokens in a run of a baseline; what is left of an image stays exact.
 
     Raises:
         OptionError: a name is unknown, or a fraction is not in (0, 1].
@@ -65,7 +68,8 @@ def make_methods(
             methods |= {f"{name} {rho:g}": capsules.of(CAPSULES[name], rho) for rho in retained}
             continue
         kind: Any = METHODS[name]
-        fitted = kind.fit(model, None, samples()) if kind.calibrated else kind(retained[0])
+        sizes = {"retained": retained[0], "block_size": block_size}
+        fitted = kind.fit(model, None, samples(), **sizes) if kind.calibrated else kind(**sizes)
         fitted.check_model(model)
         budgets = [fitted.with_retained(rho) for rho in retained]
         methods |= {method.label: method for method in budgets}
