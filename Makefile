@@ -19,7 +19,7 @@ WORKERS ?= $(shell nproc 2>/dev/null || echo 1)
 METHODS := joint heads adaptive evict cur uniform streaming-llm snapkv vl-cache merge kvzip feature-pca \
 	quanto-int4 quanto-int2
 BUDGETS := 0.6 0.4 0.2 0.1
-BITS := heads heads-int8 heads-int4
+BITS := joint heads heads-int8 heads-int4
 TIMED := joint heads heads-int8 heads-int4 adaptive
 
 .PHONY: help setup demo test lint docs train-reference fit-reference judge accuracy accuracy-more bench test-triton test-matrix clean
@@ -74,7 +74,7 @@ accuracy: setup  ## accuracy of the reference VLM on its test split, full cache 
 	$(BIN)/capsight eval $(METHODS:%=--method %) $(BUDGETS:%=--retained %) --images 1,4,8 --samples 34 \
 		--workers $(WORKERS) --json benchmarks/results/accuracy.json
 	$(BIN)/capsight eval --dtype bfloat16 $(BITS:%=--method %) --retained 0.6 --retained 0.4 --retained 0.2 \
-		--retained 0.15 --retained 0.1 --retained 0.07 --retained 0.05 \
+		--retained 0.15 --retained 0.1 --retained 0.07 --retained 0.05 --retained 0.03 --retained 0.02 \
 		--images 1,4,8 --samples 34 --workers $(WORKERS) --json benchmarks/results/bits.json
 	$(BIN)/python benchmarks/write_pages.py
 
