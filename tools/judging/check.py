@@ -41,7 +41,7 @@ def accuracy(
             rng = split_rng(judge.name, split, index, f"{pictures} pictures")
             prompt = draw_prompt(rng, judge.grid, judge.style, pictures, 24, KINDS if every else judge.kinds)
             lesson = teacher([prompt])
-            packed.begin(lesson, judge.grid**2)
+            packed.begin(lesson, judge.tokens)
             logits, target, _ = answers(judge, model, lesson, features_of(judge, model, lesson))
             right = (logits.argmax(-1) == target).tolist()
             for question in _in_order(prompt):

@@ -16,25 +16,30 @@ _SIZES = {
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Labels [cells of all pictures] by name; -100 where nothing is asked."""
+    """Labels [vision tokens of all pictures] by name; -100 where nothing is asked."""
 
     by_name: dict[str, Tensor]
 
 
-def labels_of(worlds: list[World]) -> Labels:
-    """Labels of all cells, picture by picture; ground and texture are asked where they are seen alone."""
+def labels_of(worlds: list[World], side: int = 1) -> Labels:
+    """Labels of all vision tokens (`side` x `side` a cell), picture by picture.
+
+    Ground and texture are asked where they are seen alone, digits where they lie.
+    """
     columns: dict[str, list[int]] = {name: [] for name in _SIZES}
     for w in worlds:
         ground, texture, time = COLORS.index(w.ground), TEXTURES.index(w.texture), TIMES.index(w.time)
-        for r in range(w.grid):
-            for c in range(w.grid):
+        for y in range(w.grid * side):
+            for x in range(w.grid * side):
+                r, c = y // side, x // side
+                left, right = 2 * (x % side) < side, 2 * (x % side) >= side - 1
                 thing = w.things.get((r, c))
                 digits = thing.number if thing else ""
                 shape = 0 if thing is None else 1 if digits else 2 + SHAPES.index(thing.shape)
                 columns["shape"].append(shape)
                 columns["color"].append(0 if thing is None else 1 + COLORS.index(thing.color))
-                columns["tens"].append(1 + int(digits[0]) if digits else 0)
-                columns["ones"].append(1 + int(digits[1]) if digits else 0)
+                columns["tens"].append(1 + int(digits[0]) if digits and left else 0)
+                columns["ones"].append(1 + int(digits[1]) if digits and right else 0)
                 columns["row"].append(r)
                 columns["column"].append(c)
                 columns["ground"].append(_IGNORE if thing else ground)

@@ -29,6 +29,10 @@ class Style:
         noise: standard deviation of the noise of a pixel.
         sizes: side of a shape in px.
         period: period of the textures in px.
+        wash: share of white in the ground.
+        blotches: amplitude of slow changes of the brightness, as on paper.
+        levels: levels of a channel, reached by ordered dithering; 0: all.
+        shift: shapes lie up to so many px beside the middle of their cell.
     """
 
     palette: dict[str, tuple[float, float, float]]
@@ -39,6 +43,10 @@ class Style:
     noise: float
     sizes: tuple[int, ...]
     period: int
+    wash: float = 0.0
+    blotches: float = 0.0
+    levels: int = 0
+    shift: int = 0
 
 
 MOSAIC = Style(
@@ -55,6 +63,15 @@ TILES = Style(
     },
     outlined=True, ruler=False, lines=True, gradient=0.15, noise=0.03, sizes=(20, 22, 24), period=14,
 )  # fmt: skip
+PAPER = Style(
+    {
+        "red": (1, 0.18, 0.22), "orange": (1, 0.5, 0.12), "yellow": (1, 0.86, 0.1), "green": (0.42, 1, 0.15),
+        "cyan": (0.15, 1, 0.85), "blue": (0.22, 0.4, 1), "purple": (0.88, 0.25, 1), "white": (1, 0.97, 0.9),
+    },
+    outlined=True, ruler=False, lines=False, gradient=0.0, noise=0.03, sizes=(17, 19, 21), period=14,
+    wash=0.3, blotches=0.06, levels=7, shift=2,
+)  # fmt: skip
+_BAYER = np.array([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]], np.float32) / 16
 
 
 @cache
@@ -120,7 +137,7 @@ def draw(world: World, style: Style, rng: random.Random) -> Image.Image:
     """The picture of a world, RGB, `grid * CELL` px a side."""
     side = world.grid * CELL
     canvas = np.empty((side, side, 3), np.float32)
-    canvas[:] = style.palette[world.ground]
+    canvas[:] = np.array(style.palette[world.ground]) * (1 - style.wash) + style.wash
     canvas *= (1 - 0.3 * _texture(world.texture, side, style.period))[:, :, None]
     if style.gradient:
         slope = np.linspace(1, 1 - style.gradient * rng.random(), side, dtype=np.float32)
@@ -137,10 +154,11 @@ def draw(world: World, style: Style, rng: random.Random) -> Image.Image:
             cell *= 1 - ink
             continue
         size = rng.choice(style.sizes)
+        by = tuple(rng.randint(-style.shift, style.shift) for _ in range(2)) if style.shift else (0, 0)
         if style.outlined:
-            rim = _shape(thing.shape, size + 3)[:, :, None]
+            rim = np.roll(_shape(thing.shape, size + 3), by, (0, 1))[:, :, None]
             cell *= 1 - 0.9 * rim
-        covered = _shape(thing.shape, size - 2 * style.outlined)[:, :, None]
+        covered = np.roll(_shape(thing.shape, size - 2 * style.outlined), by, (0, 1))[:, :, None]
         cell *= 1 - covered
         cell += covered * color
     canvas *= _LIGHT[world.time] * rng.uniform(0.95, 1.05)
@@ -151,4 +169,13 @@ def draw(world: World, style: Style, rng: random.Random) -> Image.Image:
         canvas[:4, :4] = 0.5
     noise = np.random.default_rng(rng.getrandbits(32)).standard_normal((side, side), np.float32)
     canvas += style.noise * noise[:, :, None]
+    if style.blotches:
+        coarse = Image.fromarray(
+            np.array([[rng.uniform(-1, 1) for _ in range(5)] for _ in range(5)], np.float32)
+        )
+        slow = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
+        canvas *= 1 + style.blotches * slow[:, :, None]
+    if style.levels:
+        steps = style.levels - 1
+        canvas = np.floor(canvas * steps + np.tile(_BAYER, (side // 4, side // 4))[:, :, None]) / steps
     return Image.fromarray((canvas.clip(0, 1) * 255).astype(np.uint8))

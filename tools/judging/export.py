@@ -34,7 +34,7 @@ def export(
         f"# Judge `{judge}`",
         f"`{type(model).__name__}`, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters: "
         f"{text.num_hidden_layers} layers of width {text.hidden_size}, {text.num_attention_heads} query and "
-        f"{text.num_key_value_heads} KV heads, {made.grid**2} vision tokens a picture. Initial weights from "
+        f"{text.num_key_value_heads} KV heads, {made.tokens} vision tokens a picture. Initial weights from "
         f"seed {made.seed}; prompts from the seeds `capsight/judges/{judge}/...` (`prompts.split_rng`).",
         f"Trained by `python -m judging.train --judge {judge} --out runs/{judge}` in `tools/`: one CPU "
         f"thread, {state['seconds'] / 60:.0f} minutes on a busy machine; at the end "

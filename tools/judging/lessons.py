@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from judging.dense import Labels, labels_of
 from judging.prompts import Prompt
-from judging.questions import SUBJECTS, Question
+from judging.questions import SUBJECTS, Place, Question
 from judging.shapes import Judge
 from reference_training.batches import patches
 
@@ -89,7 +89,7 @@ class Teacher:
 
     def prefix(self, pictures: int) -> tuple[Tensor, Tensor, int, list[int]]:
         """Tokens, positions, the position after them, and where each picture begins."""
-        grid = self.judge.grid
+        grid, tokens = self.judge.grid, self.judge.tokens
         ids, positions, offset, firsts = [self._user], [torch.zeros(3, 1, dtype=torch.long)], 1, []
         start, pad, end = self._image
         for number in range(1, pictures + 1):
@@ -98,7 +98,7 @@ class Teacher:
             positions.append((torch.arange(len(head)) + offset).expand(3, -1))
             offset += len(head)
             firsts.append(len(ids))
-            ids += [pad] * grid**2
+            ids += [pad] * tokens
             if self.judge.mrope:
                 side = torch.arange(grid)
                 where = torch.stack(
@@ -107,8 +107,8 @@ class Teacher:
                 positions.append(where + offset)
                 offset += grid
             else:
-                positions.append((torch.arange(grid**2) + offset).expand(3, -1))
-                offset += grid**2
+                positions.append((torch.arange(tokens) + offset).expand(3, -1))
+                offset += tokens
             ids.append(end)
             positions.append(torch.full((3, 1), offset))
             offset += 1
@@ -125,7 +125,7 @@ class Teacher:
     def __call__(self, prompts: list[Prompt]) -> Lesson:
         """A lesson of prompts with equally many pictures and questions of each group."""
         prefix, positions, after, firsts = self.prefix(len(prompts[0].scenes))
-        dense = labels_of([s.world for p in prompts for s in p.scenes])
+        dense = labels_of([s.world for p in prompts for s in p.scenes], self.judge.side)
         groups = []
         for long in (False, True):
             chosen = [[q for q in p.questions if (q.task == "describe") == long] for p in prompts]
@@ -168,7 +168,7 @@ class Teacher:
                         (look, question.pieces[piece].look),
                         (other, question.pieces[piece].other),
                     ):
-                        at = [0 if cell < 0 else firsts[k] + cell for k, cell in places]
+                        at = [i for place in places for i in self._tokens_at(place, firsts)]
                         np.add.at(target[b, q, t], at, 1 / len(at))
         return Group(
             torch.from_numpy(ids),
@@ -179,6 +179,13 @@ class Teacher:
             torch.from_numpy(number).view(B * Q, T, T),
             torch.from_numpy(subject).view(B * Q, T, T),
         )
+
+    def _tokens_at(self, place: Place, firsts: list[int]) -> list[int]:
+        """Where a place lies in the prefix; the first token stands for as many as a cell has."""
+        k, cell = place
+        if cell < 0:
+            return [0] * self.judge.side**2
+        return [firsts[k] + token for token in self.judge.tokens_of(cell)]
 
     def _spans(self, text: str) -> tuple[list[int], list[int]]:
         """Places of the tokens that name a picture, and of those that say what is asked for."""

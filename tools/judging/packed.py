@@ -38,15 +38,15 @@ class Packed:
         language_model.set_attn_implementation(_NAME)
         self.losses: dict[str, list[Tensor]] = {}
 
-    def begin(self, lesson: Lesson, cells: int) -> None:
-        """Take the shapes and targets of a lesson; `cells` is the number of vision tokens of a picture."""
+    def begin(self, lesson: Lesson, tokens: int) -> None:
+        """Take the shapes and targets of a lesson; `tokens` is the number of vision tokens of a picture."""
         self.groups = lesson.groups
         self.batch, self.width = lesson.groups[0].ids.shape[0], len(lesson.prefix)
         self.causal = torch.full((self.width, self.width), -torch.inf).triu(1)
         self.losses = {}
         firsts = lesson.firsts
-        self.picture = [(f + i, f - 2) for f in firsts for i in range(cells)]
-        self.twin = [(f + i, g + i) for g, f in pairwise(firsts) for i in range(cells)]
+        self.picture = [(f + i, f - 2) for f in firsts for i in range(tokens)]
+        self.twin = [(f + i, g + i) for g, f in pairwise(firsts) for i in range(tokens)]
 
     def loss(self) -> tuple[Tensor | float, dict[str, float]]:
         """The summed loss of the last forward, and each slot's attention on its target (geometric mean)."""

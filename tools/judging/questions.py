@@ -143,7 +143,8 @@ def _number(w: World, k: int, rng: random.Random) -> Question | None:
     )
 
 
-def _describe(w: World, k: int, rng: random.Random) -> Question:
+def describe(w: World, k: int, rng: random.Random) -> Question:
+    """Everything in a fixed order, the ground last."""
     ground = places(k, w, w.empty)
     pieces = [_piece(w.time, ground), _piece(f", {w.texture}", ground)]
     if w.crowd:
@@ -166,7 +167,7 @@ def _describe(w: World, k: int, rng: random.Random) -> Question:
 _SINGLE: dict[str, Callable[[World, int, random.Random], Question | None]] = {
     "ground": _ground, "texture": _texture, "time": _time, "empty": _empty, "common": _common,
     "count": _count, "at": _at, "where": _where, "present": _present, "color": _color, "number": _number,
-    "describe": _describe,
+    "describe": describe,
 }  # fmt: skip
 
 

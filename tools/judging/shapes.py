@@ -1,11 +1,10 @@
 """The judges: class, configuration, tokenizer and processor of each, before training."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
@@ -19,9 +18,10 @@ from transformers import (
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from judging.drawing import CELL, MOSAIC, TILES, Style
-from judging.prompts import draw_prompt, split_rng
+from judging.drawing import CELL, MOSAIC, PAPER, TILES, Style
 from judging.questions import KINDS
+from judging.vocabulary import learn_tokenizer, wording
+from judging.wide import see_cells, wide_model, wide_processor
 from reference_training.architecture import rope_parameters
 
 
@@ -32,13 +32,15 @@ class Judge:
     Attributes:
         name: its folder under `weights`.
         seed: of its initial weights.
-        grid: vision tokens a side of a picture.
+        grid: cells a side of a picture.
         style: how its pictures look.
         image: texts of the tokens before, of and after a picture.
         build: makes the untrained model of a tokenizer.
         processor: makes the processor of a tokenizer and a chat template.
         mrope: whether positions are (t, h, w).
+        framed: whether the chat template writes the tokens before and after a picture; else the processor.
         unlearnt: kinds of question that it did not learn well enough to judge by; they are not asked.
+        side: vision tokens a side of a cell.
     """
 
     name: str
@@ -49,12 +51,25 @@ class Judge:
     build: Callable[[PreTrainedTokenizerFast], Any]
     processor: Callable[[PreTrainedTokenizerFast, str], Any]
     mrope: bool
+    framed: bool
     unlearnt: tuple[str, ...]
+    side: int = 1
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of question that it is asked."""
         return tuple(k for k in KINDS if k not in self.unlearnt)
+
+    @property
+    def tokens(self) -> int:
+        """Vision tokens of a picture."""
+        return (self.grid * self.side) ** 2
+
+    def tokens_of(self, cell: int) -> list[int]:
+        """The vision tokens of a picture's cell, both counted row by row."""
+        row, column = (self.side * x for x in divmod(cell, self.grid))
+        width = self.grid * self.side
+        return [(row + r) * width + column + c for r in range(self.side) for c in range(self.side)]
 
     @property
     def chat_template(self) -> str:
@@ -66,7 +81,7 @@ class Judge:
             "{%- if message['content'] is string -%}{{- message['content'] -}}"
             "{%- else -%}{%- for part in message['content'] -%}"
             "{%- if part['type'] == 'image' -%}{%- set ns.images = ns.images + 1 -%}"
-            f"{{{{- ns.images ~ '{start if self.mrope else ''}{pad}{end if self.mrope else ''}' -}}}}"
+            f"{{{{- ns.images ~ '{start if self.framed else ''}{pad}{end if self.framed else ''}' -}}}}"
             "{%- elif part['type'] == 'text' -%}{{- part['text'] -}}{%- endif -%}"
             "{%- endfor -%}{%- endif -%}"
             "{%- if message['role'] == 'assistant' -%}{{- '<|end|>' -}}{%- endif -%}"
@@ -76,66 +91,7 @@ class Judge:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Byte-level BPE trained on the wording of train prompts; digits never merge."""
-        start, pad, end = self.image
-        return _tokenizer(
-            _wording(self),
-            (
-                "<|pad|>",
-                "<|system|>",
-                "<|user|>",
-                "<|assistant|>",
-                "<|end|>",
-                start,
-                end,
-                pad,
-                "<|video_pad|>",
-            ),
-            start,
-            pad,
-            end,
-        )
-
-
-def _wording(judge: Judge) -> Iterable[str]:
-    for index in range(150):
-        prompt = draw_prompt(
-            split_rng(judge.name, "train", index, "wording"), judge.grid, judge.style, 1 + index % 4, 20
-        )
-        for q in prompt.questions:
-            yield q.text
-            yield q.answer
-
-
-def _tokenizer(
-    corpus: Iterable[str], special: tuple[str, ...], start: str, pad: str, end: str
-) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r" ?\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+"), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=640,
-        special_tokens=list(special),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        additional_special_tokens=[t for t in special if t not in ("<|pad|>", "<|end|>")],
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        extra_special_tokens={
-            "start_image_token": start, "end_image_token": end, "context_image_token": pad,
-            "image_token": pad, "video_token": "<|video_pad|>",
-        },
-    )  # fmt: skip
+        return learn_tokenizer(wording(self.name, self.grid, self.style), self.image)
 
 
 def _text_config(tokenizer: PreTrainedTokenizerFast, **own: Any) -> dict[str, Any]:
@@ -248,12 +204,16 @@ def _tiles_processor(tokenizer: PreTrainedTokenizerFast, chat_template: str) -> 
 JUDGES = {
     "mosaic": Judge(
         "mosaic", 11, 7, MOSAIC, ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"),
-        _mosaic_model, _mosaic_processor, mrope=True, unlearnt=("odd", "differ"),
+        _mosaic_model, _mosaic_processor, mrope=True, framed=True, unlearnt=("odd", "differ"),
     ),
     "tiles": Judge(
         "tiles", 23, 8, TILES, ("<img>", "<IMG_CONTEXT>", "</img>"),
-        _tiles_model, _tiles_processor, mrope=False,
+        _tiles_model, _tiles_processor, mrope=False, framed=False,
         unlearnt=("at", "which_scene", "same_ground", "odd", "differ"),
+    ),
+    "wide": Judge(
+        "wide", 37, 8, PAPER, ("<img>", "<image>", "</img>"),
+        wide_model, wide_processor, mrope=False, framed=True, unlearnt=(), side=2,
     ),
 }  # fmt: skip
 
@@ -266,6 +226,8 @@ def untrained(judge: Judge, tokenizer: PreTrainedTokenizerFast) -> Any:
         for layer in model.model.language_model.layers:
             layer.self_attn.o_proj.weight.mul_(0.25)
             layer.mlp.down_proj.weight.mul_(0.25)
+        if judge.side > 1:
+            see_cells(model.model.vision_tower, judge.grid, judge.side)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model

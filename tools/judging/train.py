@@ -11,35 +11,24 @@ import typer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from judging.dense import Heads
+from judging.dense import Heads, labels_of
 from judging.lessons import Lesson, Teacher
 from judging.packed import Packed, fast_tower
-from judging.prompts import Prompt, draw_prompt, split_rng
-from judging.questions import KINDS
+from judging.prompts import Prompt
 from judging.shapes import JUDGES, Judge, untrained
+from judging.stages import stage_prompts, stages_of
 
 #: Muon's learning rate over AdamW's.
 MUON = 3.0
-#: Pictures and steps of a stage, its learning rate at the start and at the end, (pictures of a prompt, ...).
-STAGES: dict[str, tuple[int, int, float, float, tuple[int, ...]]] = {
-    "see": (24, 400, 1.5e-3, 1e-4, ()),
-    "read": (16, 400, 1.2e-3, 1.2e-3, (1, 1, 2)),
-    "compare": (16, 1000, 1.2e-3, 1e-5, (1, 2, 2, 4, 4)),
-    "finish": (16, 1200, 1e-3, 1e-5, (1, 2, 4, 4)),
-}
-#: How often kinds are asked that are learnt late; the others once.
-_OFTEN = {
-    "number": 3, "at": 5, "where": 3, "differ": 5, "odd": 5,
-    "count": 2, "same_ground": 3, "which_scene": 6, "which": 2,
-}  # fmt: skip
 
 
 def features_of(judge: Judge, model: Any, lesson: Lesson) -> Tensor:
-    """Vision tokens [pictures * cells, width]."""
+    """Vision tokens [pictures * tokens, width]."""
     pixels = lesson.pixels.to(model.dtype)
     if judge.mrope:
         return model.model.visual(pixels, grid_thw=lesson.grid_thw).pooler_output
-    return model.model.get_image_features(pixels).pooler_output.flatten(0, 1)
+    found = model.model.get_image_features(pixels).pooler_output  # a tensor, or one of each picture
+    return (found if isinstance(found, Tensor) else torch.stack(list(found))).flatten(0, 1)
 
 
 def answers(judge: Judge, model: Any, lesson: Lesson, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,9 +36,9 @@ def answers(judge: Judge, model: Any, lesson: Lesson, features: Tensor) -> tuple
     B, pictures = lesson.groups[0].ids.shape[0], len(lesson.firsts)
     embed = model.get_input_embeddings()
     prefix = embed(lesson.prefix).expand(B, -1, -1).clone()
-    cells = judge.grid**2
+    tokens = judge.tokens
     for k, first in enumerate(lesson.firsts):
-        prefix[:, first : first + cells] = features.view(B, pictures, cells, -1)[:, k].to(prefix.dtype)
+        prefix[:, first : first + tokens] = features.view(B, pictures, tokens, -1)[:, k].to(prefix.dtype)
     embeds = [prefix.flatten(0, 1), *(embed(g.ids).flatten(0, 2) for g in lesson.groups)]
     positions = [lesson.positions.repeat(1, B)]
     for group in lesson.groups:
@@ -67,31 +56,6 @@ def answers(judge: Judge, model: Any, lesson: Lesson, features: Tensor) -> tuple
     weights = torch.cat([g.weights.flatten() for g in lesson.groups])
     asked = labels >= 0
     return model.lm_head(hidden[asked]).float(), labels[asked], weights[asked]
-
-
-def stage_prompts(judge: Judge, stage: str, step: int) -> list[Prompt]:
-    """The prompts of one step."""
-    pictures, _, _, _, counts = STAGES[stage]
-    rng = split_rng(judge.name, "train", step, stage)
-    if not counts:
-        return [draw_prompt(rng, judge.grid, judge.style, 1, 0) for _ in range(pictures)]
-    count = rng.choice(counts)
-    questions = {1: 12, 2: 16, 4: 24}[count]
-    kinds = tuple(k for k in KINDS if k != "describe" for _ in range(_OFTEN.get(k, 1)))
-    prompts = []
-    for _ in range(pictures // count):
-        one = draw_prompt(rng, judge.grid, judge.style, count, questions, kinds)
-        long = [draw_long(one, rng, k) for k in rng.sample(range(count), min(count, 2))]
-        prompts.append(Prompt(one.scenes, (*one.questions, *long)))
-    return prompts
-
-
-def draw_long(prompt: Prompt, rng: Any, k: int) -> Any:
-    """The question for a description of picture `k`."""
-    from judging.questions import Question, _describe
-
-    q = _describe(prompt.scenes[k].world, k, rng)
-    return Question(q.task, f"picture {k + 1}: {q.text}", q.answer, q.pieces)
 
 
 class Trainer:
@@ -122,7 +86,7 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.heads.load_state_dict(state["heads"])
             self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
-            if self.stage in STAGES and state["optimizers"]:
+            if self.stage in stages_of(self.judge) and state["optimizers"]:
                 self._start()
                 for (_, original), one in zip(self.pairs, state["originals"], strict=True):
                     original.copy_(one)
@@ -163,7 +127,7 @@ class Trainer:
             features = features_of(self.judge, self.model, lesson)
         if self.stage == "see":
             return self.heads(features.float(), lesson.dense)
-        self.packed.begin(lesson, self.judge.grid**2)
+        self.packed.begin(lesson, self.judge.tokens)
         logits, target, weights = answers(self.judge, self.model, lesson, features)
         loss = (nn.functional.cross_entropy(logits, target, reduction="none") * weights).sum() / weights.sum()
         pointing, seen = self.packed.loss()
@@ -182,11 +146,12 @@ class Trainer:
 
     def run(self, every: int = 25) -> None:
         """Train to the end; log and checkpoint every `every` steps."""
-        names = [*STAGES, "done"]
+        stages = stages_of(self.judge)
+        names = [*stages, "done"]
         totals: dict[str, float] = {}
         began, count = time.time(), 0
         while self.stage != "done":
-            _, steps, lr, end, counts = STAGES[self.stage]
+            _, steps, lr, end, counts = stages[self.stage]
             if not self.optimizers:
                 self._start()
             prompts = stage_prompts(self.judge, self.stage, self.step)
@@ -223,10 +188,8 @@ class Trainer:
                 totals, began, count = {}, time.time(), 0
 
     def _pictures(self, prompts: list[Prompt]) -> Lesson:
-        from judging.dense import labels_of
-
         pixels, grid = self.teacher.pixels(prompts)
-        dense = labels_of([s.world for p in prompts for s in p.scenes])
+        dense = labels_of([s.world for p in prompts for s in p.scenes], self.judge.side)
         return Lesson(pixels, grid, dense, torch.empty(0), torch.empty(0), 0, [], [])
 
 

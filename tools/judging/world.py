@@ -26,7 +26,7 @@ class World:
     """What is true of one picture.
 
     Attributes:
-        grid: cells a side; a cell is one vision token.
+        grid: cells a side.
         ground: colour of the background.
         texture: of the background.
         time: brightness of the whole picture.
