@@ -15,6 +15,7 @@ import decode_page
 import head_maps_page
 import judges_page
 import readme_numbers
+import readme_picture
 import speed_page
 from readme_numbers import load
 
@@ -58,6 +59,11 @@ def main(root: Path = ROOT) -> None:
         write("ablations", ablations_page.page(ablations))
     if (judges := load(results, "judges.json")) is not None:
         write("judges", judges_page.page(judges))
+    if judges is not None and bits is not None:
+        (root / "docs" / "images").mkdir(exist_ok=True)
+        readme_picture.draw(
+            {"reference VLM": bits["methods"], **judges["judges"]}, root / "docs" / "images" / "accuracy.svg"
+        )
     readme_numbers.main(root)
 
 

@@ -64,7 +64,7 @@ def test_static_is_fitted_at_every_fraction():
 
 
 def test_fractions_are_named_in_either_way():
-    assert shares(None, None) == [0.4]
+    assert shares(None, None) == []
     assert shares([0.3, 0.2], None) == [0.3, 0.2]
     assert shares(None, [0.9, 0.6, 0]) == [0.1, 0.4, 1.0]
     for wrong in (1.0, -0.1):

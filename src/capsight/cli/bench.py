@@ -83,7 +83,7 @@ def bench_command(
     torch.set_num_threads(threads)
     fractions = shares(retained, compression_ratio)
     vlm, made = load_model(model, dtype, device, processor)
-    names = method or ["heads"]
+    names = method or ["joint"]
 
     @cache
     def prompts() -> list[Any]:

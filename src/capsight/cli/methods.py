@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from capsight.baselines import METHODS
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, KVCapsule
-from capsight.kvcapsule.capsule import ALIKE
+from capsight.kvcapsule.capsule import ALIKE, OTHERS_RETAINED, RETAINED
 from capsight.kvcapsule.codecs import ALL_CODECS
 from capsight.kvcapsule.codecs.quantise import BITS
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
@@ -49,7 +49,8 @@ def make_methods(
 
     Args:
         names: out of `METHOD_NAMES`.
-        retained: retained fractions; methods whose bytes cannot be chosen ignore them.
+        retained: retained fractions; none: every method's default. Methods whose bytes cannot be chosen
+            ignore them.
         load: gives a capsule; other codecs than it can be turned into are fitted.
         samples: gives calibration prompts (processor outputs) for methods that are fitted.
         model: the model to fit them to.
@@ -65,14 +66,16 @@ def make_methods(
     capsules = _Capsules(load, samples, model)
     for name in names:
         if name in CAPSULES:
-            methods |= {f"{name} {rho:g}": capsules.of(CAPSULES[name], rho) for rho in retained}
+            form = CAPSULES[name]
+            budgets = retained or [RETAINED.get(form.codec, OTHERS_RETAINED)]
+            methods |= {f"{name} {rho:g}": capsules.of(form, rho) for rho in budgets}
             continue
         kind: Any = METHODS[name]
-        sizes = {"retained": retained[0], "block_size": block_size}
+        budgets = retained or [OTHERS_RETAINED]
+        sizes = {"retained": budgets[0], "block_size": block_size}
         fitted = kind.fit(model, None, samples(), **sizes) if kind.calibrated else kind(**sizes)
         fitted.check_model(model)
-        budgets = [fitted.with_retained(rho) for rho in retained]
-        methods |= {method.label: method for method in budgets}
+        methods |= {method.label: method for method in (fitted.with_retained(rho) for rho in budgets)}
     return methods
 
 

@@ -48,14 +48,14 @@ BitsOption = Annotated[
 
 
 def shares(retained: list[float] | None, compression_ratio: list[float] | None) -> list[float]:
-    """Retained fractions that a command line names in either way; 0.4 if none.
+    """Retained fractions that a command line names in either way.
 
     Raises:
         OptionError: it names them in both ways, or a ratio is out of range.
     """
     if retained and compression_ratio:
         raise OptionError("give --retained or --compression-ratio (which is 1 - retained), not both")
-    return retained or [share_to_keep(None, ratio) for ratio in compression_ratio or ()] or [0.4]
+    return retained or [share_to_keep(None, ratio) for ratio in compression_ratio or ()]
 
 
 def chosen_capsule(

@@ -10,6 +10,7 @@ import typer
 from capsight.blindsight import HeadMap
 from capsight.cli.output import console
 from capsight.cli.target import check_out, write
+from capsight.evaluation import FULL
 from capsight.kvcapsule import KVCapsule
 from capsight.report import (
     BenchFile,
@@ -40,7 +41,9 @@ def report(
         Path | None,
         typer.Option(help="Reconstruction errors to draw: JSON {layers: [{index, keys, values}]}."),
     ] = None,
-    method: Annotated[str, typer.Option(help="The method that the headline speaks of.")] = "heads",
+    method: Annotated[
+        str | None, typer.Option(help="The method that the headline speaks of; by default the first one.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="The page; - is the standard output.")] = Path(
         "capsight-report.html"
     ),
@@ -56,6 +59,12 @@ def report(
         errors=None if errors is None else read(LayerErrors, errors),
         attention=tuple(read_picture(path) for path in attention or []),
     )
-    page = build_report(material, method)
+    page = build_report(material, method or _first_method(material))
     write(out, page.encode(errors="xmlcharrefreplace"))
     console(out).print(f"report: {out}", soft_wrap=True)
+
+
+def _first_method(material: Material) -> str:
+    found = [row.method for file in material.evaluations for row in file.rows if row.name != FULL]
+    timed = () if material.bench is None else material.bench.rows
+    return next(iter([*found, *(row.method for row in timed if row.name != FULL)]), "")

@@ -45,8 +45,8 @@ class Answerer:
     def load(
         cls,
         pretrained: str = REFERENCE,
-        method: str = "heads",
-        retained: float = 0.4,
+        method: str = "joint",
+        retained: float | None = None,
         capsule: str | None = None,
         head_map: str | None = None,
         protocol: str = "after",
@@ -59,7 +59,7 @@ class Answerer:
         Args:
             pretrained: "reference", a folder or a hub id.
             method: "full", or a method that needs no calibration data.
-            retained: fraction of the vision KV to keep.
+            retained: fraction of the vision KV to keep; None is the method's default.
             capsule: folder or hub id, for the methods of capsules.
             head_map: folder or hub id.
             protocol: "after" or "within".
@@ -79,7 +79,11 @@ class Answerer:
         methods: dict[str, CacheMethod] = {}
         if method != FULL:
             methods = make_methods(
-                [method], [float(retained)], lambda: load_capsule(capsule, pretrained), _unfitted, model
+                [method],
+                [] if retained is None else [float(retained)],
+                lambda: load_capsule(capsule, pretrained),
+                _unfitted,
+                model,
             )
         found = HeadMap.from_pretrained(head_map) if head_map else None
         return cls(model, made, next(iter(methods.values()), None), found, protocol)

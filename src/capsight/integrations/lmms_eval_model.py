@@ -23,8 +23,8 @@ class CapsightModel(lmms):
     def __init__(
         self,
         pretrained: str = "reference",
-        method: str = "heads",
-        retained: float = 0.4,
+        method: str = "joint",
+        retained: float | None = None,
         capsule: str | None = None,
         head_map: str | None = None,
         protocol: str = "after",
@@ -39,7 +39,7 @@ class CapsightModel(lmms):
         Args:
             pretrained: "reference", a folder or a hub id.
             method: "full", or a method that needs no calibration data.
-            retained: fraction of the vision KV to keep.
+            retained: fraction of the vision KV to keep; None is the method's default.
             capsule: folder or hub id, for the methods of capsules.
             head_map: folder or hub id.
             protocol: "after" (the question is asked over capsules) or "within" (one prefill).

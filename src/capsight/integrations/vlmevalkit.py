@@ -1,6 +1,6 @@
 """Runs VLMEvalKit with capsight: it has no plugins, so its table of models gets one more entry first.
 
-    python -m capsight.integrations.vlmevalkit method=heads run.py --model capsight --data BLINK
+    python -m capsight.integrations.vlmevalkit method=joint run.py --model capsight --data BLINK
 
 `run.py` is the one in a checkout of VLMEvalKit; what follows it are its own arguments.
 """

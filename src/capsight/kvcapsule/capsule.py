@@ -27,8 +27,9 @@ from capsight.layout import PromptLayout, build_layout
 
 ALIKE = ("heads", "adaptive", "evict")
 """Codecs that learn the same."""
-_RETAINED = {"joint": 0.05}
-"""Retained fraction of a fit that names none, by codec; 0.40, the paper's, for others."""
+RETAINED = {"joint": 0.05}
+"""Retained fraction where none is named, by codec; that of others is `OTHERS_RETAINED`, the paper's."""
+OTHERS_RETAINED = 0.40
 
 
 class KVCapsule:
@@ -85,7 +86,7 @@ class KVCapsule:
             CapsuleFileError: `resume` cannot be read or written.
             OptionError: an option is unknown or out of range.
         """
-        share = share_to_keep(retained, compression_ratio, _RETAINED.get(codec, 0.40))
+        share = share_to_keep(retained, compression_ratio, RETAINED.get(codec, OTHERS_RETAINED))
         arguments = (share, codec, block_size, progress, budget, resume, options)
         return cls(*fit_capsule(model, processor, samples, *arguments))
 
