@@ -17,6 +17,7 @@ import judges_page
 import readme_numbers
 import readme_picture
 import speed_page
+from judges_record import Record
 from readme_numbers import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +58,7 @@ def main(root: Path = ROOT) -> None:
         write("head-maps", head_maps_page.page(*maps))
     if (ablations := load(results, "ablations.json")) is not None:
         write("ablations", ablations_page.page(ablations))
-    if (judges := load(results, "judges.json")) is not None:
+    if judges := Record(results / "judges").judges("test"):
         write("judges", judges_page.page(judges))
     if judges is not None and bits is not None:
         (root / "docs" / "images").mkdir(exist_ok=True)

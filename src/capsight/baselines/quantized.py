@@ -76,7 +76,7 @@ class QuantoInt2(QuantoInt4):
 class _ChannelLayer(QuantoQuantizedLayer):
     """The stock layer, for any number of tokens: quanto cuts the tokens of a channel into whole groups."""
 
-    def _quantize(self, tensor: Tensor, axis: int) -> Any:
+    def _quantize(self, tensor: Tensor, axis: int) -> Any:  # type: ignore[override]
         """Quantise `[B, H, S, D]`; what fills up the last group of tokens repeats the last one."""
         if axis == -1:
             self._tokens = tensor.shape[2]
