@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capsight.kvcapsule.attention.joint import (
-    LatentTokens,
-    LayerBasis,
-    joint_attention,
-    plain_joint_attention,
-)
-from capsight.kvcapsule.attention.native import missing
+from capsight.kvcapsule.attention import joint
+from capsight.kvcapsule.attention.joint import JointTokens
+from capsight.kvcapsule.attention.joint_plain import plain_joint_attention
+from capsight.kvcapsule.attention.latents import LatentTokens, LayerBasis, PackedLatents
+from capsight.kvcapsule.attention.native import Source, build, missing
+from capsight.kvcapsule.attention.native.plain import plain_attention
+from capsight.kvcapsule.codecs.levels import POINTS, Levels, pack, unpack
 from capsight.kvcapsule.codecs.rotary import Rotary
 
 
@@ -24,7 +26,9 @@ def problems(draw: st.DrawFn):
     batch, heads, group, queries = draw(
         st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 2))
     )
-    rank, size = draw(st.sampled_from([16, 32, 80])), draw(st.sampled_from([4, 20, 32, 144]))
+    groups = draw(st.tuples(*[st.integers(0, 2)] * 3).filter(any))
+    levels, size = Levels(*(32 * n for n in groups)), draw(st.sampled_from([4, 20, 32, 144]))
+    rank = levels.rank
     pairs = draw(st.integers(1, size // 2))
     rotary = Rotary(
         torch.rand(pairs, generator=g).double(),
@@ -48,26 +52,67 @@ def problems(draw: st.DrawFn):
     tokens = LatentTokens(ends - torch.tensor(counts), torch.tensor(counts), thw, rotary)
     axes = torch.randn(2, heads, size, rank, generator=g) / rank**0.5
     mean = torch.randn(2, heads, size, generator=g)
-    basis = LayerBasis(axes[0], mean[0], axes[1].bfloat16(), mean[1])
+    axes = axes.to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])))
+    basis = LayerBasis(axes[0], mean[0], axes[1], mean[1])
     query = torch.randn(batch, heads * group, queries, size, generator=g)
-    return query, torch.randn(thw.shape[1], rank, generator=g), tokens, basis
+    return query, pack(torch.randn(thw.shape[1], rank, generator=g), levels), levels, tokens, basis
 
 
 @pytest.mark.skipif(bool(missing()), reason="no C++ compiler")
 @settings(max_examples=60, deadline=None)
 @given(problems())
 def test_nothing_has_to_be_rebuilt(problem):
-    query, latents, tokens, basis = problem
-    found = joint_attention(query, latents, tokens, basis, 0.2)
-    expected = plain_joint_attention(query.double(), latents.double(), tokens, basis, 0.2)
+    query, packed, levels, tokens, basis = problem
+    latents = PackedLatents(*packed, levels.counts, POINTS)
+    found = JointTokens(latents, tokens, basis).attend(query, [], 0.2)
+    opened = unpack(*packed, levels, torch.float64)
+    expected = plain_joint_attention(query.double(), opened, tokens, basis, 0.2)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(bool(missing()), reason="no C++ compiler")
+@pytest.mark.parametrize("level", ["AVX2", "DEFAULT"])
+def test_lesser_machines_find_the_same(level):
+    if level == "AVX2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("not an x86 machine with AVX2")
+    with mock.patch.object(joint, "library", return_value=build.library(level)):
+        test_nothing_has_to_be_rebuilt()
+
+
+@pytest.mark.skipif(bool(missing()), reason="no C++ compiler")
+@settings(max_examples=30, deadline=None)
+@given(problems(), st.integers(0, 200), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_exact_tokens_are_attended_to_in_the_same_call(problem, most, dtype):
+    query, packed, levels, tokens, basis = problem
+    query, g = query.to(dtype), torch.Generator().manual_seed(most)
+    batch, heads = len(tokens.counts), len(basis.key_mean)
+    counts = torch.randint(0, most + 1, (batch, 1), generator=g).expand(-1, heads).contiguous()
+    starts = (counts.cumsum(0) - counts).contiguous()
+    size = int(counts[:, 0].sum()), heads, query.shape[3]
+    exact = Source(*torch.randn(2, *size, generator=g).to(dtype), starts, counts)
+    latents = PackedLatents(*packed, levels.counts, POINTS)
+    out, lse = JointTokens(latents, tokens, basis).attend(query, [exact], 0.2)
+    assert out.dtype == dtype
+    opened = unpack(*packed, levels, torch.float64)
+    far, far_lse = plain_joint_attention(query.double(), opened, tokens, basis, 0.2)
+    near, near_lse = plain_attention(query.double(), [exact], 0.2)
+    total = torch.logaddexp(far_lse, near_lse.double())
+    shares = [(x - total).exp().nan_to_num(0)[..., None] for x in (far_lse, near_lse)]
+    torch.testing.assert_close(lse.double(), total, atol=1e-4, rtol=1e-4)
+    expected = (far * shares[0] + near * shares[1]).to(dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
 
 
 @settings(max_examples=30, deadline=None)
 @given(problems())
 def test_what_is_rebuilt_is_turned_as_the_codec_does(problem):
-    query, latents, tokens, basis = problem
+    query, packed, levels, tokens, basis = problem
+    latents = unpack(*packed, levels, torch.float32)
+    basis = LayerBasis(
+        *(getattr(basis, name).float() for name in ("key_axes", "key_mean", "value_axes", "value_mean"))
+    )
     rotary, group = tokens.turning, query.shape[1] // len(basis.key_mean)
     keys = (latents @ basis.key_axes.mT) + basis.key_mean[:, None]
     keys = rotary.turn(keys, *rotary.tables(tokens.positions)).repeat_interleave(group, 0)

@@ -74,7 +74,7 @@ class CapsuleCache(LayeredCache):
         if not isinstance(layer, CapsuleLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         payload = layer.payload
-        hides = payload is not None and layer.codec.bias(payload) is not None
+        hides = payload is not None and layer.codec.hides(payload)
         if hides and not self.honours_key_bias:
             self._reader.check_known(layer.codec.name)
         after = self._leaves[0] if self._leaves else (0 if self.lean and self._reader.is_ours else None)

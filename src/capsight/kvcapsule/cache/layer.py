@@ -12,7 +12,7 @@ from capsight.errors import CapsightError
 from capsight.kvcapsule.cache.layer_tokens import LayerTokens
 from capsight.kvcapsule.cache.ledger import Ledger
 from capsight.kvcapsule.cache.placement import Placement
-from capsight.kvcapsule.cache.room import with_room
+from capsight.kvcapsule.cache.room import Room
 from capsight.kvcapsule.cache.waiting import Waiting
 from capsight.kvcapsule.codecs import BlockCodec, Payload
 
@@ -51,6 +51,7 @@ class CapsuleLayer(DynamicLayer):
         self._held = 0  # tokens of the tail (T)
         self._left: LayerTokens | None = None  # what was last left to attention
         self._bias: Tensor | None = None  # [B, H or 1, 1, S]
+        self._writer = Room()
 
     @property
     def payload(self) -> Payload | None:
@@ -186,11 +187,8 @@ class CapsuleLayer(DynamicLayer):
     def _append(self, keys: Tensor, values: Tensor) -> None:
         """Put new tokens `[B, H, Q, D]` at the end of the tail."""
         assert self._room is not None
-        held, count = self._held, keys.shape[2]
-        self._room = with_room(self._room, held, count)
-        self._held += count
-        for kind, new in enumerate((keys, values)):
-            self._room[kind, :, held : self._held] = new.transpose(1, 2)
+        self._room = self._writer.append(self._room, self._held, keys, values)
+        self._held += keys.shape[2]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `tokens_to_remove` tokens (given as a negative number; 0 does nothing).

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from capsight.kvcapsule.attention import latent_attention
-from capsight.kvcapsule.attention.joint import LatentTokens, joint_attention
+from capsight.kvcapsule.attention.joint import JointTokens
+from capsight.kvcapsule.attention.latents import LatentTokens
 from capsight.kvcapsule.attention.native import Source, decode_attention, supports
 from capsight.kvcapsule.cache.exact_rows import ExactRows
 from capsight.kvcapsule.cache.scratch import Scratch
@@ -69,7 +70,7 @@ class LayerTokens:
             `[B, Q, Hq, D]` in the dtype of `query`.
         """
         if self.places is not None:
-            return self._with_latents(query, held, mask, scaling, self.places)
+            return self._with_latents(query, held, mask, scaling)
         query_heads, count = query.shape[1:3]
         heads, exact = self.packed.shape[2], self.rows.width + held
         if query_heads // heads * count <= _FEW and self._kept is not None and supports(query):
@@ -85,24 +86,22 @@ class LayerTokens:
         blocks = self.codec.latent(self.payload)
         return latent_attention(query, keys, values, blocks, self.rows.blocks, shown, scaling)
 
-    def _with_latents(
-        self, query: Tensor, held: int, mask: Tensor | None, scaling: float, places: LatentTokens
-    ) -> Tensor:
-        """Attention over exact tokens and over latents, added up by the logs of their normalisers."""
+    def _with_latents(self, query: Tensor, held: int, mask: Tensor | None, scaling: float) -> Tensor:
+        """Attention over exact tokens and over latents."""
         count, exact = query.shape[2], self.rows.width + held
         bias = self.rows.bias(mask, count, exact, query.shape[1])
         self._tail.counts.fill_(held)
         own = [self._packed, self._tail] if bias is None else self._biased(bias)
-        near, near_lse = decode_attention(query, own, scaling)
-        far, far_lse = joint_attention(
-            query, self.codec.open_latents(self.payload), places, self.codec.basis, scaling
-        )
-        part = (far_lse - near_lse).sigmoid()[..., None]
-        return torch.lerp(near.float(), far, part).to(query.dtype).transpose(1, 2)
+        return self._joint.attend(query, own, scaling)[0].transpose(1, 2)
 
     @cached_property
     def _kept(self) -> Source | None:
         return self.codec.source(self.payload, self.rows.blocks, self.room.shape[1])
+
+    @cached_property
+    def _joint(self) -> JointTokens:
+        assert self.places is not None
+        return JointTokens(self.codec.stored_latents(self.payload), self.places, self.codec.basis)
 
     @cached_property
     def _packed(self) -> Source:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from capsight.errors import LayoutError
-from capsight.kvcapsule.attention.joint import LatentTokens
+from capsight.kvcapsule.attention.latents import LatentTokens
 from capsight.kvcapsule.cache.exact_rows import ExactRows
 from capsight.kvcapsule.cache.intake import Intake
 from capsight.kvcapsule.cache.layer_tokens import LayerTokens

@@ -9,6 +9,31 @@ _LEAST = 16
 """Tokens that there is room for at least, when a buffer has to grow; a long one grows by an eighth."""
 
 
+class Room:
+    """Writes new tokens behind those that a buffer `[2, B, R, H, D]` begins with."""
+
+    def __init__(self) -> None:
+        """Know no buffer yet."""
+        self._known: tuple[Tensor, ...] = ()  # the buffer, and its keys and values as [B, H, R, D]
+
+    def append(self, room: Tensor, held: int, keys: Tensor, values: Tensor) -> Tensor:
+        """A buffer with `keys` and `values` behind the `held` tokens of `room`: itself, where that will do.
+
+        Args:
+            room: `[2, B, R, H, D]`.
+            held: tokens of it.
+            keys: `[B, H, Q, D]`.
+            values: `[B, H, Q, D]`.
+        """
+        room, end = with_room(room, held, keys.shape[2]), held + keys.shape[2]
+        if not self._known or self._known[0] is not room:
+            self._known = room, *room.transpose(2, 3)
+        where = torch.arange(held, end, device=room.device)
+        for own, new in zip(self._known[1:], (keys, values), strict=True):
+            own.index_copy_(2, where, new)
+        return room
+
+
 def with_room(room: Tensor, held: int, count: int) -> Tensor:
     """A buffer `[2, B, R, H, D]` that begins with `held` tokens of `room` and has room for `count` more.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from capsight.errors import CapsightError
 from capsight.kvcapsule.attention import BlockRows, KeptTokens, LatentBlocks
-from capsight.kvcapsule.attention.joint import LayerBasis
+from capsight.kvcapsule.attention.latents import LayerBasis, PackedLatents
 from capsight.kvcapsule.attention.native import Source, Steps
 from capsight.kvcapsule.codecs.positions import TokenPositions
 from capsight.kvcapsule.plan import Run
@@ -20,9 +20,15 @@ from capsight.kvcapsule.plan import Run
 
 @dataclass(eq=False)
 class Payload:
-    """Capsules of M blocks in one layer: named tensors, each with the blocks along its first axis."""
+    """Capsules of M blocks in one layer: named tensors, each with the blocks along its first axis.
+
+    Attributes:
+        tensors: by name.
+        hides: whether attention must not see all that is decoded of them; None until it is asked.
+    """
 
     tensors: dict[str, Tensor]
+    hides: bool | None = None
 
     @property
     def nbytes(self) -> int:
@@ -152,8 +158,8 @@ class BlockCodec(nn.Module, ABC):
         """
         raise CapsightError(f"the {self.name} codec stores no latents")
 
-    def open_latents(self, payload: Payload) -> Tensor:
-        """Such latents, float32 `[T, R]`.
+    def stored_latents(self, payload: Payload) -> PackedLatents:
+        """Such latents as they are stored.
 
         Raises:
             CapsightError: the codec stores none.
@@ -189,6 +195,12 @@ class BlockCodec(nn.Module, ABC):
             there is nothing to add.
         """
         return None
+
+    def hides(self, payload: Payload) -> bool:
+        """Whether there is a bias; worked out once for each payload."""
+        if payload.hides is None:
+            payload.hides = self.bias(payload) is not None
+        return payload.hides
 
     @property
     def module_nbytes(self) -> int:

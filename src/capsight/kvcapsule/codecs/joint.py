@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from capsight.errors import CapsightError, OptionError, UnlikeCalibrationWarning
-from capsight.kvcapsule.attention.joint import LayerBasis
+from capsight.kvcapsule.attention.latents import LayerBasis, PackedLatents
 from capsight.kvcapsule.attention.native import supports
 from capsight.kvcapsule.codecs.base import LayerCodec, take_tensors
 from capsight.kvcapsule.codecs.block import Payload
 from capsight.kvcapsule.codecs.joint_payload import JointPayload, OpenLatents
-from capsight.kvcapsule.codecs.levels import GROUP, pack, share_bits, unpack
+from capsight.kvcapsule.codecs.levels import GROUP, POINTS, pack, share_bits, unpack
 from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.codecs.positions import TokenPositions
 from capsight.kvcapsule.codecs.rotary import Rotary
@@ -97,13 +97,13 @@ class JointCodec(LayerCodec):
         super().__init__(_WHOLE if retained == 1 else 1, 1)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
+        self.axes = self.axes.movedim(0, -1).contiguous().movedim(-1, 0)  # the K of a channel lie together
         interleaved, scaling, layers = tensors["turning"].tolist()
         self.rotary = Rotary(tensors["frequencies"], tensors["pairs"], bool(interleaved), scaling)
         self.layers_together = self.sharing = int(layers)
         self.share = retained
-        heads, head_dim = self.mean.shape[1:]
         self._dtype = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
-        self.full_nbytes = 2 * 2 * heads * head_dim * self.layers_together  # of a token in 16 bits
+        self.full_nbytes = 2 * self.mean.numel() * self.layers_together  # of a token in 16 bits
         self.levels = share_bits(self.lost, retained * self.full_nbytes)
 
     @classmethod
@@ -168,8 +168,8 @@ class JointCodec(LayerCodec):
         """Store latents that all layers have added to."""
         first = codecs[0]
         first._compare(held)
-        payload = JointPayload(dict(zip(("codes", "scales"), pack(held.latents, first.levels), strict=True)))
-        return [payload] * len(codecs)
+        codes, scales = pack(held.latents, first.levels)
+        return [JointPayload({"codes": codes, "scales": scales})] * len(codecs)
 
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values `[T, H, 1, D]`, float32."""
@@ -195,20 +195,20 @@ class JointCodec(LayerCodec):
         keys, values = self.axes[: self.levels.rank].permute(1, 2, 3, 0)  # [H, D, R] each
         return LayerBasis(keys, self.mean[0], values, self.mean[1])
 
-    def open_latents(self, payload: Payload) -> Tensor:
-        """Latents float32 `[T, R]`."""
-        return self.latents(payload, torch.float32)
+    def stored_latents(self, payload: Payload) -> PackedLatents:
+        """Latents as they are stored."""
+        codes, scales = payload.tensors["codes"], payload.tensors["scales"]
+        return PackedLatents(codes, scales, self.levels.counts, POINTS)
 
-    def latents(self, payload: Payload, dtype: torch.dtype | None = None) -> Tensor:
+    def latents(self, payload: Payload) -> Tensor:
         """Latents `[T, R]`; unpacked once for all layers, and forgotten after the last one.
 
         In bfloat16 where matrix products are much faster so: that rounds less than eight bits do.
         """
         assert isinstance(payload, JointPayload)
-        dtype = self._dtype if dtype is None else dtype
-        if payload.open is None or payload.open.latents.dtype != dtype:
+        if payload.open is None:
             codes, scales = payload.tensors["codes"], payload.tensors["scales"]
-            payload.open = OpenLatents(unpack(codes, scales, self.levels, dtype), self.layers_together)
+            payload.open = OpenLatents(unpack(codes, scales, self.levels, self._dtype), self.layers_together)
         found = payload.open.latents
         payload.open.left -= 1
         if payload.open.left <= 0:
@@ -221,8 +221,8 @@ class JointCodec(LayerCodec):
 
     def template(self, heads: int, head_dim: int, dtype: torch.dtype) -> Payload:
         """The latent of one token."""
-        zeros = torch.zeros(1, self.levels.rank, device=self.mean.device)
-        return JointPayload(dict(zip(("codes", "scales"), pack(zeros, self.levels), strict=True)))
+        codes, scales = pack(torch.zeros(1, self.levels.rank, device=self.mean.device), self.levels)
+        return JointPayload({"codes": codes, "scales": scales})
 
     def expand(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values float32 `[T, H, D]` of latents `[T, R]`."""

@@ -16,7 +16,7 @@ BITS = (8, 4, 2)
 """Bits of a stored coordinate, first groups first; what follows is not stored."""
 _SCALE = torch.float16
 #: Points of two bits in standard deviations: the best four of a normal distribution (Max, 1960).
-_INNER, _OUTER = 0.4528, 1.5104
+POINTS = _INNER, _OUTER = 0.4528, 1.5104
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,11 @@ class Levels:
     eight: int
     four: int
     two: int
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Coordinates in 8, 4 and 2 bits."""
+        return self.eight, self.four, self.two
 
     @property
     def rank(self) -> int:
@@ -40,7 +45,7 @@ class Levels:
     @property
     def parts(self) -> tuple[tuple[int, int], ...]:
         """(bits, coordinates) of each part that is not empty."""
-        return tuple((b, n) for b, n in zip(BITS, (self.eight, self.four, self.two), strict=True) if n)
+        return tuple((b, n) for b, n in zip(BITS, self.counts, strict=True) if n)
 
 
 def pack(latents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:

@@ -27,9 +27,9 @@ from capsight.errors import CapsightError
 SWITCH = "CAPSIGHT_NATIVE"
 """Environment variable: 0 keeps attention with torch, 1 makes it an error if native code cannot be used."""
 
-INTERFACE = 1
+INTERFACE = 2
 UNITS = ("decode.cpp", "joint.cpp")
-HEADERS = ("chunk.h", "softmax.h", "tile.h", "vectors.h")
+HEADERS = ("chunk.h", "fold.h", "latents.h", "rebuild.h", "softmax.h", "tile.h", "vectors.h")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-w")
 LEVELS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
@@ -39,7 +39,11 @@ LEVELS = {
 """Compiler flags for what `torch.backends.cpu.get_cpu_capability` finds; others are what compilers assume."""
 
 _P, _N = ctypes.c_void_p, ctypes.c_int64
-ARGUMENTS = (_P, ctypes.c_int32, _N, _N, _N, _N, _P, _N, ctypes.c_float, _N, _P, _P)
+_AFTER = (_P, _N, ctypes.c_float, _N, _P, _P)  # sources, scaling, threads, results
+FUNCTIONS = {
+    "capsight_decode": (_P, ctypes.c_int32, _N, _N, _N, _N, *_AFTER),
+    "capsight_joint": (_P, _P, ctypes.c_int32, _N, _N, _N, *_AFTER),
+}
 
 _TIMEOUT_S = 300
 _log = logging.getLogger("capsight")
@@ -98,7 +102,9 @@ def library(level: str | None = None) -> ctypes.CDLL:
         try:
             found = ctypes.CDLL(str(path))
             if found.capsight_interface() == INTERFACE:
-                found.capsight_decode.argtypes, found.capsight_decode.restype = list(ARGUMENTS), None
+                for name, arguments in FUNCTIONS.items():
+                    function = getattr(found, name)
+                    function.argtypes, function.restype = list(arguments), None
                 return found
         except (OSError, AttributeError) as error:
             if fresh:

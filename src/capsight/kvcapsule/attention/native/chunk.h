@@ -28,14 +28,14 @@ struct Task {
 };
 
 // Numbers from number `at` on.
-void read(const void* x, int32_t format, int64_t at, int64_t count, float* out) {
+inline void read(const void* x, int32_t format, int64_t at, int64_t count, float* out) {
   if (format == F32) std::memcpy(out, (const float*)x + at, count * 4);
   else if (format == BF16)
     for (int64_t i = 0; i < count; i++) out[i] = number(x, at + i, BF16);
   else
     for (int64_t i = 0; i < count; i++) out[i] = number(x, at + i, F16);
 }
-void write(const float* x, int64_t count, int32_t format, void* out, int64_t at) {
+inline void write(const float* x, int64_t count, int32_t format, void* out, int64_t at) {
   if (format == F32) std::memcpy((float*)out + at, x, count * 4);
   else if (format == BF16)
     for (int64_t i = 0; i < count; i++) ((uint16_t*)out)[at + i] = to_bfloat(x[i]);
@@ -101,7 +101,7 @@ class Chunk {
   const Source& s;
   const float* query;  // [taken, D], scaled
   const int64_t before, channels, head, each, vectors, width;
-  std::vector<float> q, out;  // [queries, width]
+  Floats q, out;  // [queries, width]
   std::vector<char> whole;    // a tile whose parts are filled up to full vectors
   Softmax run;
   float lowest[MOST] = {};      // sum of p * low
@@ -172,5 +172,30 @@ class Chunk {
     }
   }
 };
+
+inline void attend(const Task& task, const float* query, int64_t count, int64_t channels, int64_t head, float* out) {
+  for (int64_t done = 0; done < count;) {
+    Chunk chunk(*task.source, query, done, count, channels, head);
+    chunk.attend(task);
+    done += chunk.results(out + done * (channels + 2));
+  }
+}
+
+constexpr int64_t CHUNK = 512;
+
+// The pieces of all sources, cut up: piece after piece, and where the tasks of each end.
+inline std::vector<Task> tasks_of(
+    const Source* sources, int64_t source_count, int64_t pieces, std::vector<int64_t>& ends) {
+  std::vector<Task> tasks;
+  for (int64_t piece = 0; piece < pieces; piece++) {
+    for (int64_t i = 0; i < source_count; i++) {
+      int64_t all = sources[i].counts[piece];
+      for (int64_t first = 0; first < all; first += CHUNK)
+        tasks.push_back({piece, first, std::min(CHUNK, all - first), sources + i});
+    }
+    ends.push_back(tasks.size());
+  }
+  return tasks;
+}
 
 }  // namespace capsight

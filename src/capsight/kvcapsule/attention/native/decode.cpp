@@ -9,16 +9,7 @@
 
 namespace capsight {
 
-constexpr int64_t CHUNK = 512;
 constexpr int64_t FEW = 1 << 16;  // numbers that are not worth a second thread
-
-void attend(const Task& task, const float* query, int64_t count, int64_t channels, int64_t head, float* out) {
-  for (int64_t done = 0; done < count;) {
-    Chunk chunk(*task.source, query, done, count, channels, head);
-    chunk.attend(task);
-    done += chunk.results(out + done * (channels + 2));
-  }
-}
 
 }  // namespace capsight
 
@@ -29,17 +20,9 @@ extern "C" void capsight_decode(
     const void* query, int32_t format, int64_t batch, int64_t heads, int64_t count, int64_t channels,
     const Source* sources, int64_t source_count, float scaling, int64_t threads, void* out, float* lse) {
   int64_t pieces = batch * heads, own = count * channels, part = count * (channels + 2), tokens = 0;
-  std::vector<Task> tasks;
   std::vector<int64_t> ends;  // [B, H]
-  for (int64_t piece = 0; piece < pieces; piece++) {
-    for (int64_t i = 0; i < source_count; i++) {
-      int64_t all = sources[i].counts[piece];
-      tokens += all;
-      for (int64_t first = 0; first < all; first += CHUNK)
-        tasks.push_back({piece, first, std::min(CHUNK, all - first), sources + i});
-    }
-    ends.push_back(tasks.size());
-  }
+  auto tasks = tasks_of(sources, source_count, pieces, ends);
+  for (const Task& t : tasks) tokens += t.count;
   std::vector<float> parts(tasks.size() * part), scaled(pieces * own);
   read(query, format, 0, pieces * own, scaled.data());
   for (float& x : scaled) x *= scaling;
@@ -61,4 +44,4 @@ extern "C" void capsight_decode(
   }
 }
 
-extern "C" int32_t capsight_interface() { return 1; }
+extern "C" int32_t capsight_interface() { return 2; }

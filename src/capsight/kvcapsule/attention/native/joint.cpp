@@ -1,212 +1,241 @@
-// Attention of few queries over latents that all layers share, under rotary positions of three axes.
+// Attention of few queries over latents that all layers share, and over exact tokens, in one call a layer.
 //
 // A token's key is its latent z through a basis, turned by its place on every axis, each axis turning channels
 // of its own. So its score is z . (u + v + w) + constants: the query, turned back by that place and seen
-// through the basis, for each axis. These vectors are made once for all tokens that share a place.
-#include <algorithm>
-#include <vector>
-
-#include "softmax.h"
+// through the basis, for each axis. These vectors are made once for all tokens of a stretch that share a
+// place. What is gathered is one latent for each query; it goes through the values' basis last. Where nearly
+// all tokens have places of their own (RoPE of one dimension) keys are rebuilt instead, a tile at a time.
+#include "chunk.h"
+#include "rebuild.h"
 
 namespace capsight {
 
-struct Joint {
-  const float* latents;             // [T, R], R full vectors
-  int64_t rank;
-  const int64_t *starts, *counts;   // [B], tokens of each row
-  const int32_t* places;            // [3, T], which of an axis' places
-  int64_t tokens, sizes[3];         // T, places of each axis
-  const float *cosines[3], *sines[3];  // [places, pairs] of each axis
-  int64_t pairs[3], fixed;          // channels that are turned, axis by axis, first halves first; then others
-  const float *key_axes, *key_mean;  // [H, D, R], [H, D], channels in that order
-  const float *value_axes, *value_mean;  // [H, R, V], [H, V], V full vectors
-  int64_t channels, value_channels;
-};
+constexpr int64_t STRETCH = 1 << 18;  // numbers of latents, or of folded queries, that are at hand
 
-// found[c] = lanes of z . (u[c] + w[c]).
-template <int C>
-void score(const float* z, const float* u, const float* w, int64_t rank, vf* found) {
-  vf sum[C] = {};
-  for (int64_t i = 0; i < rank; i += W) {
-    vf x = get<vf>(z + i);
-    for (int c = 0; c < C; c++) sum[c] += x * (get<vf>(u + c * rank + i) + get<vf>(w + c * rank + i));
-  }
-  for (int c = 0; c < C; c++) found[c] = sum[c];
-}
-template <int C>
-void add_lanes(const vf* found, int first, float* p) {
-  for (int c = 0; c < C; c++) put(p + c * TILE + first, sums<W>(found + c, C));
-}
-struct Scores {
-  void (*score)(const float*, const float*, const float*, int64_t, vf*);
-  void (*add)(const vf*, int, float*);
+// What a chunk needs room for, kept for the next one of the same thread.
+struct Room {
+  Floats z, scales, line, p;  // [tokens, R], [tokens, R / GROUP], [C, R] and [tiles, H C + MOST, TILE]
+  Folded axes[3];
 };
-Scores scores(int queries) {
-  switch (queries) {
-    case 1: return {score<1>, add_lanes<1>};
-    case 2: return {score<2>, add_lanes<2>};
-    case 4: return {score<4>, add_lanes<4>};
-    case MOST - 1: return {score<MOST - 1>, add_lanes<MOST - 1>};
-    default: return {score<MOST>, add_lanes<MOST>};
-  }
-}
+thread_local Room room;
 
-// Queries of one KV head through the basis, turned back by a place.
-struct Folded {
-  std::vector<float> u;  // [C, R]
-  float constant[MOST];
-};
-
+// Queries of all KV heads over a chunk of one row's tokens.
 class JointChunk {
  public:
-  JointChunk(const Joint& s, const float* query, int64_t count, int64_t head)
-      : s(s), kernels(capsight::kernels(count, F32)), by(scores(kernels.queries)),
-        taken(std::min<int64_t>(count, kernels.queries)), query(query), head(head),
-        out(kernels.queries * s.rank), columns(s.sizes[2]), lines(2) {}
+  // Queries [H, C, D], scaled.
+  JointChunk(const Joint& s, const float* query, int64_t heads, int64_t count)
+      : s(s), rank(s.latents.rank()), count(count), all(heads * count), wide((all + MOST) * TILE), query(query),
+        out((all + MOST) * rank), run((all + MOST - 1) / MOST), keys(s) {
+    for (int axis = 0; axis < 3; axis++) axes[axis].places.clear(), axes[axis].slot.assign(s.sizes[axis], -1);
+  }
 
-  void attend(int64_t start, int64_t count) {
-    alignas(64) float p[MOST * TILE] = {}, more[MOST * TILE];
-    std::vector<vf> found(W * kernels.queries);
-    for (int64_t first = start; first < start + count; first += TILE) {
-      int here = std::min<int64_t>(TILE, start + count - first);
-      for (int t = 0; t < here; t++) {
-        const float* z = s.latents + (first + t) * s.rank;
-        const Folded &u = line(s.places[first + t], s.places[s.tokens + first + t]);
-        const Folded &w = column(s.places[2 * s.tokens + first + t]);
-        by.score(z, u.u.data(), w.u.data(), s.rank, &found[t % W * kernels.queries]);
-        for (int64_t c = 0; c < taken; c++) more[c * TILE + t] = u.constant[c] + w.constant[c];
-        if (t % W == W - 1 || t == here - 1) by.add(found.data(), t / W * W, p);
+  void attend(int64_t start, int64_t tokens) {
+    bool rebuild = better_rebuilt(start, tokens);
+    for (int64_t first = start, end = start + tokens, here; first < end; first += here) {
+      here = rebuild ? std::min<int64_t>(TILE, end - first) : stretch(first, end);
+      int64_t tiles = (here + TILE - 1) / TILE;
+      room.z.resize(here * rank), room.scales.resize(here * rank / GROUP), room.p.resize(tiles * wide);
+      open(s.latents, first, here, room.scales.data(), room.z.data());
+      if (!rebuild) list_groups(first, here);
+      for (int64_t row = 0; row < all;) {  // queries of one head
+        int64_t head = row / count, taken = std::min<int64_t>((head + 1) * count - row, MOST);
+        const float* asked = query + row * s.channels;
+        if (rebuild) {
+          if (row % count == 0) keys.make(room.z.data(), first, here, head);
+          keys.score(asked, taken, &room.p[row * TILE]);
+        } else {
+          for (int axis = 0; axis < 3; axis++) axes[axis].fold(s, axis, asked, taken, head);
+          score(taken, &room.p[row * TILE]);
+        }
+        row += taken;
       }
-      for (int64_t c = 0; c < taken; c++) {
-        for (int t = 0; t < here; t++) p[c * TILE + t] += more[c * TILE + t];
-        multiply(&out[c * s.rank], s.rank, run.take(c, p + c * TILE, here));
-      }
-      kernels.sums(rows(s.latents + first * s.rank, s.rank, here), p, out.data());
+      for (int64_t c = 0; c < all; c++)
+        multiply(&out[c * rank], rank, run[c / MOST].take(c % MOST, &room.p[c * TILE], here, wide));
+      gather(here, tiles);
     }
   }
 
-  // [most, total, R numbers] of each query; how many there are.
-  int64_t results(float* x) const {
-    for (int64_t c = 0; c < taken; c++, x += s.rank + 2) {
-      x[0] = run.most[c], x[1] = run.total[c];
-      std::copy_n(&out[c * s.rank], s.rank, x + 2);
+  // [H, C] times [most, total, R numbers].
+  void results(float* x) const {
+    for (int64_t c = 0; c < all; c++, x += rank + 2) {
+      x[0] = run[c / MOST].most[c % MOST], x[1] = run[c / MOST].total[c % MOST];
+      std::copy_n(&out[c * rank], rank, x + 2);
     }
-    return taken;
   }
 
  private:
+  // Tokens that share a line: places on the first two axes, and W of them at most that end where lanes do.
+  struct Group {
+    int first, count, time, height, columns[W];
+  };
   const Joint& s;
-  const Kernels kernels;
-  const Scores by;
-  const int64_t taken;
-  const float* query;  // [taken, D], scaled
-  const int64_t head;
-  std::vector<float> out;  // [queries, R]
-  std::vector<Folded> columns, lines;  // by place of the third axis; of the first axis, and of it with the second
-  int64_t time = -1, height = -1;
-  Softmax run;
+  const int64_t rank, count, all, wide;
+  const float* query;
+  Floats out;  // [H C, R]
+  std::vector<Softmax> run;
+  Rebuilt keys;
+  std::vector<Group> groups;
+  Folded (&axes)[3] = room.axes;
 
-  Tile rows(const float* x, int64_t width, int count) const {
-    return {(const char*)x, width * 4, count, int(width / W), int(width), (const char*)x, 0};
-  }
+  int32_t place(int axis, int64_t token) const { return s.places[axis * s.tokens + token]; }
 
-  const Folded& line(int64_t t, int64_t h) {
-    if (t != time) fold(0, t, lines[0]);
-    if (t != time || h != height) {
-      Folded& both = lines[1];
-      fold(1, h, both);
-      for (size_t i = 0; i < both.u.size(); i++) both.u[i] += lines[0].u[i];
-      for (int64_t c = 0; c < taken; c++) both.constant[c] += lines[0].constant[c];
-      time = t, height = h;
+  bool better_rebuilt(int64_t start, int64_t tokens) {
+    int64_t folded = 0;
+    for (int axis = 0; axis < 3; axis++) {
+      for (int64_t t = start; t < start + tokens; t++) axes[axis].add(place(axis, t));
+      folded += axes[axis].places.size() * s.widths[axis];
     }
-    return lines[1];
-  }
-  const Folded& column(int64_t w) {
-    if (columns[w].u.empty()) fold(2, w, columns[w]);
-    return columns[w];
+    return (folded + 2 * tokens) * count > tokens * s.channels;
   }
 
-  void fold(int axis, int64_t place, Folded& to) {
-    to.u.assign(kernels.queries * s.rank, 0.f);
-    std::fill_n(to.constant, MOST, 0.f);
-    int64_t pairs = s.pairs[axis], base = 0;
-    for (int a = 0; a < axis; a++) base += 2 * s.pairs[a];
-    const float *cosine = s.cosines[axis] + place * pairs, *sine = s.sines[axis] + place * pairs;
-    add(base, 2 * pairs, to, [&](const float* q, int64_t i) {
-      const float *a = q + base, *b = a + pairs;
-      return i < pairs ? a[i] * cosine[i] + b[i] * sine[i] : b[i - pairs] * cosine[i - pairs] - a[i - pairs] * sine[i - pairs];
-    });
-    int64_t rest = s.channels - s.fixed;
-    if (axis == 0) add(rest, s.fixed, to, [&](const float* q, int64_t i) { return q[rest + i]; });
+  // How many of the next tokens are taken together; their places are listed.
+  int64_t stretch(int64_t first, int64_t end) {
+    for (auto& axis : axes) axis.clear();
+    int64_t most = std::max<int64_t>(TILE, STRETCH / rank), t = first, places = 0;
+    for (bool done = false; t < end && t - first < most && !done; t++) {
+      for (auto& axis : axes) places += axis.add(place(&axis - axes, t));
+      bool image = t + 1 < end && place(0, t + 1) != place(0, t);
+      done = t - first >= TILE && (image || places * std::min<int64_t>(count, MOST) * rank > STRETCH);
+    }
+    return t - first;
   }
 
-  template <class X>
-  void add(int64_t base, int64_t count, Folded& to, X channel) {
-    alignas(64) float x[MOST * TILE] = {};
-    for (int64_t first = 0; first < count; first += TILE) {
-      int here = std::min<int64_t>(TILE, count - first);
-      int64_t at = head * s.channels + base + first;
-      for (int64_t c = 0; c < taken; c++)
-        for (int i = 0; i < here; i++) {
-          float own = channel(query + c * s.channels, first + i);
-          x[c * TILE + i] = own, to.constant[c] += own * s.key_mean[at + i];
-        }
-      kernels.sums(rows(s.key_axes + at * s.rank, s.rank, here), x, to.u.data());
+  void list_groups(int64_t first, int64_t tokens) {
+    groups.clear();
+    for (int t = 0; t < tokens; t++) {
+      int time = axes[0].slot[place(0, first + t)], height = axes[1].slot[place(1, first + t)];
+      if (t % W == 0 || groups.back().time != time || groups.back().height != height)
+        groups.push_back({t, 0, time, height, {}});
+      Group& own = groups.back();
+      own.columns[own.count++] = axes[2].slot[place(2, first + t)];
+    }
+  }
+
+  // Scores of queries of one head over a stretch: p [tiles, .., TILE].
+  void score(int64_t taken, float* p) {
+    auto by = scores_of(taken);
+    int64_t size = taken * rank;
+    vf found[W * MOST];
+    std::fill_n(found, W * taken, vf{});
+    alignas(64) float more[W * MOST] = {};
+    Floats& line = room.line;
+    line.resize(size);
+    int time = -1, height = -1;
+    for (const Group& own : groups) {
+      const float *u = &axes[0].u[own.time * size], *v = &axes[1].u[own.height * size], *columns[W];
+      if (own.time != time || own.height != height)
+        for (int64_t i = 0; i < size; i += W) put(&line[i], get<vf>(u + i) + get<vf>(v + i));
+      time = own.time, height = own.height;
+      int lane = own.first % W, last = own.first + own.count;
+      for (int t = 0; t < own.count; t++) {
+        columns[t] = &axes[2].u[own.columns[t] * size];
+        for (int64_t c = 0; c < taken; c++)
+          more[c * W + lane + t] = axes[0].constant[time * taken + c] + axes[1].constant[height * taken + c] + axes[2].constant[own.columns[t] * taken + c];
+      }
+      by.score(&room.z[own.first * rank], rank, own.count, line.data(), columns, found + lane * taken);
+      if (last % W == 0 || &own == &groups.back())
+        by.add(found, more, p + own.first / TILE * wide + own.first % TILE / W * W);
+    }
+  }
+
+  void gather(int64_t tokens, int64_t tiles) {
+    for (int64_t c = 0; c < all;) {
+      auto by = kernels(all - c, F32);
+      for (int64_t i = 0; i < tiles; i++) {
+        const char* z = (const char*)&room.z[i * TILE * rank];
+        int here = std::min<int64_t>(TILE, tokens - i * TILE);
+        by.sums({z, rank * 4, here, int(rank / W), int(rank), z, 0}, &room.p[i * wide + c * TILE], &out[c * rank]);
+      }
+      c += by.queries;
     }
   }
 };
 
-constexpr int64_t JOINT_CHUNK = 1024;
+constexpr int64_t JOINT_CHUNK = 128;  // tokens at least that a thread takes at a time, if there are as many
+
+struct Stretch {
+  int64_t row, first, count;
+};
+std::vector<Stretch> stretches(const Joint& s, int64_t batch, std::vector<int64_t>& ends) {
+  std::vector<Stretch> found;
+  for (int64_t row = 0; row < batch; row++) {
+    int64_t end = s.starts[row] + s.counts[row];
+    for (int64_t first = s.starts[row], next; first < end; first = next) {
+      next = std::min(end, first + JOINT_CHUNK);  // where an image ends, if that is near
+      while (next < end && next < first + 2 * JOINT_CHUNK && s.places[next] == s.places[next - 1]) next++;
+      found.push_back({row, first, next - first});
+    }
+    ends.push_back(found.size());
+  }
+  return found;
+}
+
+// Values [C, D] of latents [C, R], C <= MOST.
+void values_of(const Joint& s, const float* latents, int64_t count, int64_t head, float* out) {
+  auto by = kernels(count, s.format);
+  int64_t rank = s.latents.rank(), taken = std::min<int64_t>(count, by.queries);
+  Floats q(by.queries * rank);
+  std::copy_n(latents, taken * rank, q.data());
+  alignas(64) float found[MOST * TILE];
+  for (int64_t first = 0; first < s.channels; first += TILE) {
+    int here = std::min<int64_t>(TILE, s.channels - first);
+    const char* axes = s.axis(s.value_axes, head, first);
+    by.dots({axes, s.channel_stride * by.bytes, here, int(rank / W), int(rank), axes, 0}, q.data(), found);
+    for (int64_t c = 0; c < taken; c++)
+      for (int i = 0; i < here; i++)
+        out[c * s.channels + first + i] = found[c * TILE + i] + s.value_mean[head * s.channels + first + i];
+  }
+  if (taken < count) values_of(s, latents + taken * rank, count - taken, head, out + taken * s.channels);
+}
 
 }  // namespace capsight
 
 using namespace capsight;
 
-// Attention of scaled queries [B, H, C, D] to out [B, H, C, V] and lse [B, H, C].
+// Attention of queries [B, H, C, D] to out, likewise, and float lse [B, H, C]; 0 and -inf where nothing is seen.
 extern "C" void capsight_joint(
-    const Joint* given, const float* query, int64_t batch, int64_t heads, int64_t count, int64_t threads,
-    float* out, float* lse) {
+    const Joint* given, const void* query, int32_t format, int64_t batch, int64_t heads, int64_t count,
+    const Source* sources, int64_t source_count, float scaling, int64_t threads, void* out, float* lse) {
   const Joint& s = *given;
-  struct Task {
-    int64_t piece, first, count;
-  };
-  std::vector<Task> tasks;
-  std::vector<int64_t> ends;
-  for (int64_t piece = 0; piece < batch * heads; piece++) {
-    int64_t start = s.starts[piece / heads], all = s.counts[piece / heads];
-    for (int64_t first = 0; first < all; first += JOINT_CHUNK)
-      tasks.push_back({piece, start + first, std::min(JOINT_CHUNK, all - first)});
-    ends.push_back(tasks.size());
-  }
-  int64_t part = count * (s.rank + 2), many = tasks.size();
-  std::vector<float> parts(many * part);
-#pragma omp parallel num_threads(threads) if (threads > 1 && many > 1)
+  int64_t rank = s.latents.rank(), channels = s.channels, own = count * channels, wide = count * (rank + 2);
+  std::vector<int64_t> ends, near_ends;
+  auto far = stretches(s, batch, ends);
+  auto near = tasks_of(sources, source_count, batch * heads, near_ends);
+  int64_t many = far.size(), all = many + near.size(), narrow = count * (channels + 2);
+  std::vector<float> scaled(batch * heads * own), parts(many * heads * wide), near_parts(near.size() * narrow);
+  read(query, format, 0, scaled.size(), scaled.data());
+  for (float& x : scaled) x *= scaling;
+#pragma omp parallel num_threads(threads) if (threads > 1 && all > 1)
   {
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < many; i++) {
-      const Task& t = tasks[i];
-      for (int64_t done = 0; done < count;) {
-        JointChunk chunk(s, query + (t.piece * count + done) * s.channels, count - done, t.piece % heads);
-        chunk.attend(t.first, t.count);
-        done += chunk.results(&parts[i * part + done * (s.rank + 2)]);
+    for (int64_t i = 0; i < all; i++) {
+      if (i >= many) {
+        const Task& t = near[i - many];
+        attend(t, &scaled[t.piece * own], count, channels, t.piece % heads, &near_parts[(i - many) * narrow]);
+        continue;
       }
+      JointChunk chunk(s, &scaled[far[i].row * heads * own], heads, count);
+      chunk.attend(far[i].first, far[i].count);
+      chunk.results(&parts[i * heads * wide]);
     }
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < batch * heads * count; row++) {
-      int64_t piece = row / count, head = piece % heads, first = piece ? ends[piece - 1] : 0;
-      std::vector<float> sum(s.rank);
-      lse[row] = add_up(
-          &parts[first * part + row % count * (s.rank + 2)], ends[piece] - first, part, s.rank, sum.data());
-      float* own = out + row * s.value_channels;
-      std::copy_n(s.value_mean + head * s.value_channels, s.value_channels, own);
-      if (lse[row] == -INFINITY) std::fill_n(own, s.value_channels, 0.f);
-      auto k = kernels(1, F32);
-      for (int64_t r = 0; r < s.rank; r += TILE) {
-        const float* axes = s.value_axes + (head * s.rank + r) * s.value_channels;
-        int here = std::min<int64_t>(TILE, s.rank - r);
-        k.sums({(const char*)axes, s.value_channels * 4, here, int(s.value_channels / W), int(s.value_channels), (const char*)axes, 0},
-               &sum[r], own);
+    for (int64_t piece = 0; piece < batch * heads; piece++) {
+      int64_t row = piece / heads, head = piece % heads;
+      int64_t first = row ? ends[row - 1] : 0, near_first = piece ? near_ends[piece - 1] : 0;
+      Floats latents(count * rank), found(own), of_far(count);
+      for (int64_t c = 0; c < count; c++)
+        of_far[c] = add_up(&parts[(first * heads + head) * wide + c * (rank + 2)], ends[row] - first, heads * wide, rank, &latents[c * rank]);
+      values_of(s, latents.data(), count, head, found.data());
+      for (int64_t c = 0; c < count; c++) {
+        float *exact = &scaled[piece * own + c * channels], *mine = &found[c * channels];
+        float other = add_up(&near_parts[near_first * narrow + c * (channels + 2)], near_ends[piece] - near_first, narrow, channels, exact);
+        float top = std::max(other, of_far[c]);
+        bool none = top == -INFINITY;
+        float a = none ? 0 : std::exp(other - top), b = none ? 0 : std::exp(of_far[c] - top), total = none ? 1 : a + b;
+        for (int64_t i = 0; i < channels; i++) mine[i] = (a * exact[i] + b * mine[i]) / total;
+        lse[piece * count + c] = none ? -INFINITY : top + std::log(total);
       }
+      write(found.data(), own, format, out, piece * own);
     }
   }
 }

@@ -11,23 +11,26 @@ struct Softmax {
     for (float& x : most) x = -INFINITY;
   }
 
-  // Scores x [TILE] of query c become probabilities before they are normalised; the factor of earlier ones.
-  float take(int64_t c, float* x, int count) {
-    for (int t = count; t < TILE; t++) x[t] = -INFINITY;
-    vf best = get<vf>(x);
-    for (int t = W; t < TILE; t += W) {
-      vf other = get<vf>(x + t);
-      best = other > best ? other : best;
-    }
+  // Scores of query c, `count` in tiles of TILE that are `stride` apart, become probabilities before they are
+  // normalised; the factor of earlier ones.
+  float take(int64_t c, float* x, int count, int64_t stride = TILE) {
+    int tiles = (count + TILE - 1) / TILE;
+    for (int t = count - (tiles - 1) * TILE; t < TILE; t++) x[(tiles - 1) * stride + t] = -INFINITY;
+    vf best = get<vf>(x), sum = {};
+    for (int i = 0; i < tiles; i++)
+      for (int t = 0; t < TILE; t += W) {
+        vf other = get<vf>(x + i * stride + t);
+        best = other > best ? other : best;
+      }
     float top = most[c];
     for (int i = 0; i < W; i++) top = best[i] > top ? best[i] : top;
     float shift = top == -INFINITY ? 0 : top, keep = std::exp(most[c] - shift);
-    vf sum = {};
-    for (int t = 0; t < TILE; t += W) {
-      vf y = exp_of(get<vf>(x + t) - shift);
-      put(x + t, y);
-      sum += y;
-    }
+    for (int i = 0; i < tiles; i++)
+      for (int t = 0; t < TILE; t += W) {
+        vf y = exp_of(get<vf>(x + i * stride + t) - shift);
+        put(x + i * stride + t, y);
+        sum += y;
+      }
     most[c] = top, total[c] = total[c] * keep + sum_of(sum);
     return keep;
   }

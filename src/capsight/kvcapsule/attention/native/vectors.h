@@ -3,6 +3,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
+#include <vector>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -26,6 +28,22 @@ typedef uint8_t vb __attribute__((vector_size(W)));
 
 enum Format : int32_t { F32, BF16, F16, U8, U4 };
 
+// Numbers from the start of a cache line on, so that no vector lies in two.
+template <class T>
+struct Lines {
+  typedef T value_type;
+  Lines() = default;
+  template <class U>
+  Lines(const Lines<U>&) {}
+  T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), std::align_val_t(64)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  template <class U>
+  bool operator==(const Lines<U>&) const { return true; }
+  template <class U>
+  bool operator!=(const Lines<U>&) const { return false; }
+};
+typedef std::vector<float, Lines<float>> Floats;
+
 template <class V>
 INLINE V get(const void* p) {
   V v;
@@ -33,7 +51,7 @@ INLINE V get(const void* p) {
   return v;
 }
 INLINE void put(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
-INLINE vf all(float x) { return vf{} + x; }
+INLINE vf all(float x) { return x - vf{}; }  // x + vf{} would be another number for -0
 
 // Half precision, one number; subnormals, infinities and NaN included.
 INLINE float of_half(uint16_t h) {

@@ -1,0 +1,124 @@
+"""Latents that all layers share: as stored, where they belong, and what makes keys and values of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from capsight.kvcapsule.attention.native.source import FORMATS
+
+PAD = 16
+"""Channels of tables are a multiple of it."""
+
+
+class PackedLatents(NamedTuple):
+    """Latents of T tokens as they are stored.
+
+    Attributes:
+        codes: uint8 `[T, C]`: first coordinates in 8 bits, then 4, then 2.
+        scales: float16 `[T, R / 32]`, of each 32 coordinates.
+        counts: coordinates in 8, 4 and 2 bits, R in all; multiples of 32.
+        points: the two sizes that two bits stand for.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    counts: tuple[int, int, int]
+    points: tuple[float, float]
+
+
+class Turning(Protocol):
+    """How keys are turned: `Rotary` of the codecs is one."""
+
+    frequencies: Tensor  # float64 [P], radians per position
+    axes: Tensor  # int64 [P], which of t, h, w turns a pair
+    interleaved: bool  # pairs are channels (2 i, 2 i + 1); else (i, i + P)
+    scaling: float
+
+
+@dataclass(frozen=True, eq=False)
+class LatentTokens:
+    """Places of T tokens, the same for all layers, and how they turn keys.
+
+    Attributes:
+        starts: int64 `[B]`, first token of each row.
+        counts: int64 `[B]`, how many it has.
+        positions: int64 `[3, T]`.
+        turning: how keys are turned.
+    """
+
+    starts: Tensor
+    counts: Tensor
+    positions: Tensor
+    turning: Turning
+
+    def channels(self, size: int) -> list[Tensor]:
+        """Of so many channels those of each axis, int64: first halves of pairs, second halves, then,
+        on the first axis, all that are not turned.
+        """
+        axes, inter, found = self.turning.axes, self.turning.interleaved, []
+        for axis in range(3):
+            pairs = (axes == axis).nonzero().flatten()
+            found.append(torch.cat([2 * pairs, 2 * pairs + 1] if inter else [pairs, pairs + len(axes)]))
+        return [torch.cat((found[0], torch.arange(2 * len(axes), size))), *found[1:]]
+
+    @cached_property
+    def tables(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Which of the places of each axis a token has, int32 `[3, T]`; their cosines and sines, scaled.
+
+        An axis that turns nothing has one place.
+        """
+        which, cosines, sines = [], [], []
+        for axis, own in enumerate(self.positions):
+            turned = self.turning.axes == axis
+            places, index = (own if turned.any() else torch.zeros_like(own)).unique(return_inverse=True)
+            angles = places[:, None] * self.turning.frequencies[turned]
+            which.append(index.int())
+            cosines.append((angles.cos() * self.turning.scaling).float())
+            sines.append((angles.sin() * self.turning.scaling).float())
+        return torch.stack(which), cosines, sines
+
+    def native(self, size: int) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        """For so many channels: places, `channels`, and cosines and sines `[places, channels, filled up]`."""
+        if "_native" not in self.__dict__ or self.__dict__["_native"][0] != size:
+            places, *tables = self.tables
+            channels = self.channels(size)
+            made: list[list[Tensor]] = [[], []]
+            for own, cosine, sine in zip(channels, *tables, strict=True):
+                rest = len(own) - 2 * cosine.shape[1]
+                for to, parts, of_rest in ((0, (cosine, cosine), 1.0), (1, (sine, -sine), 0.0)):
+                    wide = torch.cat((*parts, torch.full((len(cosine), rest), of_rest)), 1)
+                    made[to].append(torch.nn.functional.pad(wide, (0, -len(own) % PAD)).contiguous())
+            self.__dict__["_native"] = size, (places, channels, *made)
+        return self.__dict__["_native"][1]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerBasis:
+    """What makes one layer's keys and values of latents.
+
+    Attributes:
+        key_axes: `[H, D, R]`; the R lie together, if nothing is to be copied.
+        key_mean: float32 `[H, D]`, contiguous.
+        value_axes: like `key_axes`, and with the same strides.
+        value_mean: float32 `[H, D]`, contiguous.
+    """
+
+    key_axes: Tensor
+    key_mean: Tensor
+    value_axes: Tensor
+    value_mean: Tensor
+
+    @cached_property
+    def axes(self) -> tuple[Tensor, Tensor]:
+        """Both axes as native code takes them."""
+        own = self.key_axes, self.value_axes
+        alike = own[0].dtype == own[1].dtype and own[0].stride() == own[1].stride()
+        if alike and own[0].stride(2) == 1 and own[0].dtype in FORMATS:
+            return own
+        keys, values = (x.float().contiguous() for x in own)
+        return keys, values
