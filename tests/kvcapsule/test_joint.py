@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import DynamicCache
 from capsight import enable
 from capsight.errors import CalibrationError, OptionError, UnlikeCalibrationWarning
 from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.calibration import joint_fit
 from capsight.kvcapsule.calibration.token_sample import TokenSample
 from capsight.kvcapsule.codecs.joint import JointCodec
 from capsight.kvcapsule.codecs.levels import GROUP, Levels, distortions, pack, share_bits, unpack
@@ -253,3 +255,18 @@ def test_a_token_sample_is_the_same_in_parts_and_can_be_joined():
     parts.join(other)
     assert parts.seen == 300
     torch.testing.assert_close(parts.mean, tokens.mean(0))
+
+
+@pytest.mark.parametrize("spectrum", ["short", "long"])
+def test_more_axes_where_the_usual_ones_lose_too_much(monkeypatch, spectrum):
+    monkeypatch.setattr(joint_fit, "USUAL_RANK", 32)
+    monkeypatch.setattr(joint_fit, "MOST_RANK", 96)
+    sizes = torch.arange(1, 129).float() ** (-3.0 if spectrum == "short" else -0.5)
+    turned = torch.linalg.qr(torch.randn(128, 128, generator=torch.Generator().manual_seed(0)))[0]
+    tokens = (torch.randn(600, 128, generator=torch.Generator().manual_seed(1)) * sizes) @ turned
+    rotary = Rotary(torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.int64), False, 1.0)
+    fit = partial(joint_fit.solve_joint, tokens.mean(0), tokens.half(), (0, 1), (4, 8), rotary)
+    codecs = fit(None)
+    assert len(codecs[0].axes) == (32 if spectrum == "short" else 96)
+    assert (float(codecs[0].typical) <= joint_fit.LOST) == (spectrum == "short")
+    assert len(fit(64)[0].axes) == 64

@@ -6,7 +6,7 @@ import torch
 
 from capsight.kvcapsule import CapsulePlan, KVCapsule
 from capsight.kvcapsule.calibration.fit import kept_tokens
-from capsight.kvcapsule.calibration.joint_fit import DEFAULT_RANK
+from capsight.kvcapsule.calibration.joint_fit import MOST_RANK
 from capsight.kvcapsule.codecs import HeadsCodec, JointCodec
 from capsight.kvcapsule.codecs.levels import GROUP
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
@@ -78,7 +78,7 @@ def _planned_joint(shape: ModelShape, retained: float, itemsize: int) -> KVCapsu
     """The joint codec of a model whose latents need all the bytes they may take."""
     layers = {index: layer for index, layer in enumerate(shape.layers) if layer.holds_capsules}
     numbers = sum(2 * layer.kv_heads * layer.head_dim for layer in layers.values())
-    rank = -(-min(DEFAULT_RANK, numbers) // GROUP) * GROUP
+    rank = -(-min(MOST_RANK, numbers) // GROUP) * GROUP
     variance = 0.9 ** torch.arange(rank // GROUP, dtype=torch.float64)  # falls, so that all bytes are of use
     pairs = min((layer.head_dim for layer in layers.values()), default=0) // 2
     shared = {

@@ -10,7 +10,7 @@ from typing import Any
 from capsight.errors import OptionError
 from capsight.kvcapsule.budget import Budget, share_out
 from capsight.kvcapsule.calibration.fit import calibrate, check_options, kept_tokens, measure_needs, solve
-from capsight.kvcapsule.calibration.joint_fit import DEFAULT_RANK, check_rank, fit_joint
+from capsight.kvcapsule.calibration.joint_fit import check_rank, fit_joint
 from capsight.kvcapsule.calibration.key_mlp import train_key_mlps
 from capsight.kvcapsule.codecs import JointCodec, LayerCodec, StaticMlpCodec
 from capsight.kvcapsule.codecs.joint import check_share
@@ -74,7 +74,7 @@ def _joint(
         raise OptionError("the joint codec stores all layers together; use budget='uniform'")
     if unknown := sorted(set(options) - {"rank"}):
         raise OptionError(f"the joint codec has no option {unknown}; it has ['rank']")
-    rank = check_rank(options.get("rank", DEFAULT_RANK))
+    rank = check_rank(options.get("rank"))
     fitted, seen = fit_joint(model, processor, samples, rank, progress, resume)
     codecs: dict[int, LayerCodec] = {index: codec.at(retained) for index, codec in fitted.items()}
     heads, head_dim = next(iter(fitted.values())).mean.shape[1:]

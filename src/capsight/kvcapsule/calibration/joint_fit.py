@@ -19,8 +19,10 @@ from capsight.kvcapsule.codecs.rotary import Rotary, find_rotary
 from capsight.layout import build_layout
 from capsight.layout.positions import rope_positions
 
-DEFAULT_RANK = 512
-"""Coordinates that a fit keeps at most (K); how many are stored follows from `retained`."""
+USUAL_RANK, MOST_RANK = 512, 2048
+"""Coordinates that a fit keeps (K) unless told; the most, where the usual lose more than `LOST`."""
+LOST = 0.005
+"""Share of the variance that the usual coordinates may lose."""
 VALUE_WEIGHT = 1.5
 """Weight of values against keys, both brought to unit size: 1 to 2 is alike on the development judges."""
 _EXACT = 4096  # numbers a token up to which the covariance is made; beyond, axes come from a randomised SVD
@@ -31,7 +33,7 @@ def fit_joint(
     model: Any,
     processor: Any,
     samples: Iterable[Any],
-    rank: int,
+    rank: int | None,
     progress: bool,
     resume: str | os.PathLike[str] | None,
 ) -> tuple[dict[int, JointCodec], int]:
@@ -117,7 +119,12 @@ def token_vectors(layers: Mapping[int, tuple[Tensor, Tensor]], rotary: Rotary, p
 
 @torch.no_grad()
 def solve_joint(
-    mean: Tensor, tokens: Tensor, layers: Sequence[int], shape: tuple[int, int], rotary: Rotary, rank: int
+    mean: Tensor,
+    tokens: Tensor,
+    layers: Sequence[int],
+    shape: tuple[int, int],
+    rotary: Rotary,
+    rank: int | None,
 ) -> dict[int, JointCodec]:
     """The codec of each layer.
 
@@ -127,7 +134,8 @@ def solve_joint(
         layers: their L indices, ascending.
         shape: KV heads and head size (H, D).
         rotary: how keys are turned.
-        rank: coordinates to keep at most (K), rounded up to a multiple of `GROUP`.
+        rank: coordinates to keep at most (K), rounded up to a multiple of `GROUP`; None is `USUAL_RANK`,
+            and where those lose more than `LOST`, as many as do not, up to `MOST_RANK`.
 
     Raises:
         CalibrationError: the tokens do not differ.
@@ -140,8 +148,12 @@ def solve_joint(
     weight = torch.tensor([1.0, VALUE_WEIGHT]) / spread
     scale = weight[:, :, None].expand(-1, -1, shape[0] * shape[1]).flatten()  # [F], the diagonal of W
     x *= scale
-    axes = principal_axes(x, -(-min(rank, x.shape[1]) // GROUP) * GROUP)  # [F, K]
+    axes = principal_axes(x, _whole_groups(min(rank or USUAL_RANK, x.shape[1])))  # [F, K]
     latents = x @ axes
+    if rank is None and axes.shape[1] < x.shape[1] and _lost(latents, x)[-1] > LOST:
+        axes = principal_axes(x, _whole_groups(min(MOST_RANK, x.shape[1])))
+        axes = axes[:, : _whole_groups(int((_lost(x @ axes, x) > LOST).sum()) + 1)]
+        latents = x @ axes
     rows = (axes / scale[:, None]).bfloat16().T.unflatten(1, parts)  # [K, L, 2, H, D]
     typical = (1 - latents.square().sum() / x.square().sum()).clamp_min(0)
     shared = {
@@ -165,6 +177,15 @@ def solve_joint(
     }
 
 
+def _whole_groups(count: int) -> int:
+    return -(-count // GROUP) * GROUP
+
+
+def _lost(latents: Tensor, x: Tensor) -> Tensor:
+    """Share of the variance of x that is lost with the first 1, 2, ... coordinates."""
+    return 1 - latents.square().sum(0).cumsum(0) / x.square().sum()
+
+
 def principal_axes(x: Tensor, rank: int) -> Tensor:
     """Leading principal axes of rows `[n, F]` of mean zero: `[F, rank]`, zeros where there are no more."""
     most = min(*x.shape, rank)
@@ -177,12 +198,12 @@ def principal_axes(x: Tensor, rank: int) -> Tensor:
     return torch.nn.functional.pad(axes, (0, rank - most))
 
 
-def check_rank(rank: Any) -> int:
-    """Refuse a rank that is no positive whole number.
+def check_rank(rank: Any) -> int | None:
+    """Refuse a rank that is neither None nor a positive whole number.
 
     Raises:
         OptionError: it is none.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise OptionError(f"rank is a positive whole number, not {rank!r}")
     return rank
