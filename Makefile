@@ -32,7 +32,7 @@ setup: $(STAMP)  ## make .venv and install capsight with the tested set of packa
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[quanto]" \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[quanto,rest]" \
 		pytest pytest-xdist hypothesis ruff mypy
 	@touch $@
 

@@ -43,9 +43,22 @@ def test_ask_says_what_generate_says(monkeypatch, capsys, tmp_path, pictures):
     assert "truncated" in err
 
 
+def test_ask_at_rest(monkeypatch, capsys, tmp_path, pictures):
+    prompt, (first, second) = pictures
+    files = [tmp_path / "images", tmp_path / "rest"]
+    for file, options in zip(files, ((), ("--quality", 0.98)), strict=True):
+        images = ("--image", first, "--image", second)
+        assert run(monkeypatch, capsys, "encapsulate", *images, "--out", file, *options)[0] == 0
+    assert files[1].stat().st_size < files[0].stat().st_size / 5
+    for question in prompt.questions[:2]:
+        answers = [run(monkeypatch, capsys, "ask", file, "--prompt", question.text)[1] for file in files]
+        assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["encapsulate", "--image", "none.png", "--out", "x", "--quality", "1.5"], "quality"),
         (["encapsulate", "--image", "none.png", "--out", "x"], "none.png"),
         (["encapsulate", "--image", "none.png", "--out", "/no/such/folder/x"], "does not exist"),
         (["ask", "none.safetensors", "--prompt", "x"], "missing"),

@@ -16,6 +16,7 @@ from capsight.cli.options import (
     DtypeOption,
     ModelOption,
     ProcessorOption,
+    QualityOption,
     RetainedOption,
     chosen_capsule,
     picture_item,
@@ -23,6 +24,7 @@ from capsight.cli.options import (
 from capsight.cli.output import console, human_bytes
 from capsight.cli.target import check_out
 from capsight.evaluation.asking import process
+from capsight.kvcapsule.rest import check_quality
 from capsight.runtime import enable
 
 
@@ -34,21 +36,25 @@ def encapsulate(
     retained: RetainedOption = None,
     compression_ratio: CompressionOption = None,
     bits: BitsOption = None,
+    quality: QualityOption = None,
     processor: ProcessorOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
 ) -> None:
     """Read images once and write their capsules to a file; `capsight ask` answers questions from it."""
     check_out(out)
+    if quality is not None:
+        check_quality(quality)
     item = picture_item(image)
     chosen = chosen_capsule(capsule, model, retained, bits, compression_ratio)
     vlm, made = load_model(model, dtype, device, processor)
     inputs = process(made, item, [""])
     with enable(vlm, capsule=chosen) as fast, torch.no_grad():
         cache = fast.encapsulate(**{name: value.to(vlm.device) for name, value in inputs.items()})
-        fast.save(out)
+        fast.save(out, quality)
     console().print(
-        f"{cache.get_seq_length()} tokens of {len(image)} images -> {out} "
-        f"(KV cache {human_bytes(cache.nbytes)}, full {human_bytes(cache.nbytes_full)})",
+        f"{cache.get_seq_length()} tokens of {len(image)} images -> {out} (file "
+        f"{human_bytes(out.stat().st_size)}, KV cache {human_bytes(cache.nbytes)}, full "
+        f"{human_bytes(cache.nbytes_full)})",
         soft_wrap=True,
     )

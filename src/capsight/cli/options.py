@@ -46,6 +46,14 @@ BitsOption = Annotated[
     ),
 ]
 
+QualityOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Write the form for rest, several times smaller: the share of variance that comes back, such as "
+        "0.97 (joint codec)."
+    ),
+]
+
 
 def shares(retained: list[float] | None, compression_ratio: list[float] | None) -> list[float]:
     """Retained fractions that a command line names in either way.

@@ -100,14 +100,16 @@ class FastModel:
         self.cache = cache
         return output
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], quality: float | None = None) -> None:
         """Write `cache` to a file, to ask about its images later without prefilling them again.
 
         Args:
             path: the file, usually *.safetensors; an older one is replaced in one step.
+            quality: in the form for rest (joint codec), several times smaller: the share of the variance of
+                latents that comes back, such as 0.97; by default the cache as it is.
 
         Raises:
-            OptionError: there is no cache of a `KVCapsule` yet.
+            OptionError: there is no cache of a `KVCapsule` yet, or it cannot be had in this quality.
             CapsuleFileError: the file cannot be written; an older one is unharmed.
             CapsightError: the cache holds NaN or infinite numbers.
 
@@ -116,7 +118,7 @@ class FastModel:
             >>> fast.save("images.safetensors")
             >>> fast.generate(past_key_values=fast.load("images.safetensors"), **inputs_of_a_question)
         """
-        save(path, self.cache, self.capsule)
+        save(path, self.cache, self.capsule, self.model.config, quality)
 
     def load(self, path: str | os.PathLike[str]) -> CapsuleCache:
         """Read a cache that `save` wrote, in this process or another, for `generate(past_key_values=...)`.

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 from capsight.errors import ModelMismatchError, OptionError
 from capsight.kvcapsule import CapsuleCache, KVCapsule
 from capsight.kvcapsule.cache_file import load_cache, save_cache
+from capsight.kvcapsule.rest import check_quality, is_rest_file, load_rest, save_rest
+from capsight.runtime.text_pass import can_read_text, read_text
 
 
-def save(path: str | os.PathLike[str], cache: Any, capsule: Any) -> None:
+def save(
+    path: str | os.PathLike[str], cache: Any, capsule: Any, config: Any, quality: float | None = None
+) -> None:
     """Write a cache to a file.
 
     Raises:
-        OptionError: it is no capsule cache, or not one of this capsule.
+        OptionError: it is no capsule cache, or not one of this capsule; or `quality` is out of range, or the
+            codec is not joint.
         CapsightError: it cannot be saved, see `save_cache`.
     """
     if not isinstance(capsule, KVCapsule) or not isinstance(cache, CapsuleCache):
         raise OptionError("only caches of a KVCapsule can be saved; enable the model with capsule=")
-    save_cache(path, cache, capsule)
+    if quality is None:
+        save_cache(path, cache, capsule)
+    else:
+        save_rest(path, cache, capsule, check_quality(quality), can_read_text(config))
 
 
 def load(path: str | os.PathLike[str], model: Any, capsule: Any) -> CapsuleCache:
@@ -33,6 +42,9 @@ def load(path: str | os.PathLike[str], model: Any, capsule: Any) -> CapsuleCache
     if not isinstance(capsule, KVCapsule):
         raise OptionError("only caches of a KVCapsule can be loaded; enable the model with capsule=")
     devices = {i: next(m.parameters()).device for i, m in enumerate(model.get_decoder().layers)}
+    if is_rest_file(path):
+        reread = partial(read_text, model, capsule.codecs)
+        return load_rest(path, capsule, model.config, devices, model.dtype, reread)
     cache = load_cache(path, capsule, model.config, devices)
     dtype = next(iter(cache.capsule_layers.values())).dtype
     if dtype != model.dtype:

@@ -1,0 +1,14 @@
+"""Capsules at rest: joint latents in uniform steps, entropy coded, for files and stores."""
+
+from capsight.kvcapsule.rest.cache_file import RestFile, is_rest_file, load_rest, read_rest_file, save_rest
+from capsight.kvcapsule.rest.latents import DEFAULT_QUALITY, check_quality
+
+__all__ = [
+    "DEFAULT_QUALITY",
+    "RestFile",
+    "check_quality",
+    "is_rest_file",
+    "load_rest",
+    "read_rest_file",
+    "save_rest",
+]

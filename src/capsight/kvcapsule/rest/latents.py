@@ -1,0 +1,95 @@
+"""The latents of one image at rest: uniform steps, as wide for every coordinate, and their entropy code.
+
+One step for all coordinates is reverse water-filling: what varies less than a step becomes zeros and takes
+next to nothing, and all that varies more is off by as much.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from capsight.errors import CapsuleFileError, OptionError
+from capsight.kvcapsule.codecs.levels import GROUP
+from capsight.kvcapsule.rest import entropy
+
+DEFAULT_QUALITY = 0.97
+_HEAD = struct.Struct("<IHHfI")  # tokens, coordinates, largest integer, step, checksum of the integers
+_DIGEST = 8
+
+
+def check_quality(quality: float) -> float:
+    """Refuse a quality that is none.
+
+    Raises:
+        OptionError: it is not between 0 and 1.
+    """
+    if not isinstance(quality, int | float) or isinstance(quality, bool) or not 0 < quality < 1:
+        raise OptionError(
+            f"quality is the share of variance that comes back, between 0 and 1 (0.97), not {quality!r}"
+        )
+    return float(quality)
+
+
+def step_of(lost: Tensor, quality: float) -> float:
+    """The step at which calibration images keep a share of the variance of their latents.
+
+    Args:
+        lost: of the codec, float64 `[K / GROUP, 4]`; its first column is the variance of each group.
+        quality: that share, in (0, 1).
+    """
+    variance = lost[:, 0] / GROUP  # of a coordinate
+    level, allowed = float(variance.max()), (1 - quality) * float(variance.sum())
+    low = 0.0
+    for _ in range(60):  # water-filling: sum of min(variance, level) = allowed
+        middle = (low + level) / 2
+        if float(variance.clamp_max(middle).sum()) > allowed:
+            level = middle
+        else:
+            low = middle
+    return math.sqrt(12 * level)
+
+
+def code(latents: Tensor, step: float) -> bytes:
+    """Latents `[T, R]` of an image in steps of `step`, with a checksum before them.
+
+    Raises:
+        OptionError: they are far too large for the step, or the coder is not installed.
+    """
+    whole = (latents.double().cpu() / step).round()
+    if not bool((whole.abs() <= entropy.MOST).all()):
+        raise OptionError("the latents are not finite, or too large for this quality; use a lower one")
+    columns = whole.int().numpy()
+    used = np.flatnonzero(np.abs(columns).sum(0))
+    columns = np.ascontiguousarray(columns[:, : int(used[-1]) + 1 if len(used) else 0])
+    sizes = *columns.shape, int(np.abs(columns).max(initial=0))
+    body = _HEAD.pack(*sizes, step, zlib.crc32(columns.astype("<i4").tobytes())) + entropy.encode(columns)
+    return blake2b(body, digest_size=_DIGEST).digest() + body
+
+
+def decode(data: bytes, tokens: int, rank: int) -> Tensor:
+    """Latents float32 `[tokens, rank]` that `code` coded; those beyond what it stored are 0.
+
+    Raises:
+        CapsuleFileError: they were changed since, or are not those of so many tokens.
+        OptionError: the coder is not installed.
+    """
+    digest, body = data[:_DIGEST], data[_DIGEST:]
+    if blake2b(body, digest_size=_DIGEST).digest() != digest or len(body) < _HEAD.size:
+        raise CapsuleFileError("the latents of an image were changed since they were written: wrong checksum")
+    found, stored, top, step, checksum = _HEAD.unpack_from(body)
+    if found != tokens or not 0 < step < math.inf:
+        raise CapsuleFileError(f"an image has latents of {found} tokens at rest, the prompt {tokens}")
+    columns = entropy.decode(body[_HEAD.size :], tokens, stored, top)
+    if zlib.crc32(columns.astype("<i4").tobytes()) != checksum:
+        raise CapsuleFileError("the entropy coder gives other latents than were written; encapsulate again")
+    latents = torch.zeros(tokens, rank)
+    kept = min(stored, rank)
+    latents[:, :kept] = torch.from_numpy(columns[:, :kept]).float() * step
+    return latents

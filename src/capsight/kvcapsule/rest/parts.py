@@ -1,0 +1,70 @@
+"""What goes to rest: the latents of a joint cache by image, and whether token ids say the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from capsight.errors import CapsightError, OptionError
+from capsight.kvcapsule.cache import CapsuleCache
+from capsight.kvcapsule.capsule import KVCapsule
+from capsight.kvcapsule.codecs import JointCodec, Payload
+from capsight.kvcapsule.codecs.joint_payload import JointPayload
+from capsight.kvcapsule.codecs.levels import pack, unpack
+from capsight.kvcapsule.fingerprint import tensors_fingerprint
+from capsight.layout import PromptLayout
+
+
+def learnt_fingerprint(capsule: KVCapsule) -> str:
+    """Hash of what a joint capsule learnt; the same at every retained fraction."""
+    tensors = {f"{i}.{k}": t for i, codec in capsule.codecs.items() for k, t in codec.state_dict().items()}
+    return tensors_fingerprint(tensors, [capsule.info.codec])
+
+
+def joint_codec(capsule: KVCapsule) -> JointCodec:
+    """The first layer's codec.
+
+    Raises:
+        OptionError: the capsule is not of the joint codec, or stores nothing.
+    """
+    codec = next(iter(capsule.codecs.values()))
+    if not isinstance(codec, JointCodec) or capsule.retained == 1:
+        raise OptionError(
+            "quality= is for latents of the joint codec that retain less than 1; leave it out, or fit with "
+            "codec='joint'"
+        )
+    return codec
+
+
+def open_latents(cache: CapsuleCache, codec: JointCodec) -> Tensor:
+    """Latents float32 `[T, R]` of all vision tokens of a cache, by row, then position."""
+    payload = next(iter(cache.capsule_layers.values())).payload
+    if payload is None:
+        raise CapsightError("the cache holds no image; encapsulate a prompt with images before saving it")
+    tensors = payload.tensors
+    return unpack(tensors["codes"].cpu(), tensors["scales"].cpu(), codec.levels, torch.float32)
+
+
+def packed(latents: Tensor, codec: JointCodec) -> Payload:
+    """Latents `[T, R]` as a cache of the codec holds them."""
+    wide = torch.nn.functional.pad(latents, (0, max(codec.levels.rank - latents.shape[1], 0)))
+    return JointPayload(dict(zip(("codes", "scales"), pack(wide, codec.levels), strict=True)))
+
+
+def image_sizes(layout: PromptLayout) -> list[int]:
+    """Vision tokens of each image, by row, then order."""
+    sizes: dict[tuple[int, int], int] = {}
+    for index, row in enumerate(layout.rows):
+        for block in row.blocks:
+            sizes[index, block.image] = sizes.get((index, block.image), 0) + block.num_tokens
+    return list(sizes.values())
+
+
+def can_reread(layout: PromptLayout, ids: Tensor) -> bool:
+    """Whether ids say all that the text of a prompt is: one row, and no vision token outside images."""
+    if layout.batch_size > 1 or layout.rows[0].pad_left or ids.shape[1] < layout.length:
+        return False
+    vision = torch.zeros(layout.length, dtype=torch.bool)
+    for block in layout.rows[0].blocks:
+        vision[block.start : block.end] = True
+    return not torch.isin(ids[0, ~vision], ids[0, vision]).any()
