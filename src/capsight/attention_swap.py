@@ -9,6 +9,29 @@ from typing import Any
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from capsight.errors import UnsupportedModelError
+
+
+def attention_fits(model: Any) -> bool:
+    """Whether attention of capsight's can stand in for a text model's own.
+
+    It cannot where scores are capped or have sinks (Gemma 2, gpt-oss): what SDPA cannot, it cannot either.
+    """
+    return bool(getattr(model.get_decoder(), "_supports_sdpa", True))
+
+
+def check_attention(model: Any) -> None:
+    """Refuse to put another attention in the place of a text model's own where that would not be the same.
+
+    Raises:
+        UnsupportedModelError: it would not.
+    """
+    if not attention_fits(model):
+        raise UnsupportedModelError(
+            f"the attention of {type(model.get_decoder()).__name__} does more than a softmax (caps, sinks), "
+            "and capsight's does not; use the joint codec with decode='materialise' and no head map"
+        )
+
 
 @contextmanager
 def swapped_attention(
@@ -21,7 +44,11 @@ def swapped_attention(
         name: under which the function is registered with transformers.
         attention: of transformers' signature: returns `[B, S, Hq, D]`, and weights or None.
         mask: makes the masks that it is given; of transformers' signature.
+
+    Raises:
+        UnsupportedModelError: the text model's own attention does more than a softmax.
     """
+    check_attention(model)
     before = model.config.get_text_config(decoder=True)._attn_implementation
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)

@@ -57,9 +57,11 @@ def build(name: str) -> TinyVLM:
     )
     ids = {key: tokenizer.convert_tokens_to_ids(text) for key, text in SPECIAL.items()}
     text = text_config(processor) | {"head_dim": 16}
+    half = {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}  # of the channels are turned
+    text["rope_parameters"] = text["rope_parameters"] | (half if name != "glm_ocr" else {})
     if name == "glm4v_moe":
         experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-        text |= experts | {"first_k_dense_replace": 1, "partial_rotary_factor": 1.0}
+        text |= experts | {"first_k_dense_replace": 1}
     config = config_class(
         text_config=text,
         vision_config={

@@ -44,7 +44,8 @@ def llama(tokenizer: object) -> dict[str, object]:
     }
 
 
-def build(name: str) -> TinyVLM:
+def build(name: str, **text: object) -> TinyVLM:
+    """Entries of `text` take the place of those of the language model's config."""
     tokenizer = byte_tokenizer(
         list(SPECIAL.values()), pad=SPECIAL["pad"], eos=SPECIAL["eos"], image_token=SPECIAL["image"]
     )
@@ -63,7 +64,7 @@ def build(name: str) -> TinyVLM:
     layers = {"vision_feature_layers": [-2, -1]} if name == "vipllava" else {}
     pinpoints = {"image_grid_pinpoints": PINPOINTS} if name == "llava_next" else {}
     config = config_class(
-        text_config=llama(tokenizer),
+        text_config=llama(tokenizer) | text,
         vision_config={
             "model_type": "clip_vision_model",
             "hidden_size": 32,

@@ -29,13 +29,12 @@ def hybrid_text(processor: object) -> dict[str, object]:
         "linear_value_head_dim": 8,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
-        "partial_rotary_factor": 1.0,
     }
     text["rope_parameters"] = {
         "rope_type": "default",
         "rope_theta": 10000.0,
-        "partial_rotary_factor": 1.0,
-        "mrope_section": [4, 2, 2],
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
         "mrope_interleaved": True,
     }
     return text

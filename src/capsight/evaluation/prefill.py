@@ -11,6 +11,7 @@ from weakref import WeakSet
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from capsight.attention_swap import attention_fits
 from capsight.blindsight import HeadMap
 from capsight.cache_argument import CACHE
 from capsight.kvcapsule import CacheMethod, CapsuleCache, ContextRepeater, LatentMethod, QueryObserver
@@ -129,7 +130,7 @@ class Prefill:
         if isinstance(cache, ContextRepeater):
             alike = type(method), getattr(method, "block_size", None)
             self._read[alike] = cache.repeat_context(self._read_again, self._read.get(alike))
-        if isinstance(method, LatentMethod) and not method.rebuilds:
+        if isinstance(method, LatentMethod) and not method.rebuilds and attention_fits(self.model):
             self._lean.add(cache)
         return cache
 

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from capsight.errors import UnsupportedModelError
 from capsight.kvcapsule import QueryObserver
 from capsight.kvcapsule.cache.handover import handed_over
 from capsight.kvcapsule.cache.reader import ATTENTION_NAME
@@ -42,7 +43,15 @@ def capsight_attention(
 
     Returns:
         Output `[B, Q, Hq, D]`, and None for the weights.
+
+    Raises:
+        UnsupportedModelError: scores are capped or have sinks.
     """
+    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} caps its scores or has sinks, which capsight's attention knows nothing "
+            "of; leave the model its own"
+        )
     state, given = current_state(), handed_over(key)
     cache = state.cache if given is None else given
     if given is not None:

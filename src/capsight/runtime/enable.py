@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from capsight.attention_swap import attention_fits
 from capsight.blindsight import HeadMap
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, LatentMethod
@@ -34,7 +35,7 @@ def enable(
             attention; "latent" attends to capsules as they are, which is faster, with an attention
             function of capsight's, and has an `adaptive` capsule store its weights unless it was told
             not to (`KVCapsule.with_weights`). Both give the same up to rounding. By default capsules
-            that rebuild nothing are read as they are, and others are rebuilt.
+            that rebuild nothing are read as they are where that is possible, and others are rebuilt.
 
     Yields:
         A `FastModel`: `generate` takes what `model.generate` takes.
@@ -42,7 +43,8 @@ def enable(
     Raises:
         ModelMismatchError: the capsule or the head map was made for another model.
         OptionError: `decode` is neither, or the method has no capsules to attend to.
-        UnsupportedModelError: the model's architecture is not known, or the method cannot run on it.
+        UnsupportedModelError: the model's architecture is not known, or the method cannot run on it, as
+            those that need capsight's attention on a model whose own caps scores or has sinks.
 
     Example:
         >>> with capsight.enable(model, capsule=capsule) as fast:
@@ -50,7 +52,7 @@ def enable(
     """
     if decode is None:
         lean = isinstance(capsule, LatentMethod) and not capsule.rebuilds
-        decode = "latent" if lean else "materialise"
+        decode = "latent" if lean and attention_fits(model) else "materialise"
     check_decode(decode)
     if capsule is not None:
         capsule.check_model(model)

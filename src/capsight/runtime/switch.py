@@ -8,6 +8,7 @@ from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from capsight.attention_swap import check_attention
 from capsight.kvcapsule.cache.reader import ATTENTION_NAME
 from capsight.runtime import attention  # noqa: F401  (registers the name)
 from capsight.runtime.wrapped import inner_model
@@ -20,8 +21,13 @@ _USERS: WeakKeyDictionary[Any, tuple[int, str]] = (
 
 @contextmanager
 def capsight_attention_on(model: Any) -> Iterator[None]:
-    """Inside the block the text model runs capsight's attention; blocks may overlap."""
+    """Inside the block the text model runs capsight's attention; blocks may overlap.
+
+    Raises:
+        UnsupportedModelError: the text model's own attention does more than capsight's can.
+    """
     inner = inner_model(model)
+    check_attention(inner)
     text = inner.config.get_text_config()
     with _LOCK:
         users, before = _USERS.get(inner, (0, text._attn_implementation))

@@ -13,9 +13,10 @@ from transformers.cache_utils import DynamicCache
 
 from capsight.cache_argument import CACHE
 from capsight.errors import CalibrationError
+from capsight.layout.families import family_for
 
-_TRIED = ((0, 0, 0), (900, 0, 0), (0, 900, 0), (0, 0, 900), (37, 37, 37), (61, 5, 17))
-"""Positions (t, h, w) at which one token's key is looked at."""
+_REACH = 900
+"""Furthest position at which a key is looked at, within what the model was trained for."""
 _CLOSE = {torch.float32: 2e-3, torch.float64: 2e-3, torch.float16: 0.02, torch.bfloat16: 0.06}
 """Largest relative error of keys turned by what was found."""
 
@@ -76,19 +77,22 @@ def find_rotary(model: Any, layers: Sequence[int]) -> Rotary:
         CalibrationError: nothing that is known explains them, or layers differ.
     """
     decoder = model.get_decoder()
-    frequencies, scaling = _frequencies(decoder)
-    keys = _keys_at(model, decoder, layers)  # [L, positions, H, D], float64
-    if not keys.isfinite().all():
+    positions = _tried(model.config)
+    found = _keys_at(model, decoder, layers, positions)
+    if not found.isfinite().all():
         raise CalibrationError(
             "calibration keys hold NaN or infinite values; run the model in float32 or bfloat16"
         )
-    for interleaved in (False, True):
+    frequencies, scaling = _frequencies(decoder)
+    keys = found.double().cpu()  # [L, positions, H, D]
+    for interleaved in (False, True) if 2 * len(frequencies) <= keys.shape[-1] else ():
         axes = _axes(keys, len(frequencies), interleaved)
         rotary = Rotary(frequencies, axes, interleaved, scaling)
-        cos, sin = (x.double() for x in rotary.tables(torch.tensor(_TRIED).T))
+        cos, sin = (x.double() for x in rotary.tables(positions))
         plain = rotary.unturn(keys[:, :1].transpose(1, 2), cos[:1], sin[:1])  # [L, H, 1, D]
-        error = rotary.turn(plain, cos, sin) - keys.transpose(1, 2)
-        if float(error.norm() / keys.norm()) < _CLOSE.get(model.dtype, 0.06):
+        turned = rotary.turn(plain.expand(-1, -1, len(cos), -1), cos, sin)
+        error = (turned - keys.transpose(1, 2)).flatten(1).norm(dim=1) / keys.flatten(1).norm(dim=1)
+        if float(error.max()) < _CLOSE.get(found.dtype, 0.06):
             return rotary
     raise CalibrationError(
         f"cannot tell how this {model.config.model_type} model turns keys by their positions; "
@@ -96,8 +100,19 @@ def find_rotary(model: Any, layers: Sequence[int]) -> Rotary:
     )
 
 
+def _tried(config: Any) -> Tensor:
+    """Positions at which one token's key is looked at: int64 `[3, 6]`."""
+    text = config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    first = rope.get("full_attention", rope).get("original_max_position_embeddings")
+    far = min(_REACH, (first or text.max_position_embeddings) - 1)
+    near = (37, 37, 37), (61, 5, 17)
+    tried = (0, 0, 0), (far, 0, 0), (0, far, 0), (0, 0, far), *near
+    return torch.tensor(tried).clamp_max(far).T
+
+
 def _frequencies(decoder: Any) -> tuple[Tensor, float]:
-    """Frequencies `[P]` and scaling of the rotary module of full-attention layers."""
+    """Frequencies `[P]` and scaling of the rotary module of full-attention layers, as last used."""
     module = getattr(decoder, "rotary_emb", None)
     for prefix in ("", "full_attention_"):
         found = getattr(module, f"{prefix}inv_freq", None)
@@ -108,20 +123,15 @@ def _frequencies(decoder: Any) -> tuple[Tensor, float]:
     )
 
 
-def _keys_at(model: Any, decoder: Any, layers: Sequence[int]) -> Tensor:
-    """Keys of one token alone at every position of `_TRIED`: float64 `[L, positions, H, D]`."""
+def _keys_at(model: Any, decoder: Any, layers: Sequence[int], positions: Tensor) -> Tensor:
+    """Keys of one token alone at each of `positions` `[3, n]`: `[L, n, H, D]`."""
     text = model.config.get_text_config(decoder=True)
-    generator = torch.Generator().manual_seed(0)
-    embeds = torch.randn(1, 1, text.hidden_size, generator=generator)
-    weight = model.get_input_embeddings().weight
-    embeds = (embeds * weight.float().std().cpu()).expand(len(_TRIED), -1, -1).to(weight)
-    positions = torch.tensor(_TRIED, device=weight.device).T[..., None]  # [3, positions, 1]
-    if "mrope_section" not in (getattr(text, "rope_parameters", None) or {}):
-        positions = positions[0]
+    ids = torch.full((positions.shape[1], 1), text.vocab_size // 2, device=model.device)  # any of text
+    places = positions[..., None] if family_for(model.config).position_rows > 1 else positions[0, :, None]
     cache = DynamicCache(config=model.config)
-    decoder(inputs_embeds=embeds, position_ids=positions, **{CACHE: cache}, use_cache=True)
+    decoder(input_ids=ids, position_ids=places.to(model.device), **{CACHE: cache}, use_cache=True)
     held: list[Any] = cache.layers
-    return torch.stack([held[layer].keys[:, :, 0].double().cpu() for layer in layers])
+    return torch.stack([held[layer].keys[:, :, 0].cpu() for layer in layers])
 
 
 def _axes(keys: Tensor, pairs: int, interleaved: bool) -> Tensor:
