@@ -58,26 +58,34 @@ def problems(draw: st.DrawFn):
     return query, pack(torch.randn(thw.shape[1], rank, generator=g), levels), levels, tokens, basis
 
 
-@pytest.mark.skipif(bool(missing()), reason="no C++ compiler")
-@settings(max_examples=60, deadline=None)
-@given(problems())
-def test_nothing_has_to_be_rebuilt(problem):
-    query, packed, levels, tokens, basis = problem
-    latents = PackedLatents(*packed, levels.counts, POINTS)
-    found = JointTokens(latents, tokens, basis).attend(query, [], 0.2)
-    opened = unpack(*packed, levels, torch.float64)
-    expected = plain_joint_attention(query.double(), opened, tokens, basis, 0.2)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
+def as_read(packed, levels: Levels, basis: LayerBasis, level: str) -> tuple[torch.Tensor, float]:
+    """Latents as native code of a level takes them, float64, and how close it comes."""
+    opened = unpack(*packed, levels, torch.float32)
+    tiles = basis.key_axes.dtype == torch.bfloat16 and basis.key_mean.numel() % 32 == 0
+    if level == "AMX" and tiles:  # which also rounds probabilities
+        return opened.bfloat16().double(), 1e-2
+    return opened.double(), 1e-4
 
 
 @pytest.mark.skipif(bool(missing()), reason="no C++ compiler")
-@pytest.mark.parametrize("level", ["AVX2", "DEFAULT"])
-def test_lesser_machines_find_the_same(level):
-    if level == "AVX2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        pytest.skip("not an x86 machine with AVX2")
+@pytest.mark.parametrize("level", [*build.LEVELS])
+def test_nothing_has_to_be_rebuilt(level):
+    if [*build.LEVELS].index(level) < [*build.LEVELS].index(build.best_level()):
+        pytest.skip("this machine has less")
+
+    @settings(max_examples=60, deadline=None)
+    @given(problems())
+    def check(problem):
+        query, packed, levels, tokens, basis = problem
+        opened, close = as_read(packed, levels, basis, level)
+        latents = PackedLatents(*packed, levels.counts, POINTS)
+        found = JointTokens(latents, tokens, basis).attend(query, [], 0.2)
+        expected = plain_joint_attention(query.double(), opened, tokens, basis, 0.2)
+        torch.testing.assert_close(found[0].double(), expected[0], atol=close, rtol=close)
+        torch.testing.assert_close(found[1].double(), expected[1], atol=1e-4, rtol=1e-4)
+
     with mock.patch.object(joint, "library", return_value=build.library(level)):
-        test_nothing_has_to_be_rebuilt()
+        check()
 
 
 @pytest.mark.skipif(bool(missing()), reason="no C++ compiler")
@@ -94,14 +102,14 @@ def test_exact_tokens_are_attended_to_in_the_same_call(problem, most, dtype):
     latents = PackedLatents(*packed, levels.counts, POINTS)
     out, lse = JointTokens(latents, tokens, basis).attend(query, [exact], 0.2)
     assert out.dtype == dtype
-    opened = unpack(*packed, levels, torch.float64)
+    opened, close = as_read(packed, levels, basis, build.best_level())
     far, far_lse = plain_joint_attention(query.double(), opened, tokens, basis, 0.2)
     near, near_lse = plain_attention(query.double(), [exact], 0.2)
     total = torch.logaddexp(far_lse, near_lse.double())
     shares = [(x - total).exp().nan_to_num(0)[..., None] for x in (far_lse, near_lse)]
     torch.testing.assert_close(lse.double(), total, atol=1e-4, rtol=1e-4)
     expected = (far * shares[0] + near * shares[1]).to(dtype)
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    tolerance = close if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
 
 

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import warnings
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -29,14 +30,19 @@ SWITCH = "CAPSIGHT_NATIVE"
 
 INTERFACE = 2
 UNITS = ("decode.cpp", "joint.cpp")
-HEADERS = ("chunk.h", "fold.h", "latents.h", "rebuild.h", "softmax.h", "tile.h", "vectors.h")
+HEADERS = (
+    *("amx.h", "chunk.h", "fold.h", "joint_chunk.h", "latents.h", "rebuild.h", "softmax.h", "tile.h"),
+    "vectors.h",
+)
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-w")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 LEVELS = {
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+    "AMX": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "AVX512": _AVX512,
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
     "DEFAULT": (),
 }
-"""Compiler flags for what `torch.backends.cpu.get_cpu_capability` finds; others are what compilers assume."""
+"""Compiler flags for `best_level`; for levels that are not here, what compilers assume."""
 
 _P, _N = ctypes.c_void_p, ctypes.c_int64
 _AFTER = (_P, _N, ctypes.c_float, _N, _P, _P)  # sources, scaling, threads, results
@@ -89,8 +95,11 @@ def library(level: str | None = None) -> ctypes.CDLL:
     Raises:
         NativeBuildError: it cannot be compiled or loaded.
     """
-    level = torch.backends.cpu.get_cpu_capability() if level is None else level
-    flags = (*FLAGS, *(LEVELS.get(level, ()) if platform.machine() in ("x86_64", "AMD64") else ()))
+    level = best_level() if level is None else level
+    known = LEVELS if platform.machine() in ("x86_64", "AMD64") else {}
+    flags = [(*FLAGS, *known.get(level, ()))]
+    if level == "AMX":
+        flags.append((*FLAGS, *_AVX512))  # for compilers that do not know it
     compiler = _compiler()
     here = Path(__file__).parent
     text = b"".join((here / name).read_bytes() for name in (*UNITS, *HEADERS))
@@ -110,6 +119,13 @@ def library(level: str | None = None) -> ctypes.CDLL:
             if fresh:
                 raise NativeBuildError(f"{path} cannot be loaded: {error}") from None
     raise NativeBuildError(f"{path} is of another version; delete it")
+
+
+def best_level() -> str:
+    """The name of what this machine's processor has."""
+    level = torch.backends.cpu.get_cpu_capability()
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return "AMX" if level == "AVX512" and sys.platform == "linux" and tiles() else level
 
 
 def _compiler() -> str:
@@ -134,13 +150,13 @@ def _folder() -> Path:
         return Path(tempfile.mkdtemp(prefix="capsight-"))
 
 
-def _compile(compiler: str, flags: tuple[str, ...], units: list[str], path: Path) -> None:
-    """Compile to `path`; with OpenMP, where the compiler has it, else for one thread."""
+def _compile(compiler: str, flags: list[tuple[str, ...]], units: list[str], path: Path) -> None:
+    """Compile to `path` with the first flags that work, and with OpenMP where the compiler has it."""
     try:
         with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
             made = Path(folder) / path.name
-            for threads in (("-fopenmp",), ()):
-                command = [compiler, *flags, *threads, *units, "-o", str(made)]
+            for own, threads in product(flags, (("-fopenmp",), ())):
+                command = [compiler, *own, *threads, *units, "-o", str(made)]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
                 if done.returncode == 0:
                     made.replace(path)
