@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[quanto,rest]" \
-		pytest pytest-xdist hypothesis ruff mypy
+		pytest pytest-xdist hypothesis ruff mypy accelerate
 	@touch $@
 
 demo: setup  ## answer questions about six images, full cache against capsules

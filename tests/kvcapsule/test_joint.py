@@ -243,17 +243,18 @@ def test_images_unlike_calibration_are_named(qwen):
 def test_a_token_sample_is_the_same_in_parts_and_can_be_joined():
     tokens = torch.randn(300, 8)
     whole, parts = TokenSample(), TokenSample()
-    whole.add(tokens[:100]), whole.add(tokens[100:])
-    parts.add(tokens[:100])
+    whole.add(tokens[:100], 0), whole.add(tokens[100:], 1)
+    parts.add(tokens[:100], 0)
     resumed = TokenSample()
     resumed.restore(parts.state())
-    resumed.add(tokens[100:])
+    resumed.add(tokens[100:], 1)
     assert torch.equal(whole.tokens, resumed.tokens)
     torch.testing.assert_close(whole.mean, tokens.mean(0))
     other = TokenSample()
-    other.add(tokens[100:], seed=1)
+    other.add(tokens[100:], 1)
     parts.join(other)
     assert parts.seen == 300
+    assert torch.equal(parts.tokens, whole.tokens)
     torch.testing.assert_close(parts.mean, tokens.mean(0))
 
 

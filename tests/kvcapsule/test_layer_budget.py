@@ -74,9 +74,10 @@ def test_the_static_codec_has_one_count(qwen):
 
 def test_relative_error_and_the_sample_it_is_measured_on():
     sample, many = BlockSample(), blocks(100, 2, 8, 4)
-    for part in many.split(7):
-        sample.add({0: (part, -part), 3: (2 * part, part)})
-    sample.add({})
+    parts = [{0: (part, -part), 3: (2 * part, part)} for part in many.split(7)]
+    for index, part in enumerate(parts):
+        sample.add(part, index)
+    sample.add({}, len(parts))
     keys, values = sample.blocks(0)
     assert len(keys) == 32
     assert torch.equal(values, -keys)
@@ -84,6 +85,11 @@ def test_relative_error_and_the_sample_it_is_measured_on():
     places = [int((many == block).flatten(1).all(1).nonzero()) for block in keys]
     assert len(set(places)) == 32
     assert max(places) > 60  # not just the first ones
+    shared = [BlockSample(), BlockSample()]  # by two processes, the later samples first
+    for index, part in reversed([*enumerate(parts)]):
+        shared[index % 2].add(part, index)
+    shared[0].join(shared[1])
+    assert torch.equal(shared[0].blocks(3)[1], sample.blocks(3)[1])
     errors = [relative_error(codec("adaptive", count), keys, keys) for count in (1, 3, 5, 8)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] == 0

@@ -13,7 +13,8 @@ from capsight.baselines.base import Baseline
 from capsight.errors import CalibrationError, ModelMismatchError
 from capsight.kvcapsule.budget import share_to_keep
 from capsight.kvcapsule.cache import CapsuleCache
-from capsight.kvcapsule.calibration.fit import calibration_inputs, prefilled_blocks
+from capsight.kvcapsule.calibration.fit import prefilled_blocks
+from capsight.kvcapsule.calibration.samples import calibration_inputs
 from capsight.kvcapsule.codecs import BlockCodec, Payload
 from capsight.kvcapsule.fingerprint import model_fingerprint
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE, Run
@@ -70,7 +71,7 @@ class FeaturePCA(Baseline):
             CalibrationError: no image is as long as a run, or numbers are not finite.
         """
         sums: dict[int, tuple[Tensor, Tensor, int]] = {}
-        for inputs in calibration_inputs(model, processor, samples, progress):
+        for _, inputs in calibration_inputs(model, processor, samples, progress):
             for index, kv in prefilled_blocks(model, inputs, block_size).items():
                 x = torch.stack(kv).double().transpose(1, 2).flatten(2, 3)  # [2, H, M * N, D]
                 second, total, count = sums.get(index, (0, 0, 0))

@@ -24,6 +24,7 @@ from capsight.cli.output import console
 from capsight.cli.plan import plan
 from capsight.cli.report import report
 from capsight.errors import CapsightError
+from capsight.kvcapsule.calibration.processes import ElsewhereError
 
 app = typer.Typer(
     help="Cheaper vision-language models without retraining.",
@@ -54,6 +55,8 @@ def main() -> None:
     try:
         app()
     except (CapsightError, OSError) as error:
+        if type(error) is ElsewhereError:  # which has said so itself
+            sys.exit(2)
         reason = " ".join(str(error).split()).encode(errors="backslashreplace").decode()
         said = Text.assemble(("capsight:", "bold red"), " ", reason)
         console(stderr=True).print(said, soft_wrap=True)

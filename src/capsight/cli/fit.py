@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from capsight.errors import OptionError
 from capsight.evaluation import Item, jsonl_items, reference_items
 from capsight.evaluation.asking import process
 from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.calibration.processes import Processes, join_launched
 from capsight.pictures import open_image
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2"}
@@ -48,16 +49,24 @@ def fit(
     dtype: DtypeOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Fit a capsule to a model and write it to a folder; run again, it goes on where it was interrupted."""
-    check_folder(out)
-    vlm, made = load_model(model, dtype, device, processor)
-    items = calibration_items(model, data, samples)
-    prompts = [process(made, item, [item.asks[0].question]) for item in items]
+    """Fit a capsule to a model and write it to a folder; run again, it goes on where it was interrupted.
+
+    Processes that `torchrun -m capsight fit ...` or `accelerate launch -m capsight fit ...` start share the
+    prompts out.
+    """
+    join_launched()
+    processes = Processes.found()
+    with processes.together():
+        check_folder(out)
+        vlm, made = load_model(model, dtype, device, processor)
+        prompts = _Prompts(made, calibration_items(model, data, samples))
     began = time.perf_counter()
     partial = out.with_name(f"{out.name}.partial")
     capsule = KVCapsule.fit(
         vlm, made, prompts, retained, codec, compression_ratio=compression_ratio, resume=partial
     )
+    if processes.rank:
+        return
     capsule.save_pretrained(out)
     shutil.rmtree(partial, ignore_errors=True)
     console().print(
@@ -86,6 +95,20 @@ def calibration_items(model: str, data: Path | None, samples: int) -> list[Item]
     if not items:
         raise OptionError(f"{data} holds no pictures or lines to calibrate with")
     return items
+
+
+class _Prompts(Sequence[Mapping[str, Any]]):
+    """Processor outputs, each made when it is read."""
+
+    def __init__(self, processor: Any, items: list[Item]) -> None:
+        self._processor, self._items = processor, items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: Any) -> Any:
+        item = self._items[index]
+        return process(self._processor, item, [item.asks[0].question])
 
 
 def _is_picture(path: Path) -> bool:

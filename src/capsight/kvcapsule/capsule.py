@@ -16,6 +16,7 @@ from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.cache.conversation import Conversation
 from capsight.kvcapsule.calibration.fit import kept_tokens
 from capsight.kvcapsule.calibration.fit_capsule import fit_capsule
+from capsight.kvcapsule.calibration.processes import Processes
 from capsight.kvcapsule.capsule_file import make_codec, read_capsule, write_capsule
 from capsight.kvcapsule.codecs import JointCodec, LayerCodec, QuantisedCodec
 from capsight.kvcapsule.codecs.adaptive import Weights
@@ -61,6 +62,9 @@ class KVCapsule:
     ) -> Self:
         """Fit to a model in one pass over calibration samples.
 
+        Where torch.distributed runs several processes, each with the whole model, they share the samples
+        out: each reads its own and all return the same capsule, that of one process up to rounding.
+
         Args:
             model: a transformers vision-language model of a family that `build_layout` knows.
             processor: its processor; may be None where all samples are processor outputs.
@@ -84,11 +88,14 @@ class KVCapsule:
             CalibrationError: no image is as long as a block, keys or values are not finite, or `resume`
                 holds the pass of another model, block size or samples.
             CapsuleFileError: `resume` cannot be read or written.
+            ElsewhereError: another process failed; a `CalibrationError`.
             OptionError: an option is unknown or out of range.
         """
-        share = share_to_keep(retained, compression_ratio, RETAINED.get(codec, OTHERS_RETAINED))
-        arguments = (share, codec, block_size, progress, budget, resume, options)
-        return cls(*fit_capsule(model, processor, samples, *arguments))
+        processes = Processes.found()
+        with processes.together():
+            share = share_to_keep(retained, compression_ratio, RETAINED.get(codec, OTHERS_RETAINED))
+            arguments = (share, codec, block_size, progress, budget, resume, options, processes)
+            return cls(*fit_capsule(model, processor, samples, *arguments))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the capsule to a folder (safetensors + JSON), atomically.

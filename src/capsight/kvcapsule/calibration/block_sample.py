@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 
 import torch
@@ -12,44 +11,67 @@ from capsight.kvcapsule.codecs import LayerCodec
 
 _BLOCKS = 32  # at most: their keys and values are held until the pass is over
 
+Blocks = Mapping[int, tuple[Tensor, Tensor]]
+"""Keys and values `[M, H, N, D]` of the same M blocks in every layer."""
+
 
 class BlockSample:
-    """At most 32 blocks, the same in all layers; each block seen is as likely as any other to be kept."""
+    """At most 32 blocks, the same in all layers; each block seen is as likely as any other to be kept.
+
+    Every block draws a random number, seeded by that of its calibration sample, and the smallest stay; see
+    `TokenSample`.
+    """
 
     def __init__(self) -> None:
         """Start empty."""
-        self._seen = 0
-        self._blocks: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._draws = torch.empty(0, dtype=torch.float64)
+        self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def add(self, found: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-        """See the keys and values `[M, H, N, D]` of the same M blocks in every layer (reservoir sampling)."""
-        for block in range(len(next(iter(found.values()))[0]) if found else 0):
-            place = self._seen
-            if place >= _BLOCKS:  # seeded by the count, so that a pass can go on from a `state`
-                place = random.Random(self._seen).randrange(self._seen + 1)
-            self._seen += 1
-            if place >= _BLOCKS:
-                continue
-            for layer, (keys, values) in found.items():
-                own = self._blocks.setdefault(layer, [])
-                own[place : place + 1] = [(keys[block].cpu().clone(), values[block].cpu().clone())]
+    def add(self, found: Blocks, index: int) -> None:
+        """See the blocks of the calibration sample with this number."""
+        if found:
+            generator = torch.Generator().manual_seed(index)
+            count = len(next(iter(found.values()))[0])
+            self._merge(torch.rand(count, generator=generator, dtype=torch.float64), found)
 
-    def state(self) -> tuple[int, dict[int, tuple[Tensor, Tensor]]]:
-        """How many blocks were seen, and keys and values `[M, H, N, D]` of those kept, by layer."""
-        return self._seen, {
-            layer: (torch.stack([keys for keys, _ in own]), torch.stack([values for _, values in own]))
-            for layer, own in self._blocks.items()
-        }
+    def join(self, other: BlockSample) -> None:
+        """See what another sample has seen, of other calibration samples."""
+        self._merge(other._draws, other._blocks)
 
-    def restore(self, seen: int, kept: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-        """Go on from a `state`."""
-        self._seen = seen
-        self._blocks = {layer: list(zip(*pair, strict=True)) for layer, pair in kept.items()}
+    def state(self) -> tuple[list[float], dict[int, tuple[Tensor, Tensor]]]:
+        """What the blocks that are kept have drawn, and their keys and values, by layer."""
+        return self._draws.tolist(), dict(self._blocks)
+
+    def restore(self, draws: list[float], kept: Blocks) -> None:
+        """Go on from a `state`.
+
+        Raises:
+            ValueError: it is malformed.
+        """
+        self._draws, self._blocks = torch.tensor(draws, dtype=torch.float64), dict(kept)
+        if any(len(x) != len(draws) for pair in kept.values() for x in pair):
+            raise ValueError("the sampled blocks do not fit together")
 
     def blocks(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer: float32 `[M, H, N, D]` each."""
-        keys, values = zip(*self._blocks[layer], strict=True)
-        return torch.stack(keys).float(), torch.stack(values).float()
+        keys, values = self._blocks[layer]
+        return keys.float(), values.float()
+
+    def _merge(self, draws: Tensor, found: Blocks) -> None:
+        if len(self._draws) == _BLOCKS:
+            smaller = (draws < self._draws[-1]).nonzero()[:, 0]
+        else:
+            smaller = draws.argsort()[:_BLOCKS]
+        if not len(smaller):
+            return
+        drawn = torch.cat([self._draws, draws[smaller]])
+        stay = drawn.argsort()[:_BLOCKS]
+        for layer, pair in found.items():
+            more = [x[smaller.to(x.device)].cpu() for x in pair]
+            before = self._blocks.get(layer, [x[:0] for x in more])
+            keys, values = (torch.cat(x)[stay] for x in zip(before, more, strict=True))
+            self._blocks[layer] = keys, values
+        self._draws = drawn[stay]
 
 
 @torch.no_grad()

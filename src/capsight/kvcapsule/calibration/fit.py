@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -17,6 +16,8 @@ from capsight.errors import CalibrationError, OptionError
 from capsight.kvcapsule.budget import DEFAULT_BUDGET, Budget, LayerNeeds, check_budget, measured_counts
 from capsight.kvcapsule.calibration.block_sample import relative_error
 from capsight.kvcapsule.calibration.fit_journal import FitJournal
+from capsight.kvcapsule.calibration.processes import Processes
+from capsight.kvcapsule.calibration.samples import calibration_inputs
 from capsight.kvcapsule.calibration.statistics import Calibration, Moments
 from capsight.kvcapsule.codecs import ALL_CODECS, CODECS, AdaptiveCodec, LayerCodec
 from capsight.kvcapsule.codecs.moments import LayerMoments
@@ -34,6 +35,7 @@ def calibrate(
     block_size: int,
     progress: bool,
     resume: str | os.PathLike[str] | None = None,
+    processes: Processes | None = None,
 ) -> Calibration:
     """Prefill every sample once and take what a fit needs of its image blocks, layer by layer.
 
@@ -44,23 +46,29 @@ def calibrate(
         block_size: tokens in a block (N).
         progress: show a progress bar.
         resume: folder for what was added up so far; if it holds an interrupted pass, that goes on.
+        processes: those that share the samples; None if this one reads all of them.
+
+    Returns:
+        What all processes found, in the first of them; in the others what they found themselves.
 
     Raises:
         CalibrationError: no image is as long as a block, keys or values are not finite, or `resume` holds
             the pass of another model, block size or samples.
         CapsuleFileError: `resume` cannot be read or written.
     """
-    journal = None if resume is None else FitJournal(resume, model, block_size)
+    processes = processes or Processes.alone()
+    journal = None if resume is None else FitJournal(resume, model, block_size, processes)
     found = Calibration() if journal is None else journal.found
-    for inputs in calibration_inputs(model, processor, samples, progress):
+    for index, inputs in calibration_inputs(model, processor, samples, progress, processes):
         if journal is not None and journal.has(inputs):
             continue
-        add_sample(found, model, inputs, block_size)
+        add_sample(found, model, inputs, block_size, index)
         if journal is not None:
             journal.record()
     if journal is not None:
         journal.finish()
-    if not found.moments:
+    processes.joined(found, Calibration.join)
+    if processes.rank == 0 and not found.moments:
         raise CalibrationError(
             f"no calibration sample has an image of at least {block_size} tokens; use larger images or a "
             "smaller block_size"
@@ -68,35 +76,24 @@ def calibrate(
     return found
 
 
-def calibration_inputs(
-    model: Any, processor: Any, samples: Iterable[Any], progress: bool
-) -> Iterator[Mapping[str, Any]]:
-    """Processor outputs of every sample, with a progress bar, the model in eval mode meanwhile."""
-    training = model.training
-    model.eval()
-    try:
-        for sample in _track(samples, progress):
-            yield _as_inputs(sample, processor)
-    finally:
-        model.train(training)
-
-
-def add_sample(found: Calibration, model: Any, inputs: Mapping[str, Any], block_size: int) -> None:
-    """Prefill `inputs` and add its image blocks to `found`.
+def add_sample(
+    found: Calibration, model: Any, inputs: Mapping[str, Any], block_size: int, index: int = 0
+) -> None:
+    """Prefill `inputs`, the sample with this number, and add its image blocks to `found`.
 
     Raises:
         CalibrationError: keys or values are not finite.
     """
     with found.attention.watching(model, build_layout(inputs, model.config)):
         blocks = prefilled_blocks(model, inputs, block_size)
-    for index, (keys, values) in blocks.items():
-        if index not in found.moments:
-            found.moments[index] = LayerMoments(*keys.shape[1:])
+    for layer, (keys, values) in blocks.items():
+        if layer not in found.moments:
+            found.moments[layer] = LayerMoments(*keys.shape[1:])
         try:
-            found.moments[index].update(keys, values)
+            found.moments[layer].update(keys, values)
         except CalibrationError as error:
-            raise CalibrationError(f"layer {index}: {error}") from error
-    found.sample.add(blocks)
+            raise CalibrationError(f"layer {layer}: {error}") from error
+    found.sample.add(blocks, index)
 
 
 def prefilled_blocks(
@@ -213,22 +210,3 @@ def kept_tokens(retained: float, block_size: int) -> int:
 def _blocks(x: Tensor, plan: CapsulePlan) -> Tensor:
     """The runs of `plan` in keys or values `[B, H, S, D]`: `[M, H, N, D]`."""
     return torch.stack([x[run.row, :, run.start : run.end] for run in plan.runs])
-
-
-def _as_inputs(sample: Any, processor: Any) -> Mapping[str, Any]:
-    if isinstance(sample, Mapping):
-        return sample
-    if processor is None:
-        raise CalibrationError(
-            "samples that are chat messages need a processor; pass one, or processor outputs"
-        )
-    return processor.apply_chat_template(
-        sample, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-    )
-
-
-def _track(samples: Iterable[Any], show: bool) -> Iterable[Any]:
-    total = len(samples) if isinstance(samples, Sized) else None
-    columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not show, transient=True) as bar:
-        yield from bar.track(samples, total=total)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from capsight.errors import OptionError
+from capsight.errors import CalibrationError, OptionError
 from capsight.kvcapsule.budget import Budget, share_out
 from capsight.kvcapsule.calibration.fit import calibrate, check_options, kept_tokens, measure_needs, solve
 from capsight.kvcapsule.calibration.joint_fit import check_rank, fit_joint
 from capsight.kvcapsule.calibration.key_mlp import train_key_mlps
+from capsight.kvcapsule.calibration.processes import Processes
+from capsight.kvcapsule.calibration.statistics import Calibration
 from capsight.kvcapsule.codecs import JointCodec, LayerCodec, StaticMlpCodec
 from capsight.kvcapsule.codecs.joint import check_share
 from capsight.kvcapsule.fingerprint import model_fingerprint
@@ -29,19 +31,40 @@ def fit_capsule(
     budget: Budget | None,
     resume: str | os.PathLike[str] | None,
     options: Mapping[str, Any],
+    processes: Processes,
 ) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
     """Fit a codec to every full-attention layer of a model; arguments and errors are `KVCapsule.fit`'s."""
+    if (getattr(model, "tp_size", None) or 1) > 1:
+        raise CalibrationError(
+            "each process holds only some heads of this model (tensor parallelism); fit a copy that is "
+            "whole, on one device or spread by device_map"
+        )
     if codec == JointCodec.name:
-        return _joint(model, processor, samples, retained, progress, budget, resume, options)
+        return _joint(model, processor, samples, retained, progress, budget, resume, processes, options)
     budget = check_options(codec, retained, block_size, budget, options)  # before the long part
-    if codec == StaticMlpCodec.name:
+    if codec == StaticMlpCodec.name and not isinstance(samples, Sequence):
         samples = list(samples)  # they are read twice
-    found = calibrate(model, processor, samples, block_size, progress, resume)
+    found = calibrate(model, processor, samples, block_size, progress, resume, processes)
+    codecs, info = processes.from_first(
+        lambda: _solved(model, found, retained, codec, block_size, budget, options)
+    )
+    if codec == StaticMlpCodec.name:
+        codecs = train_key_mlps(codecs, model, processor, samples, progress, processes)
+    return codecs, info
+
+
+def _solved(
+    model: Any,
+    found: Calibration,
+    retained: float,
+    codec: str,
+    block_size: int,
+    budget: Budget,
+    options: Mapping[str, Any],
+) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
     needs = measure_needs(found, codec, options)
     kept = share_out(budget, needs, len(found.moments), kept_tokens(retained, block_size), block_size)
     codecs = solve(found.moments, codec, kept, options)
-    if codec == StaticMlpCodec.name:
-        codecs = train_key_mlps(codecs, model, processor, samples, progress)
     info = CapsuleInfo(
         codec=codec,
         block_size=block_size,
@@ -66,6 +89,7 @@ def _joint(
     progress: bool,
     budget: Budget | None,
     resume: str | os.PathLike[str] | None,
+    processes: Processes,
     options: Mapping[str, Any],
 ) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
     """The joint codec: all layers share a latent, so there is no budget to share out."""
@@ -75,7 +99,7 @@ def _joint(
     if unknown := sorted(set(options) - {"rank"}):
         raise OptionError(f"the joint codec has no option {unknown}; it has ['rank']")
     rank = check_rank(options.get("rank"))
-    fitted, seen = fit_joint(model, processor, samples, rank, progress, resume)
+    fitted, seen = fit_joint(model, processor, samples, rank, progress, resume, processes)
     codecs: dict[int, LayerCodec] = {index: codec.at(retained) for index, codec in fitted.items()}
     heads, head_dim = next(iter(fitted.values())).mean.shape[1:]
     info = CapsuleInfo(

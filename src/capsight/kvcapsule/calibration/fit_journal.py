@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from capsight.errors import CalibrationError, CapsuleFileError
+from capsight.kvcapsule.calibration.processes import Processes
 from capsight.kvcapsule.calibration.statistics import Calibration
 from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.fingerprint import model_fingerprint, tensors_fingerprint
@@ -25,16 +26,22 @@ _SUMS = ("second", "channels", "total")
 
 
 class FitJournal:
-    """Sums over the samples seen, and a hash of these samples: a fit goes on with the same ones only."""
+    """Sums over the samples seen, and a hash of these samples: a fit goes on with the same ones only.
 
-    def __init__(self, folder: str | os.PathLike[str], model: Any, block_size: int) -> None:
+    Of several processes each has its own, in a folder below.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str], model: Any, block_size: int, processes: Processes
+    ) -> None:
         """Name the folder, and what is fitted.
 
         Raises:
             CapsuleFileError: the folder holds something else, or is damaged.
             CalibrationError: it holds the fit of another model or block size.
         """
-        self._folder, self._block_size = Path(folder), block_size
+        own = f"{processes.rank + 1}-of-{processes.count}" if processes.count > 1 else ""
+        self._folder, self._block_size = Path(folder) / own, block_size
         self._about = {"model": model_fingerprint(model), "block_size": block_size}
         self._written, self._seen, self._chain = time.monotonic(), 0, ""
         self._header: dict[str, Any] = {"samples": 0}
@@ -103,13 +110,13 @@ def _taken_apart(found: Calibration) -> tuple[dict[str, Any], dict[str, Tensor]]
         for kind in ("keys", "values"):
             for name in _SUMS:
                 tensors[f"{layer}.{kind}.{name}"] = getattr(getattr(moments, kind), name)
-    seen, sample = found.sample.state()
+    draws, sample = found.sample.state()
     for layer, (keys, values) in sample.items():
         tensors |= {f"{layer}.sample.keys": keys, f"{layer}.sample.values": values}
     tensors |= {f"tokens.{name}": tensor for name, tensor in found.tokens.state().items()}
     header = {
         "blocks": {str(layer): moments.blocks for layer, moments in found.moments.items()},
-        "sampled": seen,
+        "sampled": draws,
         "attention": {str(layer): list(pair) for layer, pair in found.attention.state().items()},
     }
     return header, tensors
@@ -133,7 +140,7 @@ def _put_together(header: Mapping[str, Any], tensors: Mapping[str, Tensor], bloc
             sums.blocks = int(blocks)
         found.moments[layer] = moments
         samples[layer] = tensors[f"{layer}.sample.keys"], tensors[f"{layer}.sample.values"]
-    found.sample.restore(int(header["sampled"]), samples)
+    found.sample.restore(list(header["sampled"]), samples)
     if "tokens.seen" in tensors:
         own = {name: tensors[f"tokens.{name}"] for name in ("tokens", "keys", "total", "seen")}
         found.tokens.restore(own)

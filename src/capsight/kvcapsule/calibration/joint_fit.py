@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from capsight.errors import CalibrationError, OptionError
-from capsight.kvcapsule.calibration.fit import calibration_inputs, prefilled
+from capsight.kvcapsule.calibration.fit import prefilled
 from capsight.kvcapsule.calibration.fit_journal import FitJournal
+from capsight.kvcapsule.calibration.processes import Processes
+from capsight.kvcapsule.calibration.samples import calibration_inputs
 from capsight.kvcapsule.calibration.token_sample import TokenSample
 from capsight.kvcapsule.codecs.joint import JointCodec
 from capsight.kvcapsule.codecs.levels import GROUP, distortions
@@ -36,8 +38,18 @@ def fit_joint(
     rank: int | None,
     progress: bool,
     resume: str | os.PathLike[str] | None,
+    processes: Processes,
 ) -> tuple[dict[int, JointCodec], int]:
     """Fit the joint codec in one pass over calibration samples; arguments are those of `KVCapsule.fit`.
+
+    Args:
+        model: see there, as the others.
+        processor: see there.
+        samples: see there.
+        rank: coordinates to keep at most.
+        progress: show a progress bar.
+        resume: folder of an interrupted pass.
+        processes: those that share the samples.
 
     Returns:
         The codec of each layer, at `retained` 1, and the number of vision tokens seen.
@@ -45,12 +57,12 @@ def fit_joint(
     Raises:
         CalibrationError: no sample has an image, layers differ in shape, or numbers are not finite.
     """
-    journal = None if resume is None else FitJournal(resume, model, 1)
+    journal = None if resume is None else FitJournal(resume, model, 1, processes)
     sample = TokenSample() if journal is None else journal.found.tokens
     rotary: Rotary | None = None
     layers: list[int] = []
     shape = 0, 0
-    for inputs in calibration_inputs(model, processor, samples, progress):
+    for index, inputs in calibration_inputs(model, processor, samples, progress, processes):
         found = (
             vision_tokens(model, inputs) if rotary is None or not (journal and journal.has(inputs)) else {}
         )
@@ -65,14 +77,20 @@ def fit_joint(
         places = rope_positions(layout, model.config)
         spans = [(row, block) for row, r in enumerate(layout.rows) for block in r.blocks]
         positions = torch.cat([places[:, row, block.start : block.end] for row, block in spans], 1)
-        sample.add(token_vectors(found, rotary, positions))
+        sample.add(token_vectors(found, rotary, positions), index)
         if journal is not None:
             journal.record()
     if journal is not None:
         journal.finish()
-    if rotary is None:
+    processes.joined(sample, TokenSample.join)
+    kinds = [kind for kind in processes.gathered((rotary, layers, shape)) if kind[0] is not None]
+    if not kinds:
         raise CalibrationError("no calibration sample has an image; give samples with images")
-    return solve_joint(sample.mean, sample.tokens, layers, shape, rotary, rank), sample.seen
+    turned, layers, shape = kinds[0]
+    assert turned is not None
+    return processes.from_first(
+        lambda: (solve_joint(sample.mean, sample.tokens, layers, shape, turned, rank), sample.seen)
+    )
 
 
 def vision_tokens(model: Any, inputs: Mapping[str, Any]) -> dict[int, tuple[Tensor, Tensor]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from capsight.kvcapsule.calibration.key_samples import KeySamples, collect_keys
+from capsight.kvcapsule.calibration.processes import Processes
 from capsight.kvcapsule.codecs import LayerCodec, StaticMlpCodec
 from capsight.kvcapsule.codecs.token_mlp import TokenMlp
 
@@ -30,7 +31,12 @@ HELD_OUT = 5
 
 
 def train_key_mlps(
-    codecs: Mapping[int, LayerCodec], model: Any, processor: Any, samples: Iterable[Any], progress: bool
+    codecs: Mapping[int, LayerCodec],
+    model: Any,
+    processor: Any,
+    samples: Iterable[Any],
+    progress: bool,
+    processes: Processes | None = None,
 ) -> dict[int, LayerCodec]:
     """The `static-mlp` codecs of all layers with trained MLPs; the linear parts stay what they are.
 
@@ -40,6 +46,7 @@ def train_key_mlps(
         processor: its processor; may be None where all samples are processor outputs.
         samples: the calibration samples.
         progress: show a progress bar.
+        processes: those that share the samples, and all train the same; None if this one reads all of them.
 
     Raises:
         CalibrationError: fewer than two samples have an image as long as a block.
@@ -48,7 +55,7 @@ def train_key_mlps(
     open_layers = {index: codec for index, codec in codecs.items() if codec.kept < codec.block_size}
     if open_layers:
         size = next(iter(open_layers.values())).block_size
-        cached = collect_keys(model, processor, samples, size, progress)
+        cached = collect_keys(model, processor, samples, size, progress, processes)
     shown = track(open_layers.items(), "training MLPs", transient=True, disable=not progress)
     for index, codec in shown:
         assert isinstance(codec, StaticMlpCodec)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from capsight.errors import CalibrationError
-from capsight.kvcapsule.calibration.fit import calibration_inputs, prefilled_blocks
+from capsight.kvcapsule.calibration.fit import prefilled_blocks
+from capsight.kvcapsule.calibration.processes import Processes
 from capsight.kvcapsule.calibration.queries import recorded_queries
+from capsight.kvcapsule.calibration.samples import calibration_inputs
 from capsight.layout import build_layout
 
 BLOCKS = 6
@@ -34,7 +36,12 @@ class KeySamples:
 
 
 def collect_keys(
-    model: Any, processor: Any, samples: Iterable[Any], block_size: int, progress: bool
+    model: Any,
+    processor: Any,
+    samples: Iterable[Any],
+    block_size: int,
+    progress: bool,
+    processes: Processes | None = None,
 ) -> dict[int, KeySamples]:
     """Prefill every sample once; cache some of its key blocks and add up its query moments.
 
@@ -46,6 +53,7 @@ def collect_keys(
         samples: processor outputs or lists of chat messages.
         block_size: tokens in a block (N).
         progress: show a progress bar.
+        processes: those that share the samples; None if this one reads all of them.
 
     Returns:
         By index, the full-attention layers.
@@ -53,30 +61,33 @@ def collect_keys(
     Raises:
         CalibrationError: fewer than two samples have an image as long as a block.
     """
-    keys: dict[int, list[Tensor]] = {}
-    moments: dict[int, list[Tensor]] = {}
-    number: list[int] = []
-    for index, inputs in enumerate(calibration_inputs(model, processor, samples, progress)):
+    processes = processes or Processes.alone()
+    own: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}  # by sample and layer: keys, query moment
+    for index, inputs in calibration_inputs(model, processor, samples, progress, processes):
         with recorded_queries(model) as queries:
             found = prefilled_blocks(model, inputs, block_size)
         if not found:
             continue
         firsts = first_questions(inputs, model)
-        for layer, (blocks, _) in found.items():
-            chosen = spread(len(blocks))
-            keys.setdefault(layer, []).append(blocks[chosen].cpu())
-            moments.setdefault(layer, []).append(query_moment(queries[layer], firsts, blocks.shape[1]).cpu())
-        number += [index] * len(chosen)
-    if len(set(number)) < 2:
+        own[index] = {
+            layer: (
+                blocks[spread(len(blocks))].cpu(),
+                query_moment(queries[layer], firsts, blocks.shape[1]).cpu(),
+            )
+            for layer, (blocks, _) in found.items()
+        }
+    seen = sorted(entry for part in processes.gathered(own) for entry in part.items())
+    if len(seen) < 2:
         raise CalibrationError(
             f"an MLP for keys needs two calibration samples or more with images of {block_size} tokens or "
             "more; add samples, or use codec='static'"
         )
-    which = torch.tensor(number)
-    return {
-        layer: KeySamples(torch.cat(keys[layer]), which, torch.stack(moments[layer]).mean(0))
-        for layer in sorted(keys)
-    }
+    which = torch.tensor([index for index, layers in seen for _ in next(iter(layers.values()))[0]])
+    result = {}
+    for layer in sorted(seen[0][1]):
+        keys, moments = zip(*(layers[layer] for _, layers in seen), strict=True)
+        result[layer] = KeySamples(torch.cat(keys), which, torch.stack(moments).mean(0))
+    return result
 
 
 def first_questions(inputs: Mapping[str, Any], model: Any) -> list[int]:

@@ -28,3 +28,15 @@ class Calibration:
     sample: BlockSample = field(default_factory=BlockSample)
     attention: VisionAttention = field(default_factory=VisionAttention)
     tokens: TokenSample = field(default_factory=TokenSample)
+
+    def join(self, other: Calibration) -> None:
+        """Add what another process has seen of other calibration samples.
+
+        Raises:
+            CalibrationError: the two are of different shapes.
+        """
+        for index, layer in other.moments.items():
+            self.moments.setdefault(index, LayerMoments(*layer.shape)).merge(layer)
+        self.sample.join(other.sample)
+        self.attention.join(other.attention)
+        self.tokens.join(other.tokens)

@@ -15,8 +15,9 @@ _FEWEST = 8192
 class TokenSample:
     """Tokens drawn from all that were seen, any as likely as any other; sums over all of them.
 
-    Every token draws a random key, seeded by how many came before it, and those with the smallest keys
-    stay: a pass can go on from its `state`, and the samples of several processes can be joined.
+    Every token draws a random key, seeded by the number of its calibration sample, and those with the
+    smallest keys stay: a pass can go on from its `state`, and however samples are shared out over
+    processes, what these have drawn joins to the same tokens.
 
     Attributes:
         seen: tokens seen.
@@ -29,8 +30,8 @@ class TokenSample:
         self._keys = torch.empty(0, dtype=torch.float64)
         self._total: Tensor | None = None  # [F], float64
 
-    def add(self, tokens: Tensor, seed: int = 0) -> None:
-        """See tokens `[T, F]`.
+    def add(self, tokens: Tensor, index: int) -> None:
+        """See tokens `[T, F]` of the calibration sample with this number.
 
         Raises:
             CalibrationError: they hold NaN or infinite numbers, or numbers beyond 65504.
@@ -41,7 +42,7 @@ class TokenSample:
                 "calibration keys or values hold NaN or infinite values, or too large ones; run the model in "
                 "float32 or bfloat16"
             )
-        generator = torch.Generator().manual_seed(seed * 2**32 + self.seen)
+        generator = torch.Generator().manual_seed(index)
         keys = torch.rand(len(half), generator=generator, dtype=torch.float64)
         total = tokens.double().sum(0).cpu()
         self._total = total if self._total is None else self._total + total
@@ -49,7 +50,7 @@ class TokenSample:
         self._merge(half, keys)
 
     def join(self, other: TokenSample) -> None:
-        """See what another sample, with another seed, has seen."""
+        """See what another sample has seen, of other calibration samples."""
         if other._tokens is None or other._total is None:
             return
         self._total = other._total if self._total is None else self._total + other._total
@@ -90,8 +91,5 @@ class TokenSample:
     def _merge(self, tokens: Tensor, keys: Tensor) -> None:
         if self._tokens is not None:
             tokens, keys = torch.cat([self._tokens, tokens]), torch.cat([self._keys, keys])
-        limit = min(max(_NUMBERS // tokens.shape[1], _FEWEST), _MOST)
-        if len(keys) > limit:
-            stay = keys.topk(limit, largest=False).indices.sort().values
-            tokens, keys = tokens[stay], keys[stay]
-        self._tokens, self._keys = tokens, keys
+        stay = keys.argsort()[: min(max(_NUMBERS // tokens.shape[1], _FEWEST), _MOST)]
+        self._tokens, self._keys = tokens[stay], keys[stay]

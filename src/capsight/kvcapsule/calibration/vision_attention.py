@@ -46,6 +46,12 @@ class VisionAttention:
         for layer, (total, rows) in state.items():
             self._total[layer], self._rows[layer] = total, rows
 
+    def join(self, other: VisionAttention) -> None:
+        """Add what another one has seen."""
+        for layer, (total, rows) in other.state().items():
+            self._total[layer] += total
+            self._rows[layer] += rows
+
     @contextmanager
     def watching(self, model: Any, layout: PromptLayout) -> Iterator[None]:
         """Inside the block, a prefill of the prompts of `layout` by `model` is seen."""

@@ -1,0 +1,54 @@
+"""Calibration samples as processor outputs, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any, TypeVar
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from capsight.errors import CalibrationError
+from capsight.kvcapsule.calibration.processes import Processes
+
+T = TypeVar("T")
+
+
+def calibration_inputs(
+    model: Any, processor: Any, samples: Iterable[Any], progress: bool, processes: Processes | None = None
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Number and processor outputs of every sample, with a progress bar, the model in eval mode meanwhile.
+
+    Args:
+        model: see `fit.calibrate`.
+        processor: see `fit.calibrate`.
+        samples: see `fit.calibrate`.
+        progress: show a progress bar.
+        processes: those that share the samples, so that only some are this one's; None: all are.
+    """
+    processes = processes or Processes.alone()
+    training = model.training
+    model.eval()
+    try:
+        for index, sample in _track(processes.own(samples), samples, progress, processes):
+            yield index, _as_inputs(sample, processor)
+    finally:
+        model.train(training)
+
+
+def _as_inputs(sample: Any, processor: Any) -> Mapping[str, Any]:
+    if isinstance(sample, Mapping):
+        return sample
+    if processor is None:
+        raise CalibrationError(
+            "samples that are chat messages need a processor; pass one, or processor outputs"
+        )
+    return processor.apply_chat_template(
+        sample, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+
+
+def _track(own: Iterable[T], samples: Iterable[Any], show: bool, processes: Processes) -> Iterable[T]:
+    total = len(range(processes.rank, len(samples), processes.count)) if isinstance(samples, Sized) else None
+    columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not show or processes.rank > 0, transient=True) as bar:
+        yield from bar.track(own, total=total)
