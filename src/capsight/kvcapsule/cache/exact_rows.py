@@ -83,10 +83,19 @@ class ExactRows:
             found = self.mask(mask, queries, exact)
             if found is not None and found.dtype == torch.bool:
                 found = torch.zeros(found.shape).masked_fill(~found, -torch.inf)
+            if found is not None and queries == 1 and not self._hides(found):
+                found = None  # the usual step: what is padding lies nowhere
             if found is not None and found.shape[1] == 1 and queries > 1:
                 found = found.expand(-1, query_heads, -1, -1)
             self._bias = mask, asked, None if found is None else found.float().contiguous()
         return self._bias[2]
+
+    def _hides(self, bias: Tensor) -> bool:
+        """Whether a bias `[B or 1, .., X]` changes anything of tokens that are there."""
+        if self.filled is None:
+            return bool(bias.any())
+        there = torch.nn.functional.pad(self.filled, (0, bias.shape[3] - self.width), value=True)
+        return bool(bias.masked_fill(~there[:, None, None], 0).any())
 
     def pieces(self, heads: int) -> tuple[Tensor, Tensor]:
         """First packed token of each row, and how many it has: int64 `[B, H]` each, contiguous."""

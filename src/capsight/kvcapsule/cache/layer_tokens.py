@@ -51,8 +51,8 @@ class LayerTokens:
 
     def are(self, payload: Payload, rows: ExactRows, packed: Tensor, room: Tensor) -> bool:
         """Whether these are the very same."""
-        own = self.payload, self.rows, self.packed, self.room
-        return all(x is y for x, y in zip(own, (payload, rows, packed, room), strict=True))
+        same = self.payload is payload and self.rows is rows
+        return same and self.packed is packed and self.room is room
 
     def attend(
         self, query: Tensor, held: int, mask: Tensor | None, scaling: float, scratch: Scratch

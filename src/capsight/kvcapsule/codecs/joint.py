@@ -150,18 +150,20 @@ class JointCodec(LayerCodec):
             positions: of the T tokens.
         """
         assert positions is not None
-        k = self.rotary.unturn(
-            keys[:, :, 0].float().transpose(0, 1), *positions.tables(self.rotary)
-        )  # [H, T, D]
-        x = torch.stack((k.transpose(0, 1), values[:, :, 0].float()), 1)  # [T, 2, H, D]
-        x = (x - self.mean) * self.weight[:, None, None]  # W (x - mean)
-        energy = x.square().sum()
-        axes = self.axes[: self.levels.rank].float().flatten(1)  # [R, F]
-        part = (x * self.weight[:, None, None]).flatten(1) @ axes.T
+        turned, tables = keys[:, :, 0].transpose(0, 1), positions.tables(self.rotary)
+        k = self.rotary.unturn(turned, *tables).transpose(0, 1).sub_(self.mean[0])  # [T, H, D], float32
+        v = values[:, :, 0] - self.mean[1]
         if held is None:
-            return Gathered(part, energy, 1)
-        device = held.latents.device
-        return Gathered(held.latents.add_(part.to(device)), held.energy + energy.to(device), held.layers + 1)
+            held = Gathered(k.new_zeros(len(k), self.levels.rank), k.new_zeros(()), 0)
+        latents, energy, layers = held
+        part = latents if latents.device == k.device else torch.zeros_like(latents, device=k.device)
+        axes = self.axes[: self.levels.rank].float()  # [R, 2, H, D]
+        for kind, (x, square) in enumerate(zip((k, v), self.weight.square().tolist(), strict=True)):
+            part.addmm_(x.flatten(1), axes[:, kind].flatten(1).T, alpha=square)  # W^2 (x - mean) U
+            energy = energy + square * x.flatten().dot(x.flatten()).to(latents.device)
+        if part is not latents:
+            latents.add_(part.to(latents.device))
+        return Gathered(latents, energy, layers + 1)
 
     @classmethod
     def encode_gathered(cls, codecs: Sequence[Any], held: Gathered, runs: Sequence[Run]) -> list[Payload]:
@@ -236,11 +238,9 @@ class JointCodec(LayerCodec):
 
     def _compare(self, held: Gathered) -> None:
         """Say so where images lose far more than those of calibration did."""
-        kept, energy = held.latents.square().sum(), held.energy
-        typical = float(self.typical) + float(
-            self.lost[self.levels.rank // GROUP :, 0].sum() / self.lost[:, 0].sum()
-        )
-        lost = float(1 - kept / energy.clamp_min(1e-30))
+        left_out = self.lost[self.levels.rank // GROUP :, 0].sum() / self.lost[:, 0].sum()
+        typical = float(self.typical) + float(left_out)
+        lost = float(1 - held.latents.square().sum() / held.energy.clamp_min(1e-30))
         if lost > max(_UNLIKE * typical, 0.02):
             warnings.warn(
                 f"these images are unlike those the capsule was fitted to: latents lose {lost:.0%} of "

@@ -161,8 +161,10 @@ def _squeeze(code: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return code
     each = 8 // bits
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=code.device)
-    return (code.unflatten(1, (-1, each)) << shifts).sum(-1, dtype=torch.uint8)
+    packed = code[:, ::each].clone()
+    for place in range(1, each):
+        packed |= code[:, place::each] << bits * place
+    return packed
 
 
 def _spread(packed: Tensor, bits: int) -> Tensor:

@@ -53,11 +53,19 @@ class Rotary:
     def turn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Keys `[..., T, D]` turned by tables `[T, P]`; the first `2 P` channels, the others as they are."""
         rotated = 2 * len(self.axes)
-        whole = keys[..., :rotated]
-        a, b = (whole[..., ::2], whole[..., 1::2]) if self.interleaved else whole.chunk(2, -1)
-        x, y = a * cos - b * sin, b * cos + a * sin
-        turned = torch.stack((x, y), -1).flatten(-2) if self.interleaved else torch.cat((x, y), -1)
-        return turned if rotated == keys.shape[-1] else torch.cat((turned, keys[..., rotated:]), -1)
+        out = torch.empty_like(keys, dtype=torch.promote_types(keys.dtype, cos.dtype))
+        (a, b), (x, y) = (self._pairs(each[..., :rotated]) for each in (keys, out))
+        torch.mul(a, cos, out=x).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=y).addcmul_(a, sin)
+        out[..., rotated:] = keys[..., rotated:]
+        return out
+
+    def _pairs(self, whole: Tensor) -> tuple[Tensor, Tensor]:
+        """First and second channels of all pairs."""
+        if self.interleaved:
+            return whole[..., ::2], whole[..., 1::2]
+        first, second = whole.chunk(2, -1)
+        return first, second
 
     def unturn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Keys before RoPE: undoes `turn`."""
