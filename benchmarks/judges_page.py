@@ -75,7 +75,7 @@ def verdicts(judges: dict[str, Judged]) -> list[str]:
 
 def page(judges: dict[str, Judged], more: Iterable[str] = ()) -> str:
     """Markdown of the judges' files; `more` are sections that other modules write."""
-    lines = [INTRO, *verdicts(judges), "", *more]
+    lines = [INTRO, "", *verdicts(judges), "", *more]
     for name, judged in judges.items():
         lines += ["", *_judge(name, judged)]
     return "\n".join(lines) + "\n"

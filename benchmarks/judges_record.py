@@ -100,6 +100,17 @@ class Judged:
         worst = max(kinds, key=lambda kind: kinds[kind])
         return worst, kinds[worst]
 
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """What `readme_picture` draws."""
+        return {
+            label: {
+                "exact_match": self.percent(label),
+                "kv_bytes": self.values["methods"][label]["bytes"],
+                "kv_bytes_full": self.values["methods"][label]["full_bytes"],
+            }
+            for label in self.methods
+        }
+
     def share(self, label: str, modules: bool = False) -> float:
         """KV bytes of all tokens over those of the full cache, `modules` counted once for each prompt."""
         own = self.values["methods"][label]

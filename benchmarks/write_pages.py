@@ -14,6 +14,7 @@ import accuracy_page
 import decode_page
 import head_maps_page
 import judges_page
+import judges_sections
 import readme_numbers
 import readme_picture
 import speed_page
@@ -58,12 +59,21 @@ def main(root: Path = ROOT) -> None:
         write("head-maps", head_maps_page.page(*maps))
     if (ablations := load(results, "ablations.json")) is not None:
         write("ablations", ablations_page.page(ablations))
-    if judges := Record(results / "judges").judges("test"):
-        write("judges", judges_page.page(judges))
-    if judges is not None and bits is not None:
+    record = Record(results / "judges")
+    if judges := record.judges("test"):
+        sections = (
+            judges_sections.means(judges),
+            judges_sections.smallest(record.judges("dev"), judges),
+            judges_sections.left_out(load(results, "judges_choice.json")),
+            judges_sections.variance(load(results, "variance.json")),
+            judges_sections.long_answers(load(results, "long_answers.json")),
+        )
+        more = [line for lines in sections if lines for line in (*lines, "")]
+        write("judges", judges_page.page(judges, more))
         (root / "docs" / "images").mkdir(exist_ok=True)
         readme_picture.draw(
-            {"reference VLM": bits["methods"], **judges["judges"]}, root / "docs" / "images" / "accuracy.svg"
+            {name: judged.rows() for name, judged in judges.items()},
+            root / "docs" / "images" / "accuracy.svg",
         )
     readme_numbers.main(root)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from judges_choice import without_judge, without_kind
 from judges_page import counterpart, page
 from judges_record import Record
+from judges_sections import smallest
 from PIL import Image
 
 from capsight.evaluation import Ask, Item, MethodResult, Outcome
@@ -69,3 +71,29 @@ def test_the_page_says_where_joint_is_behind(record) -> None:
     assert "- `mosaic`: of 2 rows of other methods `joint` is ahead of 0 and behind 0" in text
     assert "Behind `cur 0.2` by 50.0 points" in text
     assert "| `cur 0.1` | ground, 100.0 | 8 | 50.0 |" in text
+
+
+def test_a_choice_does_not_see_what_it_is_judged_by(tmp_path) -> None:
+    made = Record(tmp_path / "judges")
+    for name, small_wrong in (("mosaic", ()), ("tiles", (1, 3)), ("reference", ())):
+        for split in ("dev", "test"):
+            rows = {
+                "full": result(8),
+                "joint 0.1": result(8, (), 0.1),
+                "joint 0.01": result(8, small_wrong, 0.01),
+            }
+            made.add(name, split, items(8), rows, {})
+    dev, test = made.judges("dev"), made.judges("test")
+    chosen = {row["left_out"]: row for row in without_judge(dev, test, list(few), 1.0)}
+    assert chosen["tiles"]["chosen"] == "joint 0.01"  # the others lose nothing by it
+    assert chosen["tiles"]["lost"] == 12.5
+    assert chosen["mosaic"]["chosen"] == "joint 0.1"
+    kinds = {
+        (r["left_out"], r["judge"]): r for r in without_kind(dev, test, ["joint 0.1", "joint 0.01"], 1.0)
+    }
+    assert kinds["ground", "tiles"]["chosen"] == "joint 0.01"
+    assert kinds["ground", "tiles"]["lost"] == 25
+    assert kinds["count", "tiles"]["chosen"] == "joint 0.1"
+    text = "\n".join(smallest(dev, test))
+    assert "every judge is 0.1: vision tokens in 1/10" in text
+    assert "**`joint 0.1`**" in text
