@@ -1,9 +1,10 @@
-"""A model's text layers run with another attention function for a while; nothing is patched."""
+"""A model's text layers run with another attention function, or past `enable`; nothing is patched."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from transformers import AttentionInterface
@@ -31,6 +32,24 @@ def check_attention(model: Any) -> None:
             f"the attention of {type(model.get_decoder()).__name__} does more than a softmax (caps, sinks), "
             "and capsight's does not; use the joint codec with decode='materialise' and no head map"
         )
+
+
+_UNSERVED: ContextVar[bool] = ContextVar("capsight_unserved", default=False)
+
+
+@contextmanager
+def unserved() -> Iterator[None]:
+    """Inside the block calls of models are their own, also where `enable` serves them capsules."""
+    token = _UNSERVED.set(True)
+    try:
+        yield
+    finally:
+        _UNSERVED.reset(token)
+
+
+def is_unserved() -> bool:
+    """Whether calls of models are their own here: something is being fitted to them."""
+    return _UNSERVED.get()
 
 
 @contextmanager

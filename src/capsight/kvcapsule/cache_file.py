@@ -45,6 +45,10 @@ def save_cache(path: str | os.PathLike[str], cache: CapsuleCache, capsule: KVCap
         raise CapsightError(
             "it is not known which prompt the cache was made from; make it with capsule.cache(inputs)"
         )
+    if read.branched and cache.get_seq_length() > read.prompt:
+        raise CapsightError(
+            f"the cache went on with beams, whose tokens are not known; crop it to {read.prompt} tokens first"
+        )
     tensors["input_ids"] = read.input_ids[:, : cache.get_seq_length()]
     tensors = {name: _own(tensor) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
@@ -116,7 +120,7 @@ def capsule_fingerprint(capsule: KVCapsule) -> str:
     tensors = {f"{i}.{k}": t for i, codec in capsule.codecs.items() for k, t in codec.state_dict().items()}
     info = capsule.info
     kept = [(layer.index, layer.kept) for layer in info.layers]
-    return tensors_fingerprint(tensors, [info.codec, info.block_size, info.bits, kept])
+    return tensors_fingerprint(tensors, [info.codec, info.block_size, info.bits, info.share, kept])
 
 
 def _check_origin(path: Path, header: Mapping[str, Any], capsule: KVCapsule) -> None:

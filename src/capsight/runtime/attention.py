@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from capsight.errors import UnsupportedModelError
 from capsight.kvcapsule import QueryObserver
@@ -90,4 +89,3 @@ def _with_bias(mask: Tensor | None, bias: Tensor, query: Tensor, key: Tensor) ->
 
 
 AttentionInterface.register(ATTENTION_NAME, capsight_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

@@ -2,114 +2,171 @@
 
 from __future__ import annotations
 
+import inspect
+import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from transformers.cache_utils import DynamicCache
-
+from capsight.attention_swap import is_unserved
 from capsight.cache_argument import cache_of, with_cache
 from capsight.errors import CapsightError
 from capsight.kvcapsule import CapsuleCache, ContextRepeater
 from capsight.runtime.positions import positions_of_caches
+from capsight.runtime.split import brings_pixels
 from capsight.runtime.state import current_state
 from capsight.runtime.wrapped import inner_model
 
-if TYPE_CHECKING:
-    from capsight.runtime.fast_model import FastModel
-
-_LOCK = Lock()
-_OPEN: WeakKeyDictionary[Any, list[FastModel]] = WeakKeyDictionary()
-_HERE: ContextVar[FastModel | None] = ContextVar("capsight_enabled", default=None)
+_LOCK = threading.Lock()
+_OPEN: WeakKeyDictionary[Any, tuple[list[Any], ExitStack]] = WeakKeyDictionary()
+_HERE: ContextVar[tuple[Any, ...]] = ContextVar("capsight_enabled", default=())
+_RUNNING = threading.local()
 
 
 @contextmanager
-def serving(fast: FastModel) -> Iterator[None]:
-    """Inside the block the model's own calls use what `fast` was enabled with.
+def serving(fast: Any) -> Iterator[None]:
+    """Inside the block the model's own calls use what `fast` was enabled with, in this thread or task.
 
-    A prefill into a stock cache that is empty gets a cache of capsules instead, which transformers then
-    goes on with, and follows the head map. Forward hooks do it; nothing of the model is replaced.
+    `model.generate`, which pipelines call, is `fast.generate` meanwhile. A forward pass that prefills into
+    no cache, or into a stock one that is empty, gets a cache of capsules, with which transformers then goes
+    on, and follows the head map.
     """
     model = inner_model(fast.model)
     with _LOCK:
-        _OPEN.setdefault(model, []).append(fast)
-    before = _HERE.get()
-    _HERE.set(fast)
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(positions_of_caches(model))
-            if fast.capsule is not None or fast.head_map is not None:
-                stack.enter_context(_prefills(model, fast))
-            yield
-    finally:
-        _HERE.set(before)
-        with _LOCK:
-            _OPEN[model].remove(fast)
-
-
-@contextmanager
-def _prefills(model: Any, fast: FastModel) -> Iterator[None]:
-    running: list[Any] = []
-
-    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        if current_state().generating or kwargs.get("input_ids") is None or not _is_for(fast, model):
-            return None
-        cache = cache_of(kwargs)
-        if cache is not None and cache.get_seq_length():
-            return None
-        if fast.capsule is not None and not isinstance(cache, CapsuleCache):
-            cache = _replaced(fast, cache, kwargs)
-        state = fast._prefill_state(cache, kwargs)
-        if state is not None:
-            running.append(state)
-            state.__enter__()
-        return args, with_cache(kwargs, cache)
-
-    def after(*_: Any) -> None:
-        if running:
-            running.pop().__exit__(None, None, None)
-
-    hooks = [
-        model.register_forward_pre_hook(before, with_kwargs=True),
-        model.register_forward_hook(after, always_call=True),
-    ]
+        if model not in _OPEN:
+            _OPEN[model] = [], _installed(model)
+        _OPEN[model][0].append(fast)
+    _HERE.set((*_HERE.get(), fast))
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        end_broken_pass()
+        _HERE.set(tuple(other for other in _HERE.get() if other is not fast))
+        with _LOCK:
+            users, installed = _OPEN[model]
+            users.remove(fast)
+            if not users:
+                del _OPEN[model]
+                installed.close()
 
 
-def _is_for(fast: FastModel, model: Any) -> bool:
-    """Whether a call belongs to this `enable`: that of its own thread or task, or the only one there is."""
-    here = _HERE.get()
-    if here is None or inner_model(here.model) is not model:
-        if len(_OPEN[model]) > 1:
-            raise CapsightError(
-                "the model is enabled more than once, and this call could mean any of them; call generate of "
-                "what enable(...) gave"
-            )
-        return True
-    return here is fast
+@contextmanager
+def calling(fast: Any) -> Iterator[None]:
+    """Inside the block the model's calls are `fast`'s, whatever else is enabled."""
+    before = _HERE.set((*_HERE.get(), fast))
+    try:
+        yield
+    finally:
+        _HERE.reset(before)
 
 
-def _replaced(fast: FastModel, cache: Any, kwargs: dict[str, Any]) -> Any:
-    """A cache of capsules in place of an empty stock one."""
-    if cache is None and kwargs.get("use_cache") is False:
+def serving_here(model: Any) -> Any:
+    """What the calls of `model` from this thread or task are to use; None: nothing of ours."""
+    if is_unserved() or current_state().generating:
         return None
-    if cache is not None and type(cache) is not DynamicCache:
+    here = next((fast for fast in reversed(_HERE.get()) if inner_model(fast.model) is model), None)
+    if here is None and any(fast.capsule or fast.head_map for fast in _OPEN.get(model, ([],))[0]):
         warnings.warn(
-            f"this call runs on a {type(cache).__name__}, not on capsules; leave its option out",
-            stacklevel=2,
+            "this thread is not inside the enable(...) of its model: the call runs on the full cache; call "
+            "generate of what enable(...) gave, or run it in contextvars.copy_context()",
+            stacklevel=4,
         )
-        return cache
-    new = fast.new_cache(kwargs)
+    return here
+
+
+class Served:
+    """What a model has for `generate`, and what runs around its forward passes, while it is enabled.
+
+    A copy of the model takes it along, and there it is what the model's class has.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Serve `model`."""
+        self._model, self._own = model, model.__dict__.get("generate")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`model.generate`: that of the `FastModel`, or the model's own where nothing is enabled here."""
+        own = type(self._model).generate if self._own is None else self._own
+        before = (self._model,) if self._own is None else ()
+        fast = (
+            None
+            if isinstance(cache_of(kwargs), CapsuleCache) and not _HERE.get()
+            else serving_here(self._model)
+        )
+        if fast is None or (fast.capsule is None and fast.head_map is None):
+            return own(*before, *args, **kwargs)
+        bound = inspect.signature(type(self._model).generate).bind(self._model, *args, **kwargs)
+        given = {name: value for name, value in bound.arguments.items() if name != "self"}
+        return fast.generate(**given | given.pop("kwargs", {}))
+
+    def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Give a prefill its cache of capsules."""
+        if module is not self._model or is_unserved() or current_state().generating:
+            return None
+        end_broken_pass()
+        if args:
+            kwargs = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+            kwargs |= kwargs.pop("kwargs", {})
+        cache = cache_of(kwargs)
+        if cache is not None and cache.get_seq_length():
+            if isinstance(cache, CapsuleCache) and brings_pixels(kwargs):
+                raise CapsightError(
+                    "a forward pass cannot bring images to a cache that is filled; call generate, or "
+                    "encapsulate of what enable(...) gave, with the whole conversation"
+                )
+            return None
+        fast = serving_here(module)
+        if fast is None or (fast.capsule is None and fast.head_map is None):
+            return None
+        if kwargs.get("input_ids") is None:
+            warnings.warn("a call without input_ids runs on the full cache, not on capsules", stacklevel=4)
+            return None
+        if kwargs.get("use_cache") is not False or cache is not None:
+            cache = _forward_cache(fast, cache, kwargs)
+        state = fast.prefill_state(cache, kwargs)
+        if state is not None:
+            state.__enter__()
+            _RUNNING.state = state
+        return (), with_cache(kwargs, cache)
+
+    def after(self, *_: Any) -> None:
+        """End what `before` began."""
+        if not current_state().generating:
+            end_broken_pass()
+
+
+def end_broken_pass() -> None:
+    """End what `Served.before` began in this thread; forward hooks are not told of a KeyboardInterrupt."""
+    state, _RUNNING.state = getattr(_RUNNING, "state", None), None
+    if state is not None:
+        with suppress(ValueError):  # begun in another task
+            state.__exit__(None, None, None)
+
+
+def _installed(model: Any) -> ExitStack:
+    """Put a `Served` on a model, until the stack is closed."""
+    served, stack = Served(model), ExitStack()
+    stack.enter_context(positions_of_caches(model))
+    hooks = (
+        model.register_forward_pre_hook(served.before, with_kwargs=True),
+        model.register_forward_hook(served.after, always_call=True),
+    )
+    for hook in hooks:
+        stack.callback(hook.remove)
+    own = model.__dict__.get("generate")
+    model.generate = served
+    stack.callback(delattr if own is None else setattr, model, "generate", *(() if own is None else (own,)))
+    return stack
+
+
+def _forward_cache(fast: Any, cache: Any, inputs: Mapping[str, Any]) -> Any:
+    """The cache for a forward pass that begins a conversation."""
+    new = fast.cache_for(cache, inputs)
     if isinstance(new, ContextRepeater):
         raise CapsightError(
-            "this method reads the context twice, which only generate of what enable(...) gave can do"
+            "this method reads the context twice, which generate can do and a forward pass cannot"
         )
     return new

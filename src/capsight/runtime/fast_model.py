@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -10,52 +9,31 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from capsight.blindsight import HeadMap
 from capsight.cache_argument import CACHE
 from capsight.errors import OptionError
-from capsight.kvcapsule import CacheMethod, CapsuleCache, ContextRepeater
-from capsight.kvcapsule.cache.conversation import Conversation
+from capsight.kvcapsule import CapsuleCache, ContextRepeater
 from capsight.layout import PromptLayout, build_layout
-from capsight.runtime.decode import Decode
-from capsight.runtime.options import beams, check_options
+from capsight.runtime.caches import in_use
+from capsight.runtime.calls import end_broken_pass
+from capsight.runtime.enabled_model import EnabledModel
+from capsight.runtime.options import beams, check_options, check_rows, repeats
 from capsight.runtime.prefill import SparsePrefill
 from capsight.runtime.repeat import ContextRepeat
-from capsight.runtime.saved import load, save
 from capsight.runtime.split import PIXEL_PREFIXES, TOKEN_ENTRIES, first_tokens, sequence_length
 from capsight.runtime.state import RuntimeState, running
 from capsight.runtime.turn import Turn
 
 
-class FastModel:
+class FastModel(EnabledModel):
     """A model with its capsule, as `enable` hands it out.
 
-    Attributes:
-        model: the transformers model, its weights and modules untouched.
-        capsule: the capsule (or other method) in use, or None.
-        head_map: the head map that prefill follows, or None.
-        decode: how attention gets at capsules, "materialise" or "latent".
-        cache: the cache of the last call; give it to the next turn as `past_key_values`.
+    `generate` and `encapsulate` take processor outputs; a call of it is a call of the model.
     """
-
-    def __init__(
-        self, model: Any, capsule: CacheMethod | None, head_map: HeadMap | None, decode: Decode
-    ) -> None:
-        """Use `enable` instead."""
-        self.model, self.capsule, self.head_map, self.decode = model, capsule, head_map, decode
-        self.cache: Any = None
-
-    def new_cache(self, inputs: Mapping[str, Any]) -> Any:
-        """An empty cache of the capsule in use for a batch of prompts; None without a capsule."""
-        if self.capsule is None:
-            return None
-        cache = self.capsule.cache(inputs, self.model.config)
-        if isinstance(cache, CapsuleCache):
-            cache.lean = self.decode == "latent"
-        return cache
 
     def generate(
         self,
         input_ids: Tensor | None = None,
+        generation_config: Any = None,
         *,
         past_key_values: Any = None,
         cache: Any = None,
@@ -65,6 +43,7 @@ class FastModel:
 
         Args:
             input_ids: int64 `[B, S]`, the whole conversation so far.
+            generation_config: as `model.generate` takes it.
             past_key_values: cache of an earlier turn or of `encapsulate`; by default a new one.
             cache: the same, as transformers spells it from 5.24 on.
             **inputs: the other processor outputs, of the whole conversation so far, and generation options.
@@ -78,74 +57,27 @@ class FastModel:
             OptionError: an option cannot go with capsules, or the prompt is no longer than the cache.
             CapsightError: keys or values are NaN or infinite.
         """
-        if input_ids is not None:
-            inputs = {"input_ids": input_ids, **inputs}
-        cache = past_key_values if cache is None else cache
-        if cache is None:
-            cache = self.new_cache(inputs)
+        given = {"input_ids": inputs.pop("inputs", input_ids), "generation_config": generation_config}
+        inputs = {**{name: value for name, value in given.items() if value is not None}, **inputs}
+        cache = self.cache_for(past_key_values if cache is None else cache, inputs)
         if cache is None:
             cache = DynamicCache(config=self.model.config) if inputs.get("use_cache") is not False else None
-        if cache is not None:
-            check_options(inputs, cache.get_seq_length())
-            inputs.setdefault("use_cache", True)
-            if not cache.get_seq_length() and isinstance(cache, ContextRepeater):
-                cache = self._prefilled(cache, inputs)
-        turn = self._turn(cache, inputs)
-        output = self._run(cache, turn, sequence_length(inputs) if "input_ids" in inputs else 0)
+        with in_use(cache):
+            if cache is not None:
+                check_options(inputs, cache.get_seq_length())
+                inputs.setdefault("use_cache", True)
+                if isinstance(cache, CapsuleCache) and cache.get_seq_length() and "input_ids" in inputs:
+                    check_rows(inputs, len(inputs["input_ids"]), cache.layout.batch_size, self.model)
+                if not cache.get_seq_length() and isinstance(cache, ContextRepeater):
+                    cache = self._prefilled(cache, inputs)
+            turn = self._turn(cache, inputs)
+            output = self._run(cache, turn, sequence_length(inputs) if "input_ids" in inputs else 0)
         tokens = getattr(output, "sequences", output)
         if cache is not None and turn.conversation is not None:
-            alike = len(tokens) == cache.conversation.layout.batch_size and beams(inputs, self.model) == 1
-            if alike:
-                cache.conversation = cache.conversation.answered(tokens)
+            one = beams(inputs, self.model) == 1  # else rows of the cache are other beams than the answers
+            cache.conversation = cache.conversation.answered(tokens if one else None)
         self.cache = cache
         return output
-
-    def save(self, path: str | os.PathLike[str], quality: float | None = None) -> None:
-        """Write `cache` to a file, to ask about its images later without prefilling them again.
-
-        Args:
-            path: the file, usually *.safetensors; an older one is replaced in one step.
-            quality: in the form for rest (joint codec), several times smaller: the share of the variance of
-                latents that comes back, such as 0.97; by default the cache as it is.
-
-        Raises:
-            OptionError: there is no cache of a `KVCapsule` yet, or it cannot be had in this quality.
-            CapsuleFileError: the file cannot be written; an older one is unharmed.
-            CapsightError: the cache holds NaN or infinite numbers.
-
-        Example:
-            >>> fast.encapsulate(**inputs)
-            >>> fast.save("images.safetensors")
-            >>> fast.generate(past_key_values=fast.load("images.safetensors"), **inputs_of_a_question)
-        """
-        save(path, self.cache, self.capsule, self.model.config, quality)
-
-    def load(self, path: str | os.PathLike[str]) -> CapsuleCache:
-        """Read a cache that `save` wrote, in this process or another, for `generate(past_key_values=...)`.
-
-        Args:
-            path: the file.
-
-        Raises:
-            CapsuleFileError: the file is missing, truncated or was changed.
-            ModelMismatchError: it was made for another model or dtype, or with another capsule.
-        """
-        self.cache = load(path, self.model, self.capsule)
-        return self.cache
-
-    @property
-    def prompt_ids(self) -> Tensor:
-        """The prompt that `cache` has read, images and padding included: int64 `[B, K]`, on the CPU.
-
-        A further question goes after it; tokens generated since the prompt are not in it.
-
-        Raises:
-            OptionError: there is no cache yet.
-        """
-        read: Conversation | None = getattr(self.cache, "conversation", None)
-        if read is None:
-            raise OptionError("there is no cache of a prompt yet; call encapsulate or generate first")
-        return read.input_ids[:, : read.prompt]
 
     def _turn(self, cache: Any, inputs: Mapping[str, Any]) -> Turn:
         """What a call gives the model."""
@@ -166,9 +98,10 @@ class FastModel:
             cache.conversation = read.repeated(rows) if read is not None and rows is not None else read
         try:
             asked = {**turn.inputs, **options}
-            repeats = max(asked.get("num_beams") or 1, asked.get("num_return_sequences") or 1)
-            if repeats > 1 and getattr(cache, "state_nbytes", 0):
-                cache.batch_repeat_interleave(repeats)  # models read states before any update tells the rows
+            each = repeats(asked, self.model)
+            stateful = isinstance(cache, CapsuleCache) and cache.state_nbytes > 0
+            if each > 1 and stateful and cache.layout.batch_size == turn.rows:
+                cache.batch_repeat_interleave(each)  # models read states before any update tells the rows
             with self._running(cache, prefill):
                 output = self.model.generate(**{CACHE: cache}, **turn.inputs, **options)
             if isinstance(cache, CapsuleCache):
@@ -186,7 +119,7 @@ class FastModel:
             return None
         return SparsePrefill(self.head_map, layout, self.model.config, seen=0, new=new)
 
-    def _prefill_state(self, cache: Any, inputs: Mapping[str, Any]) -> Any:
+    def prefill_state(self, cache: Any, inputs: Mapping[str, Any]) -> Any:
         """What surrounds a prefill that did not come through `generate`; None if nothing does."""
         if self.head_map is None:
             return None
@@ -207,6 +140,7 @@ class FastModel:
         self, cache: Any, prefill: SparsePrefill | None = None, generating: bool = True
     ) -> Iterator[None]:
         """What the attention function has to know while the model runs with `cache`."""
+        end_broken_pass()
         capsules = cache if isinstance(cache, CapsuleCache) else None
         after = None
         if self.decode == "latent":
@@ -237,8 +171,7 @@ class FastModel:
         length = layout.last_vision_end or sequence_length(inputs)
         head = first_tokens(inputs, length)
         cache = past_key_values if cache is None else cache
-        if cache is None:
-            cache = self.new_cache(head)
+        cache = self.cache_for(cache, head)
         if cache is None:
             cache = DynamicCache(config=self.model.config)
         seen = cache.get_seq_length()
@@ -246,7 +179,7 @@ class FastModel:
         if seen and isinstance(cache, ContextRepeater):
             raise OptionError("this method reads the context twice; start a new cache for new images")
         repeat = ContextRepeat(self.model)
-        with repeat.recording() if isinstance(cache, ContextRepeater) else nullcontext():
+        with in_use(cache), repeat.recording() if isinstance(cache, ContextRepeater) else nullcontext():
             # generate, not forward: it expands and cuts the inputs as later turns will.
             self._run(
                 cache, self._turn(cache, head), length, max_new_tokens=1, do_sample=False, use_cache=True

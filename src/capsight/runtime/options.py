@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capsight.errors import OptionError
+from capsight.errors import LayoutError, OptionError
 
 _GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
@@ -25,6 +25,8 @@ def check_options(options: Mapping[str, Any], seen: int) -> None:
     """
     if _asked(options, "use_cache") is False:
         raise OptionError("use_cache=False leaves no cache to keep capsules in; leave it out")
+    if _asked(options, "cache_implementation") is not None:
+        raise OptionError("cache_implementation would take the place of the cache in use; leave it out")
     guessing = next((name for name in _GUESSING if _asked(options, name) is not None), None)
     if seen and guessing is not None:
         raise OptionError(
@@ -36,9 +38,34 @@ def check_options(options: Mapping[str, Any], seen: int) -> None:
             raise OptionError(f"{name} holds NaN or infinite numbers; process the images again")
 
 
+def check_rows(options: Mapping[str, Any], rows: int, held: int, model: Any) -> None:
+    """Refuse prompts that are not as many as the rows of a filled cache.
+
+    Args:
+        options: what `generate` was given.
+        rows: of the prompts, before `generate` repeats them for beams and several sequences.
+        held: of the cache.
+        model: its generation config says what is not asked.
+
+    Raises:
+        LayoutError: they are neither as many before they are repeated, nor after.
+    """
+    if held not in (rows, rows * repeats(options, model)):
+        raise LayoutError(
+            f"the cache holds {held} rows, the prompts are {rows}; after beams or several sequences pass a "
+            f"prompt for each row, or keep one of each with cache.batch_select_indices"
+        )
+
+
 def beams(options: Mapping[str, Any], model: Any) -> int:
     """How many beams `generate` follows."""
     return int(_asked(options, "num_beams") or getattr(model.generation_config, "num_beams", None) or 1)
+
+
+def repeats(options: Mapping[str, Any], model: Any) -> int:
+    """How many rows `generate` makes of a prompt."""
+    several = _asked(options, "num_return_sequences")
+    return max(beams(options, model), int(several or model.generation_config.num_return_sequences or 1))
 
 
 def _asked(options: Mapping[str, Any], name: str) -> Any:

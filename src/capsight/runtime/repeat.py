@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -25,10 +26,12 @@ class ContextRepeat:
         """Prepare for one prefill of `model`."""
         self._decoder = model.get_decoder()
         self._given: dict[str, Any] | None = None
+        self._thread = 0
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Note the arguments of the first call of the text model inside the block."""
+        """Note the arguments of the first call of the text model by this thread inside the block."""
+        self._thread = get_ident()
         hook = self._decoder.register_forward_pre_hook(self._note, with_kwargs=True)
         try:
             yield
@@ -36,7 +39,7 @@ class ContextRepeat:
             hook.remove()
 
     def _note(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if self._given is None:
+        if self._given is None and get_ident() == self._thread:
             self._given = dict(kwargs)
 
     @torch.no_grad()

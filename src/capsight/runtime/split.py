@@ -29,6 +29,14 @@ def tokens_after(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
     return {k: v[..., length:] for k, v in inputs.items() if k in TOKEN_ENTRIES}
 
 
+def brings_pixels(inputs: Mapping[str, Any]) -> bool:
+    """Whether the arguments of a forward pass hold images or videos, encoded or not."""
+    return any(
+        (value is not None and name.startswith("pixel_values")) or (name == "mm_encoder_outputs" and value)
+        for name, value in inputs.items()
+    )
+
+
 def has_vision(tokens: Mapping[str, Any], config: Any) -> bool:
     """Whether token entries without pixels hold an image or a video."""
     try:

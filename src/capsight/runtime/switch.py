@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
+
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from capsight.attention_swap import check_attention
 from capsight.kvcapsule.cache.reader import ATTENTION_NAME
@@ -14,14 +15,13 @@ from capsight.runtime import attention  # noqa: F401  (registers the name)
 from capsight.runtime.wrapped import inner_model
 
 _LOCK = Lock()
-_USERS: WeakKeyDictionary[Any, tuple[int, str]] = (
-    WeakKeyDictionary()
-)  # of each model: how many, what it had before
+_USERS: dict[int, tuple[int, str, Any]] = {}
+"""By id of a text config, which several models may have: how many use it, what it had before, itself."""
 
 
 @contextmanager
 def capsight_attention_on(model: Any) -> Iterator[None]:
-    """Inside the block the text model runs capsight's attention; blocks may overlap.
+    """Inside the block the text model runs capsight's attention; blocks may overlap, in any order.
 
     Raises:
         UnsupportedModelError: the text model's own attention does more than capsight's can.
@@ -30,16 +30,29 @@ def capsight_attention_on(model: Any) -> Iterator[None]:
     check_attention(inner)
     text = inner.config.get_text_config()
     with _LOCK:
-        users, before = _USERS.get(inner, (0, text._attn_implementation))
-        _USERS[inner] = users + 1, before
-        if not users:
+        users, before, _ = _USERS.get(id(text), (0, text._attn_implementation, text))
+        _USERS[id(text)] = users + 1, before, text
+        if text._attn_implementation != ATTENTION_NAME:
             inner.set_attn_implementation({"text_config": ATTENTION_NAME})
     try:
         yield
     finally:
         with _LOCK:
-            users, before = _USERS.pop(inner)
+            users, before, _ = _USERS.pop(id(text))
             if users > 1:
-                _USERS[inner] = users - 1, before
+                _USERS[id(text)] = users - 1, before, text
             else:
                 inner.set_attn_implementation({"text_config": before})
+
+
+def _mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
+    """A mask that capsight's attention reads, and whatever the model runs once `enable` has ended.
+
+    A forward pass of another thread may make its masks before that and read them afterwards.
+    """
+    _, before, _ = _USERS.get(id(config), (0, "sdpa", None))
+    make = eager_mask if before == "eager" else sdpa_mask
+    return make(*args, config=config, **kwargs)
+
+
+AttentionMaskInterface.register(ATTENTION_NAME, _mask)

@@ -31,6 +31,11 @@ class Turn:
     conversation: Conversation | None
     seen: int
 
+    @property
+    def rows(self) -> int:
+        """Prompts, before `generate` repeats them."""
+        return len(self.inputs["input_ids"])
+
     @classmethod
     def first(cls, inputs: Mapping[str, Any], config: Any, strict: bool) -> Turn:
         """The call that fills an empty cache.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capsight.attention_swap import unserved
 from capsight.blindsight.calibrate.capture import shape_of, untouched
 from capsight.blindsight.calibrate.samples import Prompt
 from capsight.blindsight.calibrate.text_part import TextPart
@@ -58,7 +59,7 @@ def _greedy(model: Any, prompt: Prompt, new_tokens: int) -> Tensor:
     """Greedy answers `[B, n]`; no vision tokens, which a text part alone could not read."""
     ids = prompt.inputs["input_ids"]
     vision = {int(ids[i, b.start]) for i, row in enumerate(prompt.layout.rows) for b in row.blocks}
-    with untouched(model):
+    with untouched(model), unserved():
         written = model.generate(
             **prompt.inputs,
             max_new_tokens=new_tokens,

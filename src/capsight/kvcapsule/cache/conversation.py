@@ -26,12 +26,14 @@ class Conversation:
             as far as they are known.
         prompt: how many of the K are the prompt.
         images: for each row, a fingerprint of each of its images; "" where its pixels were not given.
+        branched: whether rows have gone on with tokens that nobody knows, as beams do.
     """
 
     layout: PromptLayout
     input_ids: Tensor
     prompt: int
     images: tuple[tuple[str, ...], ...]
+    branched: bool = False
 
     @classmethod
     def of(
@@ -73,8 +75,10 @@ class Conversation:
             raise LayoutError(f"the cache holds {rows} rows, the prompts are {batch_size}")
         return self.moved([row for row in range(rows) for _ in range(batch_size // rows)])
 
-    def answered(self, sequences: Tensor) -> Conversation:
-        """With the tokens generated since: int64 `[B, K + new]`, the prompt included."""
+    def answered(self, sequences: Tensor | None) -> Conversation:
+        """With the tokens generated since: int64 `[B, K + new]`, the prompt included; None: beams of them."""
+        if sequences is None or len(sequences) != self.layout.batch_size:
+            return replace(self, branched=True)
         return replace(self, input_ids=sequences.detach().to("cpu", torch.int64))
 
     def check(self, inputs: Mapping[str, Any], seen: int) -> None:
@@ -95,6 +99,11 @@ class Conversation:
         each = rows // len(ids)
         ids = ids.cpu().repeat_interleave(each, 0)  # as `generate` will
         own = self.input_ids[:, :seen]
+        if self.branched and seen > own.shape[1]:
+            raise LayoutError(
+                f"the cache went on with beams, and its rows are not the answers; crop it to {own.shape[1]} "
+                "tokens, the prompt, or make a new one"
+            )
         wrong = (ids[:, : own.shape[1]] != own).nonzero()
         if len(wrong):
             row, at = wrong[0].tolist()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from capsight.attention_swap import unserved
 from capsight.cache_argument import CACHE
 from capsight.errors import CalibrationError, OptionError
 from capsight.kvcapsule.budget import DEFAULT_BUDGET, Budget, LayerNeeds, check_budget, measured_counts
@@ -115,7 +116,8 @@ def prefilled(model: Any, inputs: Mapping[str, Any]) -> dict[int, tuple[Tensor, 
     cache = DynamicCache(config=model.config)
     on_device = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     # generate, not forward: it derives the positions of padded rows as later calls will.
-    model.generate(**on_device, **{CACHE: cache}, max_new_tokens=1, do_sample=False, num_beams=1)
+    with unserved():
+        model.generate(**on_device, **{CACHE: cache}, max_new_tokens=1, do_sample=False, num_beams=1)
     return {
         index: (layer.keys, layer.values)
         for index, layer in enumerate(cache.layers)
