@@ -16,6 +16,8 @@ from capsight.evaluation import FULL, Item, MethodResult
 from capsight.evaluation.score import mcnemar_p
 from capsight.files import replace_file
 
+FEW = 5
+"""Questions of a kind below which nothing is said about it."""
 Key = tuple[str, int]
 """A prompt and the number of a question."""
 
@@ -95,8 +97,10 @@ class Judged:
         return {kind: pair for kind, pair in found.items() if pair.questions}
 
     def worst(self, label: str) -> tuple[str, float]:
-        """The kind of question that loses most, and how many points."""
-        kinds = {kind: pair.points for kind, pair in self.kinds(label).items()}
+        """The kind of question that loses most, and how many points; of kinds that were asked `FEW` times."""
+        found = self.kinds(label)
+        asked = {kind: pair for kind, pair in found.items() if pair.questions >= FEW} or found
+        kinds = {kind: pair.points for kind, pair in asked.items()}
         worst = max(kinds, key=lambda kind: kinds[kind])
         return worst, kinds[worst]
 

@@ -40,7 +40,7 @@ def means(judges: dict[str, Judged]) -> list[str]:
     return [
         "## Mean over the judges\n",
         f"{', '.join(f'`{name}`' for name in judges)}. Methods without a budget stand in the first column. A "
-        "judge has 5 to 40 questions of a kind, so that one answer is up to 20 points.\n",
+        "kind of question counts from 5 questions on, so that one answer is up to 20 points.\n",
         *table(heads, rows),
     ]
 
