@@ -13,12 +13,14 @@
 namespace capsight {
 
 constexpr int64_t AMX_STRETCH = 1 << 18;    // numbers of latents that are at hand
+constexpr int64_t AMX_AXES = 3 << 18;       // bytes of axes that stay in cache
 constexpr int SIDE = 16, SPAN = 2 * SIDE;  // rows of a tile, or its numbers of 32 bits; tokens at a time
 
 // What a chunk needs room for, kept for the next one of the same thread.
 struct AmxRoom {
-  Floats scales, keys, p, cosines, sines;  // [SPAN, R / GROUP], [H D, SPAN], [tiles, H C, TILE], [pairs, SPAN]
-  std::vector<uint32_t, Lines<uint32_t>> across, along;  // two numbers each: [2, R / 2, SIDE] and [tokens / 2, R]
+  Floats scales, keys, p;  // [SPAN, R / GROUP], [spans, H D, SPAN], [tiles, H C, TILE]
+  Floats cosines, sines;   // [pairs, SPAN]
+  std::vector<uint32_t, Lines<uint32_t>> across, along;  // two numbers each: [spans, 2, R / 2, SIDE] and [tokens / 2, R]
   std::vector<uint16_t, Lines<uint16_t>> shares;         // p in bfloat16 [H C, tokens]
 };
 inline thread_local AmxRoom amx_room;
@@ -79,17 +81,17 @@ class AmxChunk {
     } shapes;
     settle();
     _tile_loadconfig(&shapes);
-    int64_t most = std::max<int64_t>(1, AMX_STRETCH / rank / TILE) * TILE;
+    int64_t most = std::max<int64_t>(4, AMX_STRETCH / rank / TILE) * TILE;
     for (int64_t first = start, end = start + tokens, here; first < end; first += here) {
       here = std::min(most, end - first);
-      int64_t tiles = (here + TILE - 1) / TILE;
-      room.across.resize(rank * SIDE), room.along.resize(tiles * TILE / 2 * rank), room.keys.resize(rows * SPAN);
+      int64_t tiles = (here + TILE - 1) / TILE, spans = tiles * TILE / SPAN;
+      room.across.resize(spans * rank * SIDE), room.along.resize(spans * rank * SIDE), room.keys.resize(spans * rows * SPAN);
       room.p.resize(tiles * all * TILE), room.shares.assign(padded * tiles * TILE, 0);
-      for (int64_t t = 0; t < tiles * TILE; t += SPAN) {
-        int some = std::max<int64_t>(0, std::min<int64_t>(SPAN, here - t));
-        open_span(first + t, some, &room.along[t / 2 * rank]);
-        if (some) make_keys(), score(first + t, some, &room.p[t / TILE * all * TILE + t % TILE]);
-      }
+      auto some = [&](int64_t span) { return std::max<int64_t>(0, std::min<int64_t>(SPAN, here - span * SPAN)); };
+      for (int64_t i = 0; i < spans; i++) open_span(first + i * SPAN, some(i), i);
+      make_keys(spans);
+      for (int64_t i = 0; i < spans; i++)
+        score(first + i * SPAN, some(i), &room.keys[i * rows * SPAN], &room.p[i * SPAN / TILE * all * TILE + i * SPAN % TILE]);
       for (int64_t c = 0; c < all; c++) {
         float* p = &room.p[c * TILE];
         multiply(&out[c * rank], rank, run[c / MOST].take(c % MOST, p, here, all * TILE));
@@ -148,14 +150,13 @@ class AmxChunk {
     return both(_mm512_mul_ps(x[0], size), _mm512_mul_ps(x[1], size));
   }
 
-  // Groups of tokens from one on: pairs of numbers `across`, pairs of tokens `along` [SPAN / 2, R].
+  // Groups of the tokens of a span: pairs of numbers `across`, pairs of tokens `along`.
   template <int BITS>
-  void open_groups(int64_t first, int tokens, int64_t from, int64_t groups, int64_t at, uint32_t* along) {
+  void open_groups(int64_t first, int tokens, int64_t span, int64_t from, int64_t groups, int64_t at) {
     int64_t each = rank / GROUP, width = s.latents.width, size = rank;
     const uint8_t* codes = s.latents.codes + first * width + at;
     const float* scales = room.scales.data() + from;
-    uint32_t* across = room.across.data() + from * SIDE * SIDE;
-    along += from * GROUP;
+    uint32_t *across = &room.across[span * rank * SIDE + from * SIDE * SIDE], *along = &room.along[span * rank * SIDE + from * GROUP];
     for (int64_t g = 0; g < groups; g++)
       for (int t = 0; t < SPAN; t += SIDE) {
         __m512i x[SIDE];
@@ -175,7 +176,7 @@ class AmxChunk {
         for (int n = 0; n < SIDE; n++) _mm512_storeu_si512(across + t * size / 2 + (g * SIDE + n) * SIDE, x[n]);
       }
   }
-  void open_span(int64_t first, int tokens, uint32_t* along) {
+  void open_span(int64_t first, int tokens, int64_t span) {
     const Latents& z = s.latents;
     int64_t each = rank / GROUP;
     room.scales.resize(SPAN * each);
@@ -183,45 +184,54 @@ class AmxChunk {
     int64_t i = 0, many = tokens * each;
     for (; i + W <= many; i += W) Stored<F16>::load((const char*)(scales + i), (vf*)&room.scales[i]);
     for (; i < many; i++) room.scales[i] = of_half(scales[i]);
-    open_groups<8>(first, tokens, 0, z.eight / GROUP, 0, along);
-    open_groups<4>(first, tokens, z.eight / GROUP, z.four / GROUP, z.eight, along);
-    open_groups<2>(first, tokens, (z.eight + z.four) / GROUP, z.two / GROUP, z.eight + z.four / 2, along);
+    open_groups<8>(first, tokens, span, 0, z.eight / GROUP, 0);
+    open_groups<4>(first, tokens, span, z.eight / GROUP, z.four / GROUP, z.eight);
+    open_groups<2>(first, tokens, span, (z.eight + z.four) / GROUP, z.two / GROUP, z.eight + z.four / 2);
   }
 
-  // Keys [H D, SPAN] before RoPE, less their means.
-  void make_keys() {
-    int64_t step = s.channel_stride * 2;
+  // Keys [spans, H D, SPAN] before RoPE, less their means; so many coordinates at a time that axes stay in cache.
+  void make_keys(int64_t spans) {
+    int64_t step = s.channel_stride * 2, groups = rank / GROUP, most = std::max<int64_t>(1, AMX_AXES / rows / 64);
     settle();
-    const uint32_t* all = room.across.data();
-    for (int64_t row = 0; row < rows; row += 2 * SIDE) {
-      const char* axes = s.key_axes + row * step;
-      const uint32_t *z = all, *more = all + rank / 2 * SIDE;
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int64_t k = 0; k < rank / GROUP; k++, axes += 64, z += SIDE * SIDE, more += SIDE * SIDE) {
-        _tile_loadd(4, axes, step);
-        _tile_loadd(5, axes + SIDE * step, step);
-        _tile_loadd(6, z, 64);
-        _tile_loadd(7, more, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-      float* to = &room.keys[row * SPAN];
-      _tile_stored(0, to, SPAN * 4);
-      _tile_stored(1, to + SIDE, SPAN * 4);
-      to += SIDE * SPAN;
-      _tile_stored(2, to, SPAN * 4);
-      _tile_stored(3, to + SIDE, SPAN * 4);
+    for (int64_t from = 0, here; from < groups; from += here) {
+      here = std::min(most, groups - from);
+      for (int64_t row = 0; row < rows; row += 2 * SIDE)
+        for (int64_t span = 0; span < spans; span++) {
+          const char* axes = s.key_axes + row * step + from * 64;
+          const uint32_t *z = &room.across[span * rank * SIDE + from * SIDE * SIDE], *more = z + rank / 2 * SIDE;
+          float *to = &room.keys[(span * rows + row) * SPAN], *below = to + SIDE * SPAN;
+          if (from) {
+            _tile_loadd(0, to, SPAN * 4);
+            _tile_loadd(1, to + SIDE, SPAN * 4);
+            _tile_loadd(2, below, SPAN * 4);
+            _tile_loadd(3, below + SIDE, SPAN * 4);
+          } else {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+          }
+          for (int64_t k = 0; k < here; k++, axes += 64, z += SIDE * SIDE, more += SIDE * SIDE) {
+            _tile_loadd(4, axes, step);
+            _tile_loadd(5, axes + SIDE * step, step);
+            _tile_loadd(6, z, 64);
+            _tile_loadd(7, more, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+          }
+          _tile_stored(0, to, SPAN * 4);
+          _tile_stored(1, to + SIDE, SPAN * 4);
+          _tile_stored(2, below, SPAN * 4);
+          _tile_stored(3, below + SIDE, SPAN * 4);
+        }
     }
     settle();
   }
 
   // Scores of the keys, turned to the places of tokens from one on: p [H C, TILE].
-  void score(int64_t first, int tokens, float* p) {
+  void score(int64_t first, int tokens, const float* keys, float* p) {
     int64_t pairs = s.pairs[0] + s.pairs[1] + s.pairs[2];
     room.cosines.resize(pairs * SPAN), room.sines.resize(pairs * SPAN);
     float *cosine = room.cosines.data(), *sine = room.sines.data();
@@ -237,25 +247,25 @@ class AmxChunk {
     }
     for (int64_t c = 0; c < all;) {
       int64_t taken = std::min<int64_t>((c / count + 1) * count - c, MOST);
-      some_scores(taken)(*this, c, p);
+      some_scores(taken)(*this, c, keys, p);
       c += taken;
     }
   }
 
-  typedef void (*Some)(const AmxChunk&, int64_t, float*);
+  typedef void (*Some)(const AmxChunk&, int64_t, const float*, float*);
   template <int C = MOST>
   static Some some_scores(int64_t queries) {
     if constexpr (C > 1) {
       if (queries < C) return some_scores<C - 1>(queries);
     }
-    return [](const AmxChunk& own, int64_t c, float* p) { own.head_scores<C>(c, p); };
+    return [](const AmxChunk& own, int64_t c, const float* keys, float* p) { own.head_scores<C>(c, keys, p); };
   }
 
   // Queries c to c + C of one head.
   template <int C>
-  void head_scores(int64_t c, float* p) const {
+  void head_scores(int64_t c, const float* all_keys, float* p) const {
     int64_t head = c / count;
-    const float *q = query + c * s.channels, *keys = &room.keys[head * s.channels * SPAN], *mean = s.key_mean + head * s.channels;
+    const float *q = query + c * s.channels, *keys = all_keys + head * s.channels * SPAN, *mean = s.key_mean + head * s.channels;
     for (int t = 0; t < SPAN; t += SIDE) {
       __m512 sum[C] = {};
       const float *cosine = &room.cosines[t], *sine = &room.sines[t];
