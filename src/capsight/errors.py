@@ -31,3 +31,7 @@ class CalibrationError(CapsightError):
 
 class UnlikeCalibrationWarning(UserWarning):
     """Pictures are far from those that a capsule was fitted to, and lose more than the others."""
+
+
+class CapsuleStoreWarning(UserWarning):
+    """A store could not give or take an image; it was read as without a store."""

@@ -55,9 +55,43 @@ def test_ask_at_rest(monkeypatch, capsys, tmp_path, pictures):
         assert answers[0] == answers[1]
 
 
+def test_ask_over_a_store(monkeypatch, capsys, tmp_path, pictures):
+    prompt, (first, second) = pictures
+    (tmp_path / "notes.txt").write_text("no picture")
+    store = ("--store", tmp_path / "store")
+    code, out, _ = run(monkeypatch, capsys, "encapsulate", tmp_path, *store, "--quality", 0.98)
+    assert code == 0
+    assert "2 images" in out
+    assert "2 new" in out
+    assert "0 new" in run(monkeypatch, capsys, "encapsulate", tmp_path, *store)[1]
+    images = ("--image", first, "--image", second)
+    for reuse in ("anywhere", "prefix"):
+        asked = ("ask", *store, *images, "--prompt", prompt.questions[0].text, "--reuse", reuse)
+        code, answer, _ = run(monkeypatch, capsys, *asked)
+        assert code == 0
+        assert answer.strip() == prompt.questions[0].answer
+    code, out, _ = run(monkeypatch, capsys, "inspect", tmp_path / "store")
+    assert code == 0
+    assert "3 of" not in out
+    assert "2 of 0.98" in out
+    file = tmp_path / "rest"
+    assert run(monkeypatch, capsys, "encapsulate", *images, "--out", file, "--quality", 0.9)[0] == 0
+    code, out, _ = run(monkeypatch, capsys, "inspect", file)
+    assert code == 0
+    assert "0.9" in out
+    assert "read anew" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["encapsulate", "--image", "none.png"], "either --out"),
+        (["encapsulate", ".", "--out", "x"], "--store"),
+        (["encapsulate", "none", "--store", "x"], "no folder"),
+        (["encapsulate", ".", "--store", "x"], "no pictures"),
+        (["ask", "--prompt", "x"], "either a file"),
+        (["ask", "--store", "x", "--prompt", "x"], "--image"),
+        (["ask", "--store", "x", "--image", "y.png", "--prompt", "x", "--reuse", "z"], "reuse"),
         (["encapsulate", "--image", "none.png", "--out", "x", "--quality", "1.5"], "quality"),
         (["encapsulate", "--image", "none.png", "--out", "x"], "none.png"),
         (["encapsulate", "--image", "none.png", "--out", "/no/such/folder/x"], "does not exist"),

@@ -1,4 +1,4 @@
-"""`capsight ask`: a question about images that `capsight encapsulate` has read; they are not needed again."""
+"""`capsight ask`: a question about images that `capsight encapsulate` has read."""
 
 from __future__ import annotations
 
@@ -17,17 +17,29 @@ from capsight.cli.options import (
     ProcessorOption,
     RetainedOption,
     chosen_capsule,
+    picture_item,
 )
 from capsight.cli.output import human_bytes, note
 from capsight.errors import OptionError
+from capsight.evaluation import ask_item
 from capsight.evaluation.prompting import question_tokens
+from capsight.kvcapsule.rest import CapsuleStore
 from capsight.reference.wording import HINT, is_task_question
 from capsight.runtime import enable
 
 
 def ask(
-    cache: Annotated[Path, typer.Argument(help="File that `capsight encapsulate` wrote.")],
     prompt: Annotated[str, typer.Option(help="What to ask.")],
+    cache: Annotated[Path | None, typer.Argument(help="File that `capsight encapsulate` wrote.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="A store instead, in which images are looked for.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="With --store: an image; give the option once for each.")
+    ] = None,
+    reuse: Annotated[
+        str, typer.Option(help="prefix: images after what they were read after; anywhere: each by itself.")
+    ] = "prefix",
     model: Annotated[str, typer.Option(help="The model that read the images.")] = REFERENCE,
     capsule: Annotated[str | None, typer.Option(help="The capsule that was used then.")] = None,
     retained: RetainedOption = None,
@@ -38,10 +50,26 @@ def ask(
     dtype: DtypeOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Answer a question about images from their saved capsules; options have to be those of `encapsulate`."""
+    """Answer a question about images from their saved capsules; options have to be those of `encapsulate`.
+
+    Images that a store does not hold are read and put there.
+    """
     if max_new_tokens < 1:
         raise OptionError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
+    if (cache is None) == (store is None):
+        raise OptionError("name either a file that `capsight encapsulate` wrote, or a --store")
+    if bool(image) != (store is not None):
+        raise OptionError("name the images to ask about with --image, and the --store that may hold them")
     chosen = chosen_capsule(capsule, model, retained, bits, compression_ratio)
+    if store is not None:
+        kept = CapsuleStore(store, reuse=reuse)  # type: ignore[arg-type]  # which checks it
+        item = picture_item(image or (), prompt)
+        vlm, made = load_model(model, dtype, device, processor)
+        with enable(vlm, capsule=chosen, store=kept) as fast, torch.no_grad():
+            answers = ask_item(fast, made, item, "after", max_new_tokens)
+        _say(answers.texts[0], model, prompt, answers.nbytes, answers.nbytes_full)
+        return
+    assert cache is not None
     vlm, made = load_model(model, dtype, device, processor)
     with enable(vlm, capsule=chosen) as fast, torch.no_grad():
         held = fast.load(cache)
@@ -57,7 +85,12 @@ def ask(
             max_new_tokens=max_new_tokens,
             do_sample=False,
         )
-    print(made.tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)[0].strip())
+    answer = made.tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)[0].strip()
+    _say(answer, model, prompt, held.nbytes, held.nbytes_full)
+
+
+def _say(answer: str, model: str, prompt: str, nbytes: int, full: int) -> None:
+    print(answer)
     if model == REFERENCE and not is_task_question(prompt):
         note(HINT)
-    note(f"KV cache {human_bytes(held.nbytes)}, full {human_bytes(held.nbytes_full)}")
+    note(f"KV cache {human_bytes(nbytes)}, full {human_bytes(full)}")

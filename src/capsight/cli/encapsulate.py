@@ -1,13 +1,15 @@
-"""`capsight encapsulate`: images read once and kept in a file, for `capsight ask`."""
+"""`capsight encapsulate`: images read once and kept, in a file or a store, for `capsight ask`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
+from rich.progress import Progress
 
+from capsight.cli.fit import is_picture
 from capsight.cli.models import REFERENCE, load_model
 from capsight.cli.options import (
     BitsOption,
@@ -22,15 +24,20 @@ from capsight.cli.options import (
     picture_item,
 )
 from capsight.cli.output import console, human_bytes
-from capsight.cli.target import check_out
+from capsight.cli.target import check_folder, check_out
+from capsight.errors import OptionError
 from capsight.evaluation.asking import process
-from capsight.kvcapsule.rest import check_quality
+from capsight.kvcapsule.rest import DEFAULT_QUALITY, CapsuleStore, check_quality
 from capsight.runtime import enable
 
 
 def encapsulate(
-    image: Annotated[list[Path], typer.Option(help="An image; give the option once for each.")],
-    out: Annotated[Path, typer.Option(help="File to write, usually *.safetensors.")],
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of pictures, each to be read by itself into --store.")
+    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="An image; give the option once for each.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write, usually *.safetensors.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of a store, which may hold images.")] = None,
     model: ModelOption = REFERENCE,
     capsule: Annotated[str | None, typer.Option(help="'reference', a folder or a hub id.")] = None,
     retained: RetainedOption = None,
@@ -41,20 +48,65 @@ def encapsulate(
     dtype: DtypeOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Read images once and write their capsules to a file; `capsight ask` answers questions from it."""
-    check_out(out)
+    """Read images once and keep their capsules; `capsight ask` answers questions from them."""
+    if (out is None) == (store is None):
+        raise OptionError("name either --out, a file for all images together, or --store, a folder")
+    if store is None and (folder is not None or not image):
+        raise OptionError("a file takes images named with --image; a folder of pictures goes to a --store")
     if quality is not None:
         check_quality(quality)
-    item = picture_item(image)
+    check_out(out)
+    paths = [*(image or ()), *(() if folder is None else pictures(folder))]
+    if store is not None:
+        check_folder(store)
+    items = [picture_item(paths)] if out is not None else [picture_item([path]) for path in paths]
     chosen = chosen_capsule(capsule, model, retained, bits, compression_ratio)
     vlm, made = load_model(model, dtype, device, processor)
-    inputs = process(made, item, [""])
+    if store is not None:
+        _into_store(store, vlm, made, items, chosen, quality or DEFAULT_QUALITY)
+        return
+    assert out is not None
+    inputs = process(made, items[0], [""])
     with enable(vlm, capsule=chosen) as fast, torch.no_grad():
         cache = fast.encapsulate(**{name: value.to(vlm.device) for name, value in inputs.items()})
         fast.save(out, quality)
     console().print(
-        f"{cache.get_seq_length()} tokens of {len(image)} images -> {out} (file "
+        f"{cache.get_seq_length()} tokens of {len(paths)} images -> {out} (file "
         f"{human_bytes(out.stat().st_size)}, KV cache {human_bytes(cache.nbytes)}, full "
         f"{human_bytes(cache.nbytes_full)})",
+        soft_wrap=True,
+    )
+
+
+def pictures(folder: Path) -> list[Path]:
+    """The pictures of a folder, by name.
+
+    Raises:
+        OptionError: it is no folder, or holds none.
+    """
+    if not folder.is_dir():
+        raise OptionError(f"{folder} is no folder; name one of pictures, or single ones with --image")
+    found = sorted(path for path in folder.iterdir() if is_picture(path))
+    if not found:
+        raise OptionError(f"{folder} holds no pictures")
+    return found
+
+
+def _into_store(folder: Path, vlm: Any, made: Any, items: list[Any], capsule: Any, quality: float) -> None:
+    store = CapsuleStore(folder, quality=quality, reuse="anywhere")
+    before, full = {file.path for file in store.files()}, 0
+    with (
+        enable(vlm, capsule=capsule, store=store) as fast,
+        torch.no_grad(),
+        Progress(console=console(stderr=True), transient=True) as progress,
+    ):
+        for item in progress.track(items, description="reading"):
+            inputs = process(made, item, [""])
+            cache = fast.encapsulate(**{name: value.to(vlm.device) for name, value in inputs.items()})
+            full += cache.nbytes_full
+    new = [file for file in store.files() if file.path not in before]
+    console().print(
+        f"{len(items)} images -> {folder} ({len(new)} new, {human_bytes(sum(f.nbytes for f in new))}; KV "
+        f"cache of all, full {human_bytes(full)})",
         soft_wrap=True,
     )

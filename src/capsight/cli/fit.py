@@ -111,7 +111,7 @@ class _Prompts(Sequence[Mapping[str, Any]]):
         return process(self._processor, item, [item.asks[0].question])
 
 
-def _is_picture(path: Path) -> bool:
+def is_picture(path: Path) -> bool:
     """Whether it is a file named as a picture, and not a hidden one such as macOS's `._a.png`."""
     return path.suffix.lower() in _PICTURES and not path.name.startswith(".") and path.is_file()
 
@@ -119,5 +119,5 @@ def _is_picture(path: Path) -> bool:
 def _folder_items(folder: Path) -> Iterable[Item]:
     from capsight.evaluation import Ask
 
-    for path in sorted(p for p in folder.iterdir() if _is_picture(p)):
+    for path in sorted(p for p in folder.iterdir() if is_picture(p)):
         yield Item(path.name, (open_image(path),), (Ask("Describe the image.", ""),))

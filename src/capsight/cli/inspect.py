@@ -1,4 +1,4 @@
-"""`capsight inspect`: what is in a capsule or head-map folder."""
+"""`capsight inspect`: what is in a capsule or head-map folder, in a cache at rest, or in a store."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.table import Table
 
 from capsight.blindsight import Category, HeadMap
 from capsight.blindsight.head_map_file import FILE_NAME
+from capsight.cli.inspect_rest import file_facts, is_store, store_facts
 from capsight.cli.options import JsonOption
 from capsight.cli.output import console, human_bytes, write_json
 from capsight.cli.target import check_out
@@ -19,6 +20,7 @@ from capsight.errors import CapsuleFileError
 from capsight.kvcapsule import KVCapsule
 from capsight.kvcapsule.codecs import JointCodec
 from capsight.kvcapsule.info import CapsuleInfo
+from capsight.kvcapsule.rest import is_rest_file
 
 LETTERS = {
     Category.DENSE: "D",
@@ -30,12 +32,25 @@ LETTERS = {
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="Capsule or head-map folder, hub id, or 'reference'.")],
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="Capsule or head-map folder, hub id or 'reference'; a store; a file of `encapsulate`."
+        ),
+    ],
     json: JsonOption = None,
 ) -> None:
-    """Show a capsule (codec, sizes, budget of the layers, break-even) or a head map; checks the files."""
+    """Show a capsule (codec, sizes, budget of the layers, break-even), a head map, or images at rest."""
     check_out(json)
-    facts, tables = _head_map(path) if _is_head_map(path) else _capsule(path)
+    facts: dict[str, Any]
+    if is_rest_file(path):
+        facts = file_facts(path)
+        tables = [_table(path, facts)]
+    elif is_store(path):
+        facts = store_facts(path)
+        tables = [_table(path, facts)]
+    else:
+        facts, tables = _head_map(path) if _is_head_map(path) else _capsule(path)
     write_json(json, facts)
     for table in tables:
         console(json).print(table)

@@ -50,7 +50,7 @@ QualityOption = Annotated[
     float | None,
     typer.Option(
         help="Write the form for rest, several times smaller: the share of variance that comes back, such as "
-        "0.97 (joint codec)."
+        "0.98 (joint codec)."
     ),
 ]
 

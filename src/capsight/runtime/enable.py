@@ -11,9 +11,11 @@ from capsight.blindsight import HeadMap
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, LatentMethod
 from capsight.kvcapsule.fingerprint import model_fingerprint
+from capsight.kvcapsule.rest import CapsuleStore
 from capsight.runtime.calls import serving
 from capsight.runtime.decode import Decode, check_decode
 from capsight.runtime.fast_model import FastModel
+from capsight.runtime.stored import check_store
 from capsight.runtime.switch import capsight_attention_on
 
 
@@ -24,6 +26,7 @@ def enable(
     capsule: CacheMethod | None = None,
     head_map: HeadMap | None = None,
     decode: Decode | None = None,
+    store: CapsuleStore | None = None,
 ) -> Iterator[FastModel]:
     """Run a model with capsules, with sparse prefill, or with both.
 
@@ -36,13 +39,15 @@ def enable(
             function of capsight's, and has an `adaptive` capsule store its weights unless it was told
             not to (`KVCapsule.with_weights`). Both give the same up to rounding. By default capsules
             that rebuild nothing are read as they are where that is possible, and others are rebuilt.
+        store: where images are looked for that were read before, and put once they are (joint capsules);
+            images are then read before the question, as by `encapsulate`.
 
     Yields:
         A `FastModel`: `generate` takes what `model.generate` takes.
 
     Raises:
         ModelMismatchError: the capsule or the head map was made for another model.
-        OptionError: `decode` is neither, or the method has no capsules to attend to.
+        OptionError: `decode` is neither, the method has no capsules to attend to, or cannot go with a store.
         UnsupportedModelError: the model's architecture is not known, or the method cannot run on it, as
             those that need capsight's attention on a model whose own caps scores or has sinks.
 
@@ -64,7 +69,9 @@ def enable(
     if head_map is not None:
         fingerprint = model_fingerprint(model) if head_map.model else ""
         head_map.check(text.num_hidden_layers, text.num_attention_heads, fingerprint)
-    fast = FastModel(model, capsule, head_map, decode)
+    if store is not None:
+        check_store(store, capsule, model.config)
+    fast = FastModel(model, capsule, head_map, decode, store)
     needs_attention = (
         head_map is not None or decode == "latent" or (capsule is not None and capsule.needs_attention)
     )

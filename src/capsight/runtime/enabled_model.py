@@ -15,6 +15,7 @@ from capsight.blindsight import HeadMap
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, CapsuleCache
 from capsight.kvcapsule.cache.conversation import Conversation
+from capsight.kvcapsule.rest import CapsuleStore
 from capsight.runtime.caches import is_empty_stock, is_stock
 from capsight.runtime.calls import calling
 from capsight.runtime.decode import Decode
@@ -30,13 +31,20 @@ class EnabledModel:
         capsule: the capsule (or other method) in use, or None.
         head_map: the head map that prefill follows, or None.
         decode: how attention gets at capsules, "materialise" or "latent".
+        store: where images are looked for that were read before, or None.
         cache: the cache of the last call; give it to the next turn as `past_key_values`.
     """
 
     def __init__(
-        self, model: Any, capsule: CacheMethod | None, head_map: HeadMap | None, decode: Decode
+        self,
+        model: Any,
+        capsule: CacheMethod | None,
+        head_map: HeadMap | None,
+        decode: Decode,
+        store: CapsuleStore | None = None,
     ) -> None:
         """Use `enable` instead."""
+        self.store = store
         self.model, self.capsule, self.head_map, self.decode = model, capsule, head_map, decode
         self.cache: Any = None
 
@@ -98,7 +106,7 @@ class EnabledModel:
         Args:
             path: the file, usually *.safetensors; an older one is replaced in one step.
             quality: in the form for rest (joint codec), several times smaller: the share of the variance of
-                latents that comes back, such as 0.97; by default the cache as it is.
+                latents that comes back, such as 0.98; by default the cache as it is.
 
         Raises:
             OptionError: there is no cache of a `KVCapsule` yet, or it cannot be had in this quality.

@@ -10,17 +10,17 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from capsight.cache_argument import CACHE
-from capsight.errors import OptionError
 from capsight.kvcapsule import CapsuleCache, ContextRepeater
 from capsight.layout import PromptLayout, build_layout
-from capsight.runtime.caches import in_use
+from capsight.runtime.caches import in_use, is_empty_stock
 from capsight.runtime.calls import end_broken_pass
 from capsight.runtime.enabled_model import EnabledModel
 from capsight.runtime.options import beams, check_options, check_rows, repeats
 from capsight.runtime.prefill import SparsePrefill
-from capsight.runtime.repeat import ContextRepeat
+from capsight.runtime.reading import read_images
 from capsight.runtime.split import PIXEL_PREFIXES, TOKEN_ENTRIES, first_tokens, sequence_length
 from capsight.runtime.state import RuntimeState, running
+from capsight.runtime.stored import images_first, read_with_store
 from capsight.runtime.turn import Turn
 
 
@@ -59,7 +59,10 @@ class FastModel(EnabledModel):
         """
         given = {"input_ids": inputs.pop("inputs", input_ids), "generation_config": generation_config}
         inputs = {**{name: value for name, value in given.items() if value is not None}, **inputs}
-        cache = self.cache_for(past_key_values if cache is None else cache, inputs)
+        cache = past_key_values if cache is None else cache
+        if self.store is not None and (cache is None or is_empty_stock(cache)):
+            cache, inputs = images_first(self, inputs)
+        cache = self.cache_for(cache, inputs)
         if cache is None:
             cache = DynamicCache(config=self.model.config) if inputs.get("use_cache") is not False else None
         with in_use(cache):
@@ -171,22 +174,12 @@ class FastModel(EnabledModel):
         length = layout.last_vision_end or sequence_length(inputs)
         head = first_tokens(inputs, length)
         cache = past_key_values if cache is None else cache
-        cache = self.cache_for(cache, head)
-        if cache is None:
-            cache = DynamicCache(config=self.model.config)
-        seen = cache.get_seq_length()
-        check_options(head, seen)
-        if seen and isinstance(cache, ContextRepeater):
-            raise OptionError("this method reads the context twice; start a new cache for new images")
-        repeat = ContextRepeat(self.model)
-        with in_use(cache), repeat.recording() if isinstance(cache, ContextRepeater) else nullcontext():
-            # generate, not forward: it expands and cuts the inputs as later turns will.
-            self._run(
-                cache, self._turn(cache, head), length, max_new_tokens=1, do_sample=False, use_cache=True
-            )
-        if isinstance(cache, ContextRepeater):
-            cache.repeat_context(lambda copy: repeat.read(copy, head))
-        if isinstance(cache, CapsuleCache):
-            cache.keep_states()
-        self.cache = cache
-        return cache
+        if self.store is not None and (cache is None or is_empty_stock(cache)):
+            self.cache = read_with_store(self.store, self.model, self.capsule, head, self._read)
+            return self.cache
+        return self._read(past_key_values=cache, **head)
+
+    def _read(self, *, past_key_values: Any = None, **head: Any) -> Any:
+        """Prefill processor outputs up to the last image."""
+        self.cache = read_images(self, past_key_values, head)
+        return self.cache

@@ -7,12 +7,14 @@ stands before them, images and text, as they would in a prefill; no pixel is loo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from capsight.attention_swap import attention_fits
 from capsight.cache_argument import CACHE
 from capsight.kvcapsule.cache.stock import full_attention_layers
 from capsight.kvcapsule.codecs import JointCodec, Payload
@@ -33,7 +35,12 @@ def can_read_text(config: Any) -> bool:
 
 @torch.no_grad()
 def read_text(
-    model: Any, codecs: Mapping[int, Any], layout: PromptLayout, input_ids: Tensor, payload: Payload
+    model: Any,
+    codecs: Mapping[int, Any],
+    layout: PromptLayout,
+    input_ids: Tensor,
+    payload: Payload,
+    positions: TokenPositions | None = None,
 ) -> dict[int, Tensor]:
     """Keys and values of the text of one prompt.
 
@@ -43,6 +50,7 @@ def read_text(
         layout: of the prompt, one row without padding.
         input_ids: int64 `[1, S]`; what stands for vision tokens in it is not read.
         payload: latents of all its vision tokens, in order.
+        positions: that their keys are turned to; by default where they stand.
 
     Returns:
         `[2, E, H, D]` of its E text tokens, by layer.
@@ -53,14 +61,16 @@ def read_text(
     for block in row.blocks:
         vision[block.start : block.end] = True
     text = (~vision).nonzero().flatten()
-    positions = TokenPositions(rope_positions(layout, model.config)[:, 0, vision].to(device))
+    positions = positions or TokenPositions(rope_positions(layout, model.config)[:, 0, vision].to(device))
     places = position_ids(layout, model.config)
     told = text[None] if places is None else places[..., text]
     hidden = torch.finfo(model.dtype).min
     mask = torch.zeros(len(text), layout.length, dtype=model.dtype, device=device)
     mask.masked_fill_((torch.arange(layout.length) > text[:, None]).to(device), hidden)
     cache = Cache(layers=[_Gaps(codecs[i], payload, positions, vision) for i in sorted(codecs)])
-    with running(RuntimeState(generating=True)), capsight_attention_on(model):
+    # where attention caps scores, the model's own takes the mask as well
+    swap = capsight_attention_on(model) if attention_fits(model) else nullcontext()
+    with running(RuntimeState(generating=True)), swap:
         model(
             input_ids=input_ids[:, text].to(device),
             attention_mask=mask[None, None],

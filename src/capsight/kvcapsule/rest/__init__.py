@@ -2,9 +2,12 @@
 
 from capsight.kvcapsule.rest.cache_file import RestFile, is_rest_file, load_rest, read_rest_file, save_rest
 from capsight.kvcapsule.rest.latents import DEFAULT_QUALITY, check_quality
+from capsight.kvcapsule.rest.store import CapsuleStore, ImageKey
 
 __all__ = [
     "DEFAULT_QUALITY",
+    "CapsuleStore",
+    "ImageKey",
     "RestFile",
     "check_quality",
     "is_rest_file",

@@ -19,7 +19,7 @@ from capsight.errors import CapsuleFileError, OptionError
 from capsight.kvcapsule.codecs.levels import GROUP
 from capsight.kvcapsule.rest import entropy
 
-DEFAULT_QUALITY = 0.97
+DEFAULT_QUALITY = 0.98
 _HEAD = struct.Struct("<IHHfI")  # tokens, coordinates, largest integer, step, checksum of the integers
 _DIGEST = 8
 
@@ -32,7 +32,7 @@ def check_quality(quality: float) -> float:
     """
     if not isinstance(quality, int | float) or isinstance(quality, bool) or not 0 < quality < 1:
         raise OptionError(
-            f"quality is the share of variance that comes back, between 0 and 1 (0.97), not {quality!r}"
+            f"quality is the share of variance that comes back, between 0 and 1 (0.98), not {quality!r}"
         )
     return float(quality)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 
@@ -14,11 +16,17 @@ from capsight.kvcapsule.codecs.levels import pack, unpack
 from capsight.kvcapsule.fingerprint import tensors_fingerprint
 from capsight.layout import PromptLayout
 
+_LEARNT: WeakKeyDictionary[KVCapsule, str] = WeakKeyDictionary()
+
 
 def learnt_fingerprint(capsule: KVCapsule) -> str:
-    """Hash of what a joint capsule learnt; the same at every retained fraction."""
-    tensors = {f"{i}.{k}": t for i, codec in capsule.codecs.items() for k, t in codec.state_dict().items()}
-    return tensors_fingerprint(tensors, [capsule.info.codec])
+    """Hash of what a joint capsule learnt; the same at every retained fraction. Worked out once a capsule."""
+    if (known := _LEARNT.get(capsule)) is None:
+        tensors = {
+            f"{i}.{k}": t for i, codec in capsule.codecs.items() for k, t in codec.state_dict().items()
+        }
+        known = _LEARNT[capsule] = tensors_fingerprint(tensors, [capsule.info.codec])
+    return known
 
 
 def joint_codec(capsule: KVCapsule) -> JointCodec:

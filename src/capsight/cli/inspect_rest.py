@@ -1,0 +1,53 @@
+"""What `capsight inspect` says of images at rest: bytes of each, and their quality."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from capsight.cli.output import human_bytes
+from capsight.kvcapsule.rest import CapsuleStore, read_rest_file
+
+
+def is_store(path: str) -> bool:
+    """Whether a folder holds images of a store."""
+    return Path(path).is_dir() and any(Path(path).glob("*/*.capsule"))
+
+
+def file_facts(path: str) -> dict[str, Any]:
+    """Of a cache at rest.
+
+    Raises:
+        CapsuleFileError: it is truncated or was changed.
+    """
+    found = read_rest_file(path)
+    return {
+        "quality": found.quality,
+        "file": human_bytes(found.nbytes),
+        "tokens": found.layout.length,
+        "vision tokens": found.layout.vision_tokens,
+        "images": len(found.images),
+        "bytes of each image": list(found.images),
+        "text": "read anew from its ids" if not found.text else f"as it was, {human_bytes(found.text)}",
+    }
+
+
+def store_facts(path: str) -> dict[str, Any]:
+    """Of a store.
+
+    Raises:
+        CapsuleFileError: an image in it is truncated or was changed.
+    """
+    store = CapsuleStore(path)
+    about = [store.about(file) for file in store.files()]
+    sizes = [one.nbytes for one in about]
+    qualities = Counter(one.quality for one in about)
+    return {
+        "images": len(about),
+        "bytes": human_bytes(sum(sizes)),
+        "bytes of an image": f"{sum(sizes) / len(sizes):.0f} on average, {min(sizes)} to {max(sizes)}",
+        "vision tokens": sum(one.tokens for one in about),
+        "quality": ", ".join(f"{n} of {quality:g}" for quality, n in sorted(qualities.items())),
+        "models and capsules": len({Path(one.path).parent for one in about}),
+    }
