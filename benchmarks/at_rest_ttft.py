@@ -29,7 +29,9 @@ from capsight.cli.output import machine
 from capsight.evaluation import reference_items
 from capsight.evaluation.bench import batch_inputs
 from capsight.evaluation.prompting import process
-from capsight.kvcapsule.rest import CapsuleStore
+from capsight.kvcapsule.rest import DEFAULT_QUALITY, CapsuleStore
+from capsight.kvcapsule.rest.latents import code, decode, step_of
+from capsight.kvcapsule.rest.parts import image_sizes, joint_codec, open_latents
 
 RESULT = Path(__file__).parent / "results" / "at_rest_ttft.json"
 WAYS = ("prefill", "prefix", "anywhere")
@@ -50,9 +52,29 @@ def measured(model: Any, processor: Any, capsule: KVCapsule, runs: int) -> dict[
                     if run:
                         took[way].append(time.perf_counter() - start)
         nbytes = sum(file.nbytes for file in CapsuleStore(f"{folder}/anywhere").files())
+        coding = coding_seconds(model, capsule, inputs, runs)
     row: dict[str, Any] = {f"{way}_s": median(times) for way, times in took.items()}
     row |= {f"{way}_of_prefill": row[f"{way}_s"] / row["prefill_s"] for way in WAYS[1:]}
-    return row | {"tokens": inputs["input_ids"].shape[1], "runs": runs, "store_bytes": nbytes}
+    return row | {"tokens": inputs["input_ids"].shape[1], "runs": runs, "store_bytes": nbytes} | coding
+
+
+def coding_seconds(model: Any, capsule: KVCapsule, inputs: dict[str, Any], runs: int) -> dict[str, float]:
+    """Medians of coding and decoding all images' latents."""
+    codec = joint_codec(capsule)
+    with enable(model, capsule=capsule) as fast:
+        cache = fast.encapsulate(**inputs)
+    sizes = image_sizes(cache.layout)
+    images = open_latents(cache, codec).split(sizes)
+    step = step_of(codec.lost, DEFAULT_QUALITY)
+    coded, decoded = [], []
+    for _ in range(runs):
+        start = time.perf_counter()
+        pieces = [code(latents, step) for latents in images]
+        coded.append(time.perf_counter() - start)
+        for piece, size in zip(pieces, sizes, strict=True):
+            decode(piece, size, codec.levels.rank)
+        decoded.append(time.perf_counter() - start - coded[-1])
+    return {"code_s": median(coded), "decode_s": median(decoded), "image_bytes": sum(map(len, pieces))}
 
 
 def main(
