@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from accuracy_page import budget_table
+from judges_record import Record
+from judges_sections import means
 from page_parts import human_bytes, table
 
 from capsight.baselines import METHODS
@@ -70,18 +71,14 @@ def summary_lines(accuracy: Report, bits: Report | None) -> list[str]:
 
 
 def accuracy_lines(report: Report, more: Report | None) -> list[str]:
-    """What was asked, exact match by method and budget, and where to find more prompts."""
+    """What was asked, and where the tables are."""
     full = report["methods"]["full"]
     by_images = ", ".join(f"{c['exact_match']:.1f} % at {n}" for n, c in full["by"]["images"].items())
     many = [] if more is None else [f"A larger run, by `make accuracy-more`: {MORE}."]
     return [
         f"{full['questions']} test questions of the reference task, asked over the compressed cache "
-        f"(protocol `{report['protocol']}`, {report.get('dtype', 'its own dtype')}, `make accuracy`). "
-        f"The full cache by image count: {by_images}.",
-        "",
-        *budget_table(report),
-        "",
-        "Intervals, tests and the tables by task: [accuracy](docs/benchmarks/accuracy.md).",
+        f"(protocol `{report['protocol']}`, `make accuracy`). The full cache by image count: {by_images}. "
+        "All methods of `capsight eval` at four budgets: [accuracy](docs/benchmarks/accuracy.md).",
         *many,
         "",
     ]
@@ -148,6 +145,8 @@ def main(root: Path = ROOT) -> None:
     accuracy = load(results, "accuracy.json")
     first = [] if accuracy is None else summary_lines(accuracy, load(results, "bits.json"))
     text = _replaced(readme.read_text(), "summary", first)
+    if judges := Record(results / "judges").judges("test"):
+        text = _replaced(text, "judges", means(judges)[1:])
     readme.write_text(_replaced(text, "numbers", ["", *lines(results), ""]))
 
 
