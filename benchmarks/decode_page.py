@@ -1,18 +1,22 @@
-"""The page of decode speed, from the JSONs of `decode_attention.py` and `decode_model.py`."""
+"""The page of decode speed, from the JSONs of the `decode_*.py` benchmarks."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from decode_joint import HEADS, cells
 from page_parts import GENERATED, human_bytes, machine, table
 
 Report = dict[str, Any]
 
 
-def page(attention: Report | None, model: Report | None) -> str:
+def page(
+    attention: Report | None, model: Report | None, joint: Report | None, reference: Report | None
+) -> str:
     """The whole page, of what there is."""
     lines = [GENERATED, "", "# Decode steps", ""]
-    for part, report in ((_attention, attention), (_model, model)):
+    parts = (_attention, attention), (_joint, joint), (_model, model), (_reference, reference)
+    for part, report in parts:
         lines += [] if report is None else part(report)
     return "\n".join(lines)
 
@@ -75,6 +79,45 @@ def _attention(report: Report) -> list[str]:
         "`python benchmarks/decode_attention.py` measures it.",
         "",
         *table(heads, [_cells(row, names, ours) for row in report["rows"]]),
+        "",
+    ]
+
+
+def _joint(report: Report) -> list[str]:
+    """Of one layer, latents that all layers share."""
+    setup, where, row = report["setup"], report["machine"], report["rows"][0]
+    return [
+        "## Attention over joint latents",
+        "",
+        f"One layer of {setup['heads']} query and {setup['kv_heads']} KV heads of {setup['head_dim']} "
+        f"channels, bfloat16, images of 1024 tokens; medians of {row['repeats']} runs, both taking turns. "
+        "Every layer reads all R numbers of a latent, so it has more to do than with keys and values of its "
+        "own: "
+        "joint latents save memory, and where contexts are long they cost time. Measured on "
+        f"{where['cpu']} ({row['code']}), {where['threads']} threads, torch {where['torch']}. "
+        "`python benchmarks/decode_joint.py` measures it.",
+        "",
+        *table(HEADS, [cells(each) for each in report["rows"]]),
+        "",
+    ]
+
+
+def _reference(report: Report) -> list[str]:
+    """Of the reference VLM."""
+    where = report["machine"]
+    heads = ["cache", "batch", "ms a step", "tokens/s, x the faster stock cache"]
+    rows = [
+        [row["cache"], str(row["batch"]), f"{row['ms_a_token']:.2f}", f"{row['speed']:.2f}"]
+        for row in report["rows"]
+    ]
+    return [
+        "## The reference VLM",
+        "",
+        f"Prompts of eight images, about 800 tokens a row, float32; medians, all taking turns. Measured on "
+        f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}. "
+        "`python benchmarks/decode_reference.py` measures it.",
+        "",
+        *table(heads, rows),
         "",
     ]
 

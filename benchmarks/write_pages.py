@@ -51,7 +51,7 @@ def main(root: Path = ROOT) -> None:
     speed = [load(results, f"{name}.json") for name in ("bench", "prefill", "encode_cost")]
     if any(report is not None for report in speed):
         write("speed", speed_page.page(*speed))
-    decode = [load(results, f"decode_{name}.json") for name in ("attention", "model")]
+    decode = [load(results, f"decode_{name}.json") for name in ("attention", "model", "joint", "reference")]
     if any(report is not None for report in decode):
         write("decode", decode_page.page(*decode))
     maps = [load(results, f"{name}.json") for name in ("head_map_curve", "sink_choice", "ttft")]

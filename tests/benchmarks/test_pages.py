@@ -89,6 +89,17 @@ def decode():
     return {"machine": where, "setup": setup, "rows": [row]}
 
 
+def decode_joint():
+    row = {"tokens": 8192, "batch": 8, "rank": 512, "code": "AVX2", "repeats": 5, "speedup": 0.5}
+    row |= {"seconds": {"sdpa, grouped": 0.002, "joint": 0.004}}
+    return decode() | {"rows": [row]}
+
+
+def decode_reference():
+    row = {"cache": "joint 0.05", "batch": 8, "ms_a_token": 12.5, "speed": 1.25}
+    return {"machine": decode()["machine"], "rows": [row]}
+
+
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
@@ -194,6 +205,8 @@ def test_pages_of_what_is_run_by_hand(root):
         ttft=ttft(),
         decode_attention=decode(),
         decode_model=decode_model(),
+        decode_joint=decode_joint(),
+        decode_reference=decode_reference(),
     )
     found = {path.stem: path.read_text() for path in (root / "docs" / "benchmarks").glob("*.md")}
     assert set(found) == {"bits", "head-maps", "decode"}
@@ -203,6 +216,8 @@ def test_pages_of_what_is_run_by_hand(root):
     assert "| 8192 | 1 | float32 | 0.4 | 1.00 ms | 2.00 ms | 2.00x | 2.50x |" in found["decode"]
     assert "| 8192 | 1 | heads 0.4 | 7.50 | 1.25x | 1.00x | 44.0 MB |" in found["decode"]
     assert "medians of 3 runs of 8 steps" in found["decode"]
+    assert "| 8192 | 8 | 512 | 2.00 ms | 4.00 ms | 0.500x |" in found["decode"]
+    assert "| joint 0.05 | 8 | 12.50 | 1.25 |" in found["decode"]
     assert all(tables_are_square(text) for text in found.values())
 
 
