@@ -175,7 +175,7 @@ class FastModel(EnabledModel):
         head = first_tokens(inputs, length)
         cache = past_key_values if cache is None else cache
         if self.store is not None and (cache is None or is_empty_stock(cache)):
-            self.cache = read_with_store(self.store, self.model, self.capsule, head, self._read)
+            self.cache = read_with_store(self, self.store, head, self._read)
             return self.cache
         return self._read(past_key_values=cache, **head)
 

@@ -42,26 +42,23 @@ def check_store(store: CapsuleStore, capsule: Any, config: Any) -> None:
         )
 
 
-def read_with_store(
-    store: CapsuleStore, model: Any, capsule: Any, inputs: Mapping[str, Any], read: Read
-) -> CapsuleCache:
+def read_with_store(fast: Any, store: CapsuleStore, inputs: Mapping[str, Any], read: Read) -> CapsuleCache:
     """A cache of the images of a prompt, as far as may be from the store; what it did not have is put there.
 
     Prompts that a store cannot serve (batches of several rows, image tokens outside images) are read as
     without one.
 
     Args:
+        fast: a `FastModel`, whose capsule is as `check_store` says.
         store: the store.
-        model: the model.
-        capsule: its capsule, a `KVCapsule` as `check_store` says.
         inputs: processor outputs up to the last image.
         read: prefills images.
     """
-    layout = build_layout(inputs, model.config)
+    layout = build_layout(inputs, fast.model.config)
     ids = inputs["input_ids"].detach().cpu()
     if not layout.vision_tokens or not can_reread(layout, ids):
         return read(**inputs)
-    pages = _Pages(store, model, capsule, dict(inputs), layout, ids)
+    pages = _Pages(fast, store, dict(inputs), layout, ids)
     return pages.anywhere(read) if store.reuse == "anywhere" else pages.prefix(read)
 
 
@@ -69,16 +66,12 @@ class _Pages:
     """One prompt and its images."""
 
     def __init__(
-        self,
-        store: CapsuleStore,
-        model: Any,
-        capsule: KVCapsule,
-        inputs: dict[str, Any],
-        layout: PromptLayout,
-        ids: Tensor,
+        self, fast: Any, store: CapsuleStore, inputs: dict[str, Any], layout: PromptLayout, ids: Tensor
     ) -> None:
-        self._store, self._model, self._capsule, self._inputs = store, model, capsule, inputs
-        self._layout, self._ids, self._codec = layout, ids, joint_codec(capsule)
+        self._store, self._model, self._capsule, self._inputs = store, fast.model, fast.capsule, inputs
+        self._layout, self._ids, self._codec = layout, ids, joint_codec(fast.capsule)
+        sparse = fast.head_map
+        self._read_as = "" if sparse is None else f"{sparse.categories} {sparse.options}"
         self._spans = _spans(layout)
         self._sizes = image_sizes(layout)
         self._keys = list(self._made_keys())
@@ -152,7 +145,8 @@ class _Pages:
         at = 0
         for index, (start, end) in enumerate(self._spans):
             before.update(self._ids[0, at:start].numpy().tobytes())
-            image = _image_hash(self._inputs, self._layout, index, self._ids[0, start:end])
+            own = self._ids[0, start:end]
+            image = _image_hash(self._inputs, self._layout, index, own, self._read_as)
             yield ImageKey(image, before.hexdigest()[:32], index == 0)
             before.update(image.encode())
             at = end
@@ -184,9 +178,11 @@ def _spans(layout: PromptLayout) -> list[tuple[int, int]]:
     return spans
 
 
-def _image_hash(inputs: Mapping[str, Any], layout: PromptLayout, image: int, ids: Tensor) -> str:
-    """Hash of all that a model is given of an image, its own tokens included."""
-    digest = hashlib.sha256(ids.numpy().tobytes())
+def _image_hash(
+    inputs: Mapping[str, Any], layout: PromptLayout, image: int, ids: Tensor, read_as: str
+) -> str:
+    """Hash of all that a model is given of an image, its own tokens included, and of how it is read."""
+    digest = hashlib.sha256(read_as.encode() + ids.numpy().tobytes())
     digest.update(
         str([(b.kind, b.grid, b.frame_seconds) for b in layout.rows[0].image_blocks(image)]).encode()
     )

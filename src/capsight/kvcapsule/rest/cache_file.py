@@ -182,7 +182,7 @@ def load_rest(
         raise CapsuleFileError(f"{path}: {error}") from error
     except CapsightError:
         raise
-    except (KeyError, ValueError, TypeError, OverflowError, RuntimeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise CapsuleFileError(f"{path} is malformed ({error!r}); save the cache again") from error
 
 
