@@ -74,7 +74,9 @@ def without_kind(
 
 
 def figures(judged: Judged, label: str, kinds: list[str] | None = None) -> dict[str, Any]:
-    """What a choice gives where it is published."""
+    """What a choice gives where it is published; only its name where it was not asked there."""
+    if label not in judged.methods:
+        return {"chosen": label}
     pair = judged.pair(label, "full", kinds)
     return {
         "chosen": label,
@@ -94,7 +96,7 @@ def main(
     record = Record(RESULTS / "judges")
     dev, test = record.judges("dev"), record.judges("test")
     dev = {k: v for k, v in dev.items() if all(c in v.methods for c in candidate)}
-    test = {k: v for k, v in test.items() if all(c in v.methods for c in candidate)}
+    test = {k: v for k, v in test.items() if k in dev}
     values = {
         "candidates": candidate,
         "within": within,

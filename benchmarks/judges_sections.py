@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from judges_choice import best, size_of
-from judges_record import Judged
+from judges_record import FEW, Judged
 from page_parts import human_bytes, p_value, table
 
 from capsight.evaluation import FULL, split_label
@@ -49,7 +49,7 @@ def smallest(dev: dict[str, Judged], test: dict[str, Judged]) -> list[str]:
     """The smallest `joint` within a point on every judge: chosen on `dev`, asked on `test`."""
     judges = [name for name in dev if name in test]
     labels = [x for x in dev[judges[0]].methods if split_label(x)[0] == "joint"] if judges else []
-    labels = [x for x in labels if all(x in part[j].methods for part in (dev, test) for j in judges)]
+    labels = [x for x in labels if all(x in dev[j].methods for j in judges)]
     if not labels:
         return []
     labels.sort(key=lambda label: -(split_label(label)[1] or 0))
@@ -62,19 +62,20 @@ def smallest(dev: dict[str, Judged], test: dict[str, Judged]) -> list[str]:
     rows = []
     for label in labels:
         mark = "**" if label == chosen else ""
-        cells = [f"{dev[j].lost(label).points:.1f}, {test[j].lost(label).points:.1f}" for j in judges]
-        kv = [f"{1 / test[j].share(label):.1f}x" for j in judges]
+        cells = [f"{dev[j].lost(label).points:.1f}, {_points(test[j], label)}" for j in judges]
+        kv = [f"{1 / dev[j].share(label):.1f}x" for j in judges]
         rows.append([f"{mark}`{label}`{mark}", *cells, *kv])
     heads = ["", *(f"{j}: lost on dev, on test" for j in judges), *(f"{j}: all KV" for j in judges)]
+    published = [j for j in judges if chosen in test[j].methods]
     told = ", ".join(
         f"`{j}` {test[j].lost(chosen).points:.1f} points (p {p_value(test[j].lost(chosen).p)})"
-        for j in judges
+        for j in published
     )
     share = split_label(chosen)[1] or 1.0
     modules = ", ".join(
         f"`{j}` {human_bytes(test[j].values['methods'][chosen]['module_bytes'])}, "
         f"{1 / test[j].share(chosen, modules=True):.2f}x smaller with them beside one prompt"
-        for j in judges
+        for j in published
     )
     return [
         "## Smallest bytes within a point\n",
@@ -87,16 +88,22 @@ def smallest(dev: dict[str, Judged], test: dict[str, Judged]) -> list[str]:
     ]
 
 
+def _points(judged: Judged, label: str) -> str:
+    return f"{judged.lost(label).points:.1f}" if label in judged.methods else "not asked"
+
+
 def left_out(choice: Report | None) -> list[str]:
     """What a choice gives on the judge, or the kind of question, that it did not see."""
     if choice is None:
         return []
     candidates = " ".join(f'--candidate "{label}"' for label in choice["candidates"])
+    asked = [row for row in choice["judges"] if "lost" in row]
     by_judge = [
         [row["left_out"], f"`{row['chosen']}`", f"{row['lost']:.1f}", p_value(row["p"]), f"{row['kv']:.3f}x"]
-        for row in choice["judges"]
+        for row in asked
     ]
-    kinds = sorted(choice["kinds"], key=lambda row: -row["lost"])
+    known = [row for row in choice["kinds"] if row.get("questions", 0) >= FEW]
+    kinds = sorted(known, key=lambda row: -row["lost"])
     by_kind = [
         [f"{row['left_out']} ({row['judge']})", f"`{row['chosen']}`", str(row["questions"]),
          f"{row['lost']:.1f}", p_value(row["p"])]

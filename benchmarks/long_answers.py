@@ -9,12 +9,13 @@ Four pictures are read once. Then, over that one cache:
 - `describe`: the four pictures described one after another in one conversation (not the reference VLM);
 - `long`: `--tokens` tokens to one question, with no way to end: how many equal those of the full cache.
 
-Writes `benchmarks/results/long_answers.json`.
+Writes `benchmarks/results/long_answers.json`; judges that are not named keep what stands there.
 """
 
 from __future__ import annotations
 
 import random
+from json import loads
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -142,11 +143,13 @@ def main(
     tokens: Annotated[int, typer.Option(help="Tokens of a long answer.")] = 300,
     json: Annotated[Path, typer.Option(help="Where to write the figures.")] = RESULTS / "long_answers.json",
 ) -> None:
-    """Ask, print and write."""
+    """Ask, print and write, judge by judge."""
     torch.set_num_threads(1)
-    found = {name: asked(name, retained, prompts, tokens) for name in judge}
-    print(found)
-    write_json(json, {"judges": found})
+    found: dict[str, Any] = loads(json.read_text())["judges"] if json.exists() else {}
+    for name in judge:
+        found[name] = asked(name, retained, prompts, tokens)
+        print(name, found[name])
+        write_json(json, {"judges": found})
 
 
 if __name__ == "__main__":
