@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import capsight
 from capsight import KVCapsule
-from capsight.errors import CalibrationError, UnsupportedModelError
+from capsight.errors import CalibrationError, CapsuleFileError, ModelMismatchError, UnsupportedModelError
+from capsight.kvcapsule.cache_file import load_cache, save_cache
+from capsight.kvcapsule.codecs.heads import HeadsCodec
+from capsight.kvcapsule.codecs.joint import JointCodec
 from kvcapsule.conftest import fitted
-from kvcapsule.test_generate import batch, full_cache, run
+from kvcapsule.test_generate import asked, batch, full_cache, later_turn, run
 from tiny import TinyVLM, llava
 
 
@@ -107,3 +112,45 @@ def test_layers_that_turn_keys_otherwise_are_refused():
     vlm = llava.build("llava", model_type="smollm3", no_rope_layers=[1, 0, 1], head_dim=16)
     with pytest.raises(CalibrationError, match="cannot tell how"):
         fitted(vlm, codec="joint")
+
+
+def test_tokens_that_are_all_alike_are_refused(qwen):
+    """A white page: float16 rounds its tokens to numbers that differ from their mean by rounding alone."""
+    white = qwen.inputs([([Image.new("RGB", qwen.size, "white")], "hi")])
+    with pytest.raises(CalibrationError, match="alike"):
+        KVCapsule.fit(qwen.model, None, [white], progress=False)
+
+
+def test_tables_of_rotations_do_not_outlive_the_pass(qwen):
+    inputs = batch(qwen)
+    cache = fitted(qwen, 0.5, codec="joint").cache(inputs)
+    said = run(qwen, inputs, cache, max_new_tokens=1).sequences  # encodes
+    assert cache._ledger._positions[1]._tables is None
+    again = asked(qwen, said, "a question of more than four tokens")
+    run(qwen, later_turn(again, inputs), cache, max_new_tokens=1)  # rebuilds
+    assert cache._ledger._positions[1]._tables is None
+
+
+def test_latents_may_lie_on_another_device_than_a_layer(qwen):
+    capsule = fitted(qwen, 0.5, codec="joint")
+    codec = copy.deepcopy(capsule.codecs[1]).to("meta")
+    keys, values = codec.expand(torch.zeros(3, codec.levels.rank))
+    assert keys.device == values.device == torch.device("meta")
+
+
+def test_files_say_which_constants_they_hang_on(qwen, tmp_path, monkeypatch):
+    inputs, capsule = batch(qwen), fitted(qwen, 0.5, codec="joint")
+    capsule.save_pretrained(tmp_path / "joint")
+    fitted(qwen, codec="heads").save_pretrained(tmp_path / "heads")
+    cache = capsule.cache(inputs)
+    run(qwen, inputs, cache, max_new_tokens=1)
+    save_cache(tmp_path / "images.safetensors", cache, capsule)
+    with pytest.raises(ModelMismatchError, match="another capsule"):
+        load_cache(tmp_path / "images.safetensors", capsule.with_retained(0.25))
+    monkeypatch.setattr(JointCodec, "constants", JointCodec.constants | {"points": [0.5, 1.5]})
+    monkeypatch.setattr(HeadsCodec, "constants", {"key_weight": 1.0})
+    with pytest.raises(ModelMismatchError, match="another capsule"):
+        load_cache(tmp_path / "images.safetensors", capsule)
+    for name in ("joint", "heads"):
+        with pytest.raises(CapsuleFileError, match="constants"):
+            KVCapsule.from_pretrained(tmp_path / name)

@@ -120,7 +120,9 @@ def capsule_fingerprint(capsule: KVCapsule) -> str:
     tensors = {f"{i}.{k}": t for i, codec in capsule.codecs.items() for k, t in codec.state_dict().items()}
     info = capsule.info
     kept = [(layer.index, layer.kept) for layer in info.layers]
-    return tensors_fingerprint(tensors, [info.codec, info.block_size, info.bits, info.share, kept])
+    first = next(iter(capsule.codecs.values()))
+    stored = [first.coding, first.constants]
+    return tensors_fingerprint(tensors, [info.codec, info.block_size, info.bits, info.share, kept, stored])
 
 
 def _check_origin(path: Path, header: Mapping[str, Any], capsule: KVCapsule) -> None:

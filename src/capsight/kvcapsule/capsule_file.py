@@ -29,7 +29,8 @@ def write_capsule(
         for index, codec in codecs.items()
         for name, tensor in codec.state_dict().items()
     }
-    write_folder(Path(folder), KIND, info.to_header(), tensors)
+    constants = dict(ALL_CODECS[info.codec].constants)
+    write_folder(Path(folder), KIND, info.to_header() | {"constants": constants}, tensors)
 
 
 def read_capsule(source: str | os.PathLike[str]) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
@@ -47,6 +48,12 @@ def read_capsule(source: str | os.PathLike[str]) -> tuple[dict[int, LayerCodec],
     if info.codec not in ALL_CODECS:
         raise CapsuleFileError(
             f"{folder} uses the codec {info.codec!r}, this capsight knows {sorted(ALL_CODECS)}"
+        )
+    ours = dict(ALL_CODECS[info.codec].constants)
+    if header.get("constants", ours) != ours:
+        raise CapsuleFileError(
+            f"{folder} was fitted where the {info.codec} codec had the constants {header['constants']}, here "
+            f"it has {ours}; use the capsight that wrote it, or fit again"
         )
     codecs = {}
     for layer in info.layers:

@@ -50,6 +50,7 @@ class Ledger:
         self._intake: tuple[Placement | None, Intake] | None = None
         self._latents: tuple[Placement, LatentTokens] | None = None
         self._rotary: Any = getattr(codecs[0], "rotary", None)
+        self._sharing = codecs[0].sharing
         self._positions: tuple[tuple[Run, ...], TokenPositions] | None = None
 
     @property
@@ -132,7 +133,7 @@ class Ledger:
         if known is None or known[0] != runs or known[1].thw.device != device:
             places = rope_positions(self._layout, self._config)  # [3, B, S]
             thw = torch.cat([places[:, run.row, run.start : run.end] for run in runs], 1)
-            known = self._positions = runs, TokenPositions(thw.to(device))
+            known = self._positions = runs, TokenPositions(thw.to(device), self._sharing)
         return known[1]
 
     def latent_tokens(self, placement: Placement) -> LatentTokens:

@@ -15,7 +15,7 @@ from capsight.kvcapsule.calibration.key_mlp import train_key_mlps
 from capsight.kvcapsule.calibration.processes import Processes
 from capsight.kvcapsule.calibration.statistics import Calibration
 from capsight.kvcapsule.codecs import JointCodec, LayerCodec, StaticMlpCodec
-from capsight.kvcapsule.codecs.joint import check_share
+from capsight.kvcapsule.codecs.levels import check_share
 from capsight.kvcapsule.fingerprint import model_fingerprint
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
 

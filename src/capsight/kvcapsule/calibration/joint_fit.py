@@ -27,6 +27,7 @@ LOST = 0.005
 """Share of the variance that the usual coordinates may lose."""
 VALUE_WEIGHT = 1.5
 """Weight of values against keys, both brought to unit size: 1 to 2 is alike on the development judges."""
+_ALIKE = 1e-3  # deviation, in sizes of a token, up to which tokens are alike: float16 rounds to half of that
 _EXACT = 4096  # numbers a token up to which the covariance is made; beyond, axes come from a randomised SVD
 _EXTRA = 64  # vectors more than asked for in the randomised SVD
 
@@ -160,8 +161,8 @@ def solve_joint(
     """
     parts = (len(layers), 2, *shape)
     x = tokens.float() - mean
-    spread = x.view(-1, len(layers), 2, shape[0] * shape[1]).square().mean((0, 3)).sqrt()  # [L, 2]
-    if not (spread > 0).all():
+    spread = _size(x, parts)  # [L, 2]
+    if not (spread > _ALIKE * _size(mean[None], parts)).all():
         raise CalibrationError("all calibration tokens are alike; give pictures that differ")
     weight = torch.tensor([1.0, VALUE_WEIGHT]) / spread
     scale = weight[:, :, None].expand(-1, -1, shape[0] * shape[1]).flatten()  # [F], the diagonal of W
@@ -193,6 +194,11 @@ def solve_joint(
         )
         for i, layer in enumerate(layers)
     }
+
+
+def _size(x: Tensor, parts: Sequence[int]) -> Tensor:
+    """Root mean square of keys and values of each layer: `[L, 2]`."""
+    return x.view(-1, *parts).square().mean((0, 3, 4)).sqrt()
 
 
 def _whole_groups(count: int) -> int:

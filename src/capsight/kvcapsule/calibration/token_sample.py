@@ -44,7 +44,7 @@ class TokenSample:
             )
         generator = torch.Generator().manual_seed(index)
         keys = torch.rand(len(half), generator=generator, dtype=torch.float64)
-        total = tokens.double().sum(0).cpu()
+        total = tokens.sum(0, dtype=torch.float64).cpu()
         self._total = total if self._total is None else self._total + total
         self.seen += len(half)
         self._merge(half, keys)

@@ -29,9 +29,11 @@ class LayerCodec(BlockCodec):
         block_size: tokens in a block (N).
         kept: tokens' worth of numbers kept of it (r).
         keys_by_token: whether stored keys are quantised token by token, not channel by channel.
+        constants: JSON-ready numbers that stored numbers take their meaning from; files name them.
     """
 
     keys_by_token: ClassVar[bool] = False
+    constants: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, block_size: int, kept: int) -> None:
         """Set the sizes.
@@ -105,6 +107,11 @@ class LayerCodec(BlockCodec):
             OptionError: it has none, or `weights` is neither.
         """
         raise OptionError(f"the {self.name} codec has no prediction weights; leave out weights={weights!r}")
+
+    @property
+    def coding(self) -> Any:
+        """What else says how numbers are stored, JSON-ready; None if nothing does."""
+        return None
 
     @property
     def retained(self) -> float:

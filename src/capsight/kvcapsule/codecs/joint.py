@@ -22,7 +22,7 @@ from capsight.kvcapsule.attention.native import supports
 from capsight.kvcapsule.codecs.base import LayerCodec, take_tensors
 from capsight.kvcapsule.codecs.block import Payload
 from capsight.kvcapsule.codecs.joint_payload import JointPayload, OpenLatents
-from capsight.kvcapsule.codecs.levels import GROUP, POINTS, pack, share_bits, unpack
+from capsight.kvcapsule.codecs.levels import BITS, GROUP, POINTS, check_share, pack, share_bits, unpack
 from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.codecs.positions import TokenPositions
 from capsight.kvcapsule.codecs.rotary import Rotary
@@ -39,16 +39,6 @@ _SHAPES: dict[str, tuple[int | None, ...]] = {
     "turning": (3,),
 }
 _DTYPES = {"axes": torch.bfloat16, "lost": torch.float64, "frequencies": torch.float64, "pairs": torch.int64}
-
-
-def check_share(retained: float) -> None:
-    """Refuse a share of the bytes that is none.
-
-    Raises:
-        OptionError: `retained` is not in (0, 1].
-    """
-    if not 0 < retained <= 1:
-        raise OptionError(f"retained is a fraction in (0, 1], not {retained}")
 
 
 class Gathered(NamedTuple):
@@ -80,6 +70,7 @@ class JointCodec(LayerCodec):
 
     name: ClassVar[str] = "joint"
     needs_positions: ClassVar[bool] = True
+    constants: ClassVar[Mapping[str, Any]] = {"group": GROUP, "bits": [*BITS], "points": [*POINTS]}
     mean: Tensor
     axes: Tensor
     weight: Tensor
@@ -132,6 +123,11 @@ class JointCodec(LayerCodec):
             OptionError: `retained` is not in (0, 1], or too small.
         """
         return type(self)(dict(self.named_buffers()), retained)
+
+    @property
+    def coding(self) -> list[int]:
+        """Coordinates in 8, 4 and 2 bits, and whether images are stored at all."""
+        return [*self.levels.counts, self.block_size]
 
     @property
     def retained(self) -> float:
@@ -229,7 +225,7 @@ class JointCodec(LayerCodec):
     def expand(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values float32 `[T, H, D]` of latents `[T, R]`."""
         axes = self.axes[: self.levels.rank].flatten(1).to(latents.dtype)  # [R, F]
-        both = (latents @ axes).view(-1, *self.mean.shape) + self.mean
+        both = (latents.to(axes.device) @ axes).view(-1, *self.mean.shape) + self.mean
         return both[:, 0], both[:, 1]
 
     def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class LearntCodec(LayerCodec):
             values (`capsight.kvcapsule.codecs.whitening`); that of keys times `KEY_WEIGHT`.
     """
 
+    constants: ClassVar[Mapping[str, Any]] = {"key_weight": KEY_WEIGHT}
     packed: Tensor
     mean: Tensor
     whitening: Tensor

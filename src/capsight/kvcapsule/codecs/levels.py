@@ -48,6 +48,16 @@ class Levels:
         return tuple((b, n) for b, n in zip(BITS, self.counts, strict=True) if n)
 
 
+def check_share(retained: float) -> None:
+    """Refuse a share of the bytes that is none.
+
+    Raises:
+        OptionError: `retained` is not in (0, 1].
+    """
+    if not 0 < retained <= 1:
+        raise OptionError(f"retained is a fraction in (0, 1], not {retained}")
+
+
 def pack(latents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
     """Store latents `[T, >= R]`.
 

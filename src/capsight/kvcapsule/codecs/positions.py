@@ -8,19 +8,25 @@ from capsight.kvcapsule.codecs.rotary import Rotary
 
 
 class TokenPositions:
-    """Positions of T tokens, with the tables of the rotations made of them, each worked out once.
+    """Positions of T tokens, and the tables of a rotation made of them once for all layers of a pass.
+
+    Tables are many times as large as latents: they are forgotten after the last layer.
 
     Attributes:
         thw: int64 `[3, T]`, time, height and width; alike where RoPE has one dimension.
     """
 
-    def __init__(self, thw: Tensor) -> None:
-        """Take positions."""
-        self.thw = thw
-        self._tables: dict[object, tuple[Tensor, Tensor]] = {}
+    def __init__(self, thw: Tensor, layers: int = 1) -> None:
+        """Take positions, which so many layers ask for."""
+        self.thw, self._layers, self._left = thw, layers, 0
+        self._tables: tuple[object, Tensor, Tensor] | None = None
 
     def tables(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """Cosines and sines of `rotary` for these tokens: float32 `[T, P]` each."""
-        if rotary.key not in self._tables:
-            self._tables[rotary.key] = rotary.tables(self.thw)
-        return self._tables[rotary.key]
+        if self._tables is None or self._tables[0] != rotary.key:
+            self._tables, self._left = (rotary.key, *rotary.tables(self.thw)), self._layers
+        _, cosines, sines = self._tables
+        self._left -= 1
+        if self._left <= 0:
+            self._tables = None
+        return cosines, sines
