@@ -61,13 +61,14 @@ def read_text(
     for block in row.blocks:
         vision[block.start : block.end] = True
     text = (~vision).nonzero().flatten()
-    positions = positions or TokenPositions(rope_positions(layout, model.config)[:, 0, vision].to(device))
+    positions = positions or TokenPositions(rope_positions(layout, model.config)[:, 0, vision])
+    images = _Images(payload, positions)
     places = position_ids(layout, model.config)
     told = text[None] if places is None else places[..., text]
     hidden = torch.finfo(model.dtype).min
     mask = torch.zeros(len(text), layout.length, dtype=model.dtype, device=device)
     mask.masked_fill_((torch.arange(layout.length) > text[:, None]).to(device), hidden)
-    cache = Cache(layers=[_Gaps(codecs[i], payload, positions, vision) for i in sorted(codecs)])
+    cache = Cache(layers=[_Gaps(codecs[i], images, vision) for i in sorted(codecs)])
     # where attention caps scores, the model's own takes the mask as well
     swap = capsight_attention_on(model) if attention_fits(model) else nullcontext()
     with running(RuntimeState(generating=True)), swap:
@@ -83,14 +84,26 @@ def read_text(
     return {i: layer.text for i, layer in zip(sorted(codecs), held, strict=True)}
 
 
+class _Images:
+    """Latents and their positions, on every device that layers lie on."""
+
+    def __init__(self, payload: Payload, positions: TokenPositions) -> None:
+        self._payload, self._thw = payload, positions.thw
+        self._at: dict[torch.device, tuple[Payload, TokenPositions]] = {}
+
+    def at(self, device: torch.device) -> tuple[Payload, TokenPositions]:
+        if device not in self._at:
+            tensors = {name: tensor.to(device) for name, tensor in self._payload.tensors.items()}
+            self._at[device] = type(self._payload)(tensors), TokenPositions(self._thw.to(device))
+        return self._at[device]
+
+
 class _Gaps(DynamicLayer):
     """A layer that is given text and returns it with the images where they stand."""
 
-    def __init__(
-        self, codec: JointCodec, payload: Payload, positions: TokenPositions, vision: Tensor
-    ) -> None:
+    def __init__(self, codec: JointCodec, images: _Images, vision: Tensor) -> None:
         super().__init__()
-        self._codec, self._payload, self._positions, self._vision = codec, payload, positions, vision
+        self._codec, self._images, self._vision = codec, images, vision
 
     def get_seq_length(self) -> int:
         return 0
@@ -101,7 +114,7 @@ class _Gaps(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Take keys and values `[1, H, E, D]` of text; returns `[1, H, S, D]` of all tokens."""
         self._codec.to(key_states.device)
-        images = self._codec.decode_at(self._payload, self._positions, key_states.dtype)
+        images = self._codec.decode_at(*self._images.at(key_states.device), key_states.dtype)
         vision, parts = self._vision.to(key_states.device), []
         for new, known in zip((key_states, value_states), images, strict=True):
             full = new.new_empty(1, len(vision), new.shape[1], new.shape[3])
