@@ -11,7 +11,7 @@ from pathlib import Path
 import capsight
 
 ROOT = Path(capsight.__file__).parent
-LONG = {"kvcapsule/capsule.py": 290, "kvcapsule/cache/layer.py": 255, "runtime/fast_model.py": 260}
+LONG = {"kvcapsule/capsule.py": 290}
 """Files over the limit, with what they may have; to be cut, not added to."""
 
 

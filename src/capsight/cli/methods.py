@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from capsight.baselines import METHODS
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, KVCapsule
-from capsight.kvcapsule.capsule import ALIKE, OTHERS_RETAINED, RETAINED
+from capsight.kvcapsule.budget import OTHERS_RETAINED, RETAINED
+from capsight.kvcapsule.capsule import ALIKE
 from capsight.kvcapsule.codecs import ALL_CODECS
 from capsight.kvcapsule.codecs.quantise import BITS
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE

@@ -11,7 +11,14 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from capsight.errors import CapsuleFileError, ModelMismatchError, OptionError
 from capsight.kvcapsule.break_even import break_even_tokens
-from capsight.kvcapsule.budget import Budget, check_budget, share_out, share_to_keep
+from capsight.kvcapsule.budget import (
+    OTHERS_RETAINED,
+    RETAINED,
+    Budget,
+    check_budget,
+    share_out,
+    share_to_keep,
+)
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.cache.conversation import Conversation
 from capsight.kvcapsule.calibration.fit import kept_tokens
@@ -28,9 +35,6 @@ from capsight.layout import PromptLayout, build_layout
 
 ALIKE = ("heads", "adaptive", "evict")
 """Codecs that learn the same."""
-RETAINED = {"joint": 0.05}
-"""Retained fraction where none is named, by codec; that of others is `OTHERS_RETAINED`, the paper's."""
-OTHERS_RETAINED = 0.40
 
 
 class KVCapsule:
