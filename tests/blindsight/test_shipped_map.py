@@ -1,7 +1,7 @@
 """The head map that ships belongs to the weights that ship."""
 
 from capsight.blindsight import Category, HeadMap
-from capsight.kvcapsule.fingerprint import model_fingerprint
+from capsight.model_fingerprint import model_fingerprint
 from capsight.reference import load_reference_vlm
 
 

@@ -17,7 +17,7 @@ from capsight.errors import (
 )
 from capsight.kvcapsule import KVCapsule
 from capsight.kvcapsule.calibration.fit import Calibration, add_sample, calibrate
-from capsight.kvcapsule.fingerprint import model_fingerprint
+from capsight.model_fingerprint import model_fingerprint
 from kvcapsule.conftest import BLOCK, fitted
 
 

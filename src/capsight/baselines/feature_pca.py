@@ -16,9 +16,9 @@ from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.calibration.fit import prefilled_blocks
 from capsight.kvcapsule.calibration.samples import calibration_inputs
 from capsight.kvcapsule.codecs import BlockCodec, Payload
-from capsight.kvcapsule.fingerprint import model_fingerprint
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE, Run
 from capsight.layout import PromptLayout
+from capsight.model_fingerprint import model_fingerprint, same_model
 
 Bases = tuple[Tensor, Tensor]
 """Mean `[2, H, 1, D]` and principal axes `[2, H, D, D]` (columns, most variance first), keys and values."""
@@ -109,7 +109,7 @@ class FeaturePCA(Baseline):
 
     def check_model(self, model: Any) -> None:
         """Refuse a model other than the one the bases were fitted to."""
-        if model_fingerprint(model) != self._fingerprint:
+        if not same_model(model_fingerprint(model), self._fingerprint):
             raise ModelMismatchError(
                 "these bases were fitted to another model; use FeaturePCA.fit on this one"
             )

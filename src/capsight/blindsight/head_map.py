@@ -14,6 +14,7 @@ from capsight.blindsight import head_map_file
 from capsight.blindsight.categories import SPARSE, Category, MaskOptions
 from capsight.errors import ModelMismatchError, OptionError
 from capsight.files import checked
+from capsight.model_fingerprint import same_model
 
 Categories = tuple[Category, ...]
 """One category per query head of a layer."""
@@ -175,7 +176,7 @@ class HeadMap:
                 f"the head map is for {self.num_layers} layers of {self.num_heads} heads, the model has "
                 f"{num_layers} of {num_heads}; calibrate one for this model"
             )
-        if self.model and model and self.model != model:
+        if self.model and model and not same_model(self.model, model):
             raise ModelMismatchError(
                 "the head map was made for other weights of this architecture; calibrate one for this model, "
                 "or use head_map.for_model('') if you mean it"

@@ -19,7 +19,7 @@ from capsight.cli.target import check_folder
 from capsight.errors import OptionError
 from capsight.evaluation import Item, reference_items
 from capsight.evaluation.asking import process
-from capsight.kvcapsule.fingerprint import model_fingerprint
+from capsight.model_fingerprint import model_fingerprint
 
 REFERENCE_IMAGES = (2, 4, 6, 8)
 """Image counts of the reference task's calibration prompts."""

@@ -31,8 +31,8 @@ from capsight.errors import OptionError
 from capsight.evaluation import Item, Journal, evaluate, jsonl_items, paired, reference_items, summary
 from capsight.evaluation.asking import process
 from capsight.evaluation.metric import check_metric
-from capsight.kvcapsule.fingerprint import model_fingerprint
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
+from capsight.model_fingerprint import model_fingerprint
 from capsight.reference.questions import TASKS
 
 _CALIBRATION_PROMPTS = 96  # as `capsight fit` takes by default

@@ -28,10 +28,10 @@ from capsight.kvcapsule.capsule_file import make_codec, read_capsule, write_caps
 from capsight.kvcapsule.codecs import JointCodec, LayerCodec, QuantisedCodec
 from capsight.kvcapsule.codecs.adaptive import Weights
 from capsight.kvcapsule.codecs.quantise import check_bits
-from capsight.kvcapsule.fingerprint import model_fingerprint
 from capsight.kvcapsule.info import CapsuleInfo
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
 from capsight.layout import PromptLayout, build_layout
+from capsight.model_fingerprint import model_fingerprint, same_model
 
 ALIKE = ("heads", "adaptive", "evict")
 """Codecs that learn the same."""
@@ -171,7 +171,7 @@ class KVCapsule:
         Raises:
             ModelMismatchError: architecture or weights differ.
         """
-        if model_fingerprint(model) != self.info.fingerprint:
+        if not same_model(model_fingerprint(model), self.info.fingerprint):
             raise ModelMismatchError(
                 f"this capsule was fitted to another {self.info.model_config.get('model_type')} model "
                 "(or other weights of the same); fit one for this model with KVCapsule.fit"

@@ -10,8 +10,8 @@ from capsight.attention_swap import attention_fits
 from capsight.blindsight import HeadMap
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, LatentMethod
-from capsight.kvcapsule.fingerprint import model_fingerprint
 from capsight.kvcapsule.rest import CapsuleStore
+from capsight.model_fingerprint import model_fingerprint
 from capsight.runtime.calls import serving
 from capsight.runtime.decode import Decode, check_decode
 from capsight.runtime.fast_model import FastModel

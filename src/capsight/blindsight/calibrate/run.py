@@ -21,6 +21,7 @@ from capsight.blindsight.calibrate.votes import Thresholds, Votes
 from capsight.blindsight.categories import Category, MaskOptions
 from capsight.blindsight.head_map import CalibrationRecord, HeadMap
 from capsight.errors import CalibrationError, OptionError
+from capsight.model_fingerprint import model_fingerprint
 from capsight.text_layers import layer_sizes
 
 CriterionName = Literal["mass", "output", "distribution"]
@@ -54,7 +55,7 @@ def calibrate(
     evaluate: Evaluate | None = None,
     held_out: Iterable[Sample] | None = None,
     unit: Unit = "head",
-    fingerprint: str = "",
+    fingerprint: str | None = None,
     progress: bool = True,
 ) -> HeadMap:
     """Give every attention head of a model its category.
@@ -64,8 +65,8 @@ def calibrate(
     Args:
         model: a transformers vision-language model of a supported family.
         processor: its processor; used for samples that are not processor outputs yet, else None will do.
-        samples: processor outputs, or keyword arguments for the processor (`text=`, `images=`). Read
-            once, one at a time; those without a second image do not vote.
+        samples: processor outputs, lists of chat messages, or keyword arguments for the processor (`text=`,
+            `images=`). Read once, one at a time; those without a second image do not vote.
         criterion: what a head is judged by: "distribution" (the best judge; one prefill of the text part per
             head and category), "output" or "mass" (one in all).
         alpha: what a category may lose, in the criterion's unit: one number, or two for the first and
@@ -82,7 +83,7 @@ def calibrate(
             share of held-out prompts whose answer changes (`HeldOut.changed`).
         held_out: prompts for that, kept in memory. None: every fourth of `samples`, which then do not vote.
         unit: what has one category: a query head, the query heads that share a key-value head, or a layer.
-        fingerprint: of the model, stored in the map.
+        fingerprint: stored in the map; None: the model's own. Empty: the map is for any model of its shape.
         progress: show a progress bar on stderr.
 
     Returns:
@@ -145,7 +146,9 @@ def calibrate(
         measured_drop=drop,
         tolerance=tolerance,
     )
-    return replace(head_map, model=fingerprint, calibration=record)
+    return replace(
+        head_map, model=model_fingerprint(model) if fingerprint is None else fingerprint, calibration=record
+    )
 
 
 def check_options(criterion: str, unit: str, tolerance: float | None) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from capsight.errors import CalibrationError
 from capsight.layout import PromptLayout, build_layout
+from capsight.processors.samples import sample_inputs
 
-Sample = Mapping[str, Any]
-"""Processor outputs (with `input_ids`), or keyword arguments of the processor (`text`, `images`...)."""
+Sample = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""Processor outputs (with `input_ids`), chat messages, or keyword arguments of the processor (`text`...)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,11 +48,8 @@ def prompts(model: Any, processor: Any, samples: Iterable[Sample]) -> Iterator[P
         LayoutError: a sample is not what the model's processor writes.
     """
     for index, sample in enumerate(samples):
-        if "input_ids" not in sample:
-            if processor is None:
-                raise CalibrationError(f"sample {index} has no input_ids; pass the processor, or its outputs")
-            sample = processor(**{"return_tensors": "pt", **sample})
-        inputs = {name: _ready(model, value) for name, value in sample.items()}
+        made = sample_inputs(sample, processor, index)
+        inputs = {name: _ready(model, value) for name, value in made.items()}
         yield Prompt(inputs, build_layout(inputs, model.config))
 
 

@@ -16,8 +16,8 @@ from capsight.kvcapsule.calibration.processes import Processes
 from capsight.kvcapsule.calibration.statistics import Calibration
 from capsight.kvcapsule.codecs import JointCodec, LayerCodec, StaticMlpCodec
 from capsight.kvcapsule.codecs.levels import check_share
-from capsight.kvcapsule.fingerprint import model_fingerprint
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
+from capsight.model_fingerprint import model_fingerprint
 
 
 def fit_capsule(

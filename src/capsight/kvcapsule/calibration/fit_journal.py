@@ -15,8 +15,9 @@ from capsight.errors import CalibrationError, CapsuleFileError
 from capsight.kvcapsule.calibration.processes import Processes
 from capsight.kvcapsule.calibration.statistics import Calibration
 from capsight.kvcapsule.codecs.moments import LayerMoments
-from capsight.kvcapsule.fingerprint import model_fingerprint, tensors_fingerprint
+from capsight.kvcapsule.fingerprint import tensors_fingerprint
 from capsight.kvcapsule.store import HEADER_FILE, read_folder, write_folder
+from capsight.model_fingerprint import model_fingerprint
 
 KIND = "capsight.fit"
 EVERY = 30.0

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from capsight.errors import CalibrationError
 from capsight.kvcapsule.calibration.processes import Processes
+from capsight.processors.samples import sample_inputs
 
 T = TypeVar("T")
 
@@ -30,21 +30,9 @@ def calibration_inputs(
     model.eval()
     try:
         for index, sample in _track(processes.own(samples), samples, progress, processes):
-            yield index, _as_inputs(sample, processor)
+            yield index, sample_inputs(sample, processor, index)
     finally:
         model.train(training)
-
-
-def _as_inputs(sample: Any, processor: Any) -> Mapping[str, Any]:
-    if isinstance(sample, Mapping):
-        return sample
-    if processor is None:
-        raise CalibrationError(
-            "samples that are chat messages need a processor; pass one, or processor outputs"
-        )
-    return processor.apply_chat_template(
-        sample, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
-    )
 
 
 def _track(own: Iterable[T], samples: Iterable[Any], show: bool, processes: Processes) -> Iterable[T]:

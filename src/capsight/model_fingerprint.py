@@ -1,0 +1,130 @@
+"""A cheap hash that tells one model from another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import PreTrainedModel
+
+from capsight.text_layers import config_value
+
+_TENSORS, _NUMBERS, _OF_VECTORS = 24, 256, 8
+_UNKNOWN = "0" * 32
+_SMALLEST = 2.0**-15  # numbers below have fewer bits in float16 than in bfloat16
+_CONFIG_KEYS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+
+
+def model_fingerprint(model: Any) -> str:
+    """Hash of the text config's essentials, of rotary frequencies, and of numbers sampled from all weights.
+
+    Fine-tunes of one architecture differ in it. Matrices are sampled from all over the model, of norms and
+    biases some numbers each. They are rounded to bfloat16 first, and what float16 cannot hold is left out, so
+    that a model loaded in float32, bfloat16 and (from a bfloat16 checkpoint) float16 has one fingerprint.
+
+    Args:
+        model: a transformers model.
+
+    Returns:
+        64 hex digits. The first 32 are of what quantisation leaves alone: norms, biases, frequencies. The
+        others, of the matrices, are 0 where these are quantised; see `same_model`.
+    """
+    own = sorted(_own_parameters(model))
+    weights = [(name, p) for name, p in own if p.ndim > 1 and p.is_floating_point()]
+    projections = [item for item in weights if ".k_proj." in item[0] or ".v_proj." in item[0]]
+    if any(map(_is_quantised, (p for _, p in own))):
+        matrices = _UNKNOWN
+    else:
+        matrices = _digest("", [(item, _NUMBERS) for item in (*_spread(weights), *_spread(projections))])
+    essentials = {key: config_value(model.config, key) for key in _CONFIG_KEYS}
+    rest = [item for item in own if item[1].ndim == 1 and item[1].is_floating_point()]
+    about = json.dumps([essentials, _rotary(model)], sort_keys=True)
+    return _digest(about, [(item, _OF_VECTORS) for item in rest]) + matrices
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two fingerprints are of one model; one or both may be quantised."""
+    size = len(_UNKNOWN)
+    halves = one[size:], other[size:]
+    return one[:size] == other[:size] and (halves[0] == halves[1] or _UNKNOWN in halves)
+
+
+def _digest(about: str, sampled: Iterable[tuple[tuple[str, Tensor], int]]) -> str:
+    """Hash of some of the numbers of weights, half as many hex digits as of SHA-256."""
+    digest = hashlib.sha256(about.encode())
+    for (name, weight), count in sampled:
+        step = max(weight.numel() // count, 1)
+        numbers = weight.detach().flatten()[::step][:count].to("cpu", torch.bfloat16)
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(_bytes(numbers.masked_fill(numbers.abs() < _SMALLEST, 0)))
+    return digest.hexdigest()[: len(_UNKNOWN)]
+
+
+def _is_quantised(weight: Tensor) -> bool:
+    """Whether a weight's numbers are others than those it was made from (quanto, torchao, bitsandbytes)."""
+    return type(weight) not in (Tensor, Parameter) or not weight.is_floating_point()
+
+
+def _rotary(model: Any) -> list[list[float]]:
+    """Frequencies that text positions turn at, as sixteenths of octaves, and the scaling of what is turned.
+
+    Of the buffers, not of the config, whose form differs between versions of transformers. Types that change
+    their frequencies with the length of a prompt keep what they began with under another name.
+    """
+    inner = next((x for x in model.modules() if isinstance(x, PreTrainedModel)), model)
+    decoder, found = inner.get_decoder() or inner, []
+    for module in decoder.modules():
+        held = {name: b for name, b in vars(module).get("_buffers", {}).items() if "inv_freq" in name}
+        first = {name: getattr(module, name) for name in dir(module) if "original_inv_freq" in name}
+        for name, buffer in (first or held).items():
+            numbers = buffer.detach().to("cpu", torch.float64).flatten()
+            octaves = (numbers[numbers > 2.0**-12].log2() * 16).round().tolist()
+            scaling = getattr(
+                module, name.replace("original_inv_freq", "inv_freq")[:-8] + "attention_scaling", 1
+            )
+            found.append([round(float(scaling or 1), 3), *octaves])
+    return sorted(found)
+
+
+def _own_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """A transformers model's parameters under its own names, whatever is wrapped around it or them.
+
+    `torch.compile` and PEFT put the model into another, PEFT puts adapters beside its layers, and accelerate
+    leaves weights that it has offloaded on the meta device, their values with a hook of the module.
+    """
+    inner = next((x for x in model.modules() if isinstance(x, PreTrainedModel)), model)
+    seen: set[int] = set()  # tied weights count once
+    tied = set(getattr(inner, "all_tied_weights_keys", None) or ())
+    for prefix, module in inner.named_modules():
+        for local, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            name = f"{prefix}.{local}".replace(".base_layer.", ".")
+            if ".lora_" in name or name in tied:  # offloaded, the same weight is several tensors
+                continue
+            held = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+            yield name, held[local] if parameter.is_meta and held is not None else parameter
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a tensor on the CPU."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _spread(items: list[Any]) -> list[Any]:
+    """At most `_TENSORS` of `items`, evenly spread."""
+    return items[:: max(len(items) // _TENSORS, 1)][:_TENSORS]

@@ -1,0 +1,64 @@
+"""One model has one fingerprint, however it is loaded or wrapped; another has another."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from capsight.errors import ModelMismatchError
+from capsight.model_fingerprint import model_fingerprint, same_model
+from runtime.conftest import fitted
+from tiny import FAMILIES
+
+every = pytest.mark.parametrize("name", sorted(FAMILIES))
+
+
+@every
+def test_dtypes_of_one_checkpoint_are_one_model(name):
+    model = FAMILIES[name]().model
+    rounded = copy.deepcopy(model).to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.flatten()[::3] *= 2.0**-16  # where float16 has fewer bits
+    same = {model_fingerprint(copy.deepcopy(rounded).to(dtype)) for dtype in (torch.float16, torch.float32)}
+    assert same == {model_fingerprint(rounded)}
+    assert model_fingerprint(model) not in same
+
+
+@every
+def test_norms_biases_and_frequencies_tell_models_apart(name):
+    model = FAMILIES[name]().model
+    own, before, seen = dict(model.get_decoder().named_parameters()), model_fingerprint(model), 0
+    for key in ("norm.weight", "bias"):
+        parameter = next((p for n, p in reversed(own.items()) if n.endswith(key) and p.ndim == 1), None)
+        if parameter is not None:
+            kept = parameter.detach().clone()
+            parameter.data += 0.25
+            assert not same_model(model_fingerprint(model), before)
+            parameter.data.copy_(kept)
+            seen += 1
+    assert seen
+    config = copy.deepcopy(model.config)
+    rope = config.get_text_config().rope_parameters
+    for values in [rope] if "rope_theta" in rope else rope.values():
+        values["rope_theta"] *= 4
+    other = type(model)(config)
+    other.load_state_dict(model.state_dict())
+    assert not same_model(model_fingerprint(other), before)
+    assert model_fingerprint(model) == before
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "smolvlm", "glm4v", "lfm3_vl", "llava_next"])
+def test_quantised_weights_are_the_model_they_were_made_from(name):
+    quanto = pytest.importorskip("optimum.quanto")
+    vlm, capsule = FAMILIES[name](), fitted(name, 0.4)
+    model = copy.deepcopy(vlm.model)
+    quanto.quantize(model.get_decoder(), weights=quanto.qint8)
+    quanto.freeze(model)
+    capsule.check_model(model)
+    with torch.no_grad():
+        next(p for n, p in model.get_decoder().named_parameters() if n.endswith("norm.weight")).add_(0.25)
+    with pytest.raises(ModelMismatchError):
+        capsule.check_model(model)
