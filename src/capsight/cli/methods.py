@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from capsight.baselines import METHODS
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, KVCapsule
-from capsight.kvcapsule.budget import OTHERS_RETAINED, RETAINED
+from capsight.kvcapsule.budget import default_retained
 from capsight.kvcapsule.capsule import ALIKE
 from capsight.kvcapsule.codecs import ALL_CODECS
 from capsight.kvcapsule.codecs.quantise import BITS
@@ -68,11 +68,11 @@ def make_methods(
     for name in names:
         if name in CAPSULES:
             form = CAPSULES[name]
-            budgets = retained or [RETAINED.get(form.codec, OTHERS_RETAINED)]
+            budgets = retained or [default_retained(form.codec)]
             methods |= {f"{name} {rho:g}": capsules.of(form, rho) for rho in budgets}
             continue
         kind: Any = METHODS[name]
-        budgets = retained or [OTHERS_RETAINED]
+        budgets = retained or [default_retained(name)]
         sizes = {"retained": budgets[0], "block_size": block_size}
         fitted = kind.fit(model, None, samples(), **sizes) if kind.calibrated else kind(**sizes)
         fitted.check_model(model)

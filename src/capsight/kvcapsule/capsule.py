@@ -11,14 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from capsight.errors import CapsuleFileError, ModelMismatchError, OptionError
 from capsight.kvcapsule.break_even import break_even_tokens
-from capsight.kvcapsule.budget import (
-    OTHERS_RETAINED,
-    RETAINED,
-    Budget,
-    check_budget,
-    share_out,
-    share_to_keep,
-)
+from capsight.kvcapsule.budget import Budget, check_budget, default_retained, share_out, share_to_keep
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.cache.conversation import Conversation
 from capsight.kvcapsule.calibration.fit import kept_tokens
@@ -97,7 +90,7 @@ class KVCapsule:
         """
         processes = Processes.found()
         with processes.together():
-            share = share_to_keep(retained, compression_ratio, RETAINED.get(codec, OTHERS_RETAINED))
+            share = share_to_keep(retained, compression_ratio, default_retained(codec))
             arguments = (share, codec, block_size, progress, budget, resume, options, processes)
             return cls(*fit_capsule(model, processor, samples, *arguments))
 
