@@ -74,7 +74,7 @@ def smallest(dev: dict[str, Judged], test: dict[str, Judged]) -> list[str]:
     share = split_label(chosen)[1] or 1.0
     modules = ", ".join(
         f"`{j}` {human_bytes(test[j].values['methods'][chosen]['module_bytes'])}, "
-        f"{1 / test[j].share(chosen, modules=True):.2f}x smaller with them beside one prompt"
+        f"{1 / test[j].share(chosen, modules=True):.2f} of the full cache over both, one prompt"
         for j in published
     )
     return [
@@ -82,8 +82,8 @@ def smallest(dev: dict[str, Judged], test: dict[str, Judged]) -> list[str]:
         f"The smallest fraction of `joint` that loses at most {WITHIN:g} point on the `dev` split of every "
         f"judge is {share:g}: vision tokens in 1/{1 / share:.0f} of their 16-bit bytes. On `test` it loses "
         f"{told}. Text stays in 16 bits and is counted in the last columns. What was learnt is resident once "
-        f"per model and not counted there: {modules}. These models are so small that it weighs more than a "
-        "prompt.\n",
+        f"per model and not counted there: {modules}. These models are so small that modules weigh more than "
+        "a prompt.\n",
         *table(heads, rows),
     ]
 
