@@ -16,7 +16,7 @@ from judging.lessons import Lesson, Teacher
 from judging.packed import Packed, fast_tower
 from judging.prompts import Prompt
 from judging.shapes import JUDGES, Judge, untrained
-from judging.stages import stage_prompts, stages_of
+from judging.stages import plan_of, stage_prompts
 
 #: Muon's learning rate over AdamW's.
 MUON = 3.0
@@ -86,7 +86,7 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.heads.load_state_dict(state["heads"])
             self.stage, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
-            if self.stage in stages_of(self.judge) and state["optimizers"]:
+            if self.stage in plan_of(self.judge).stages and state["optimizers"]:
                 self._start()
                 for (_, original), one in zip(self.pairs, state["originals"], strict=True):
                     original.copy_(one)
@@ -146,23 +146,23 @@ class Trainer:
 
     def run(self, every: int = 25) -> None:
         """Train to the end; log and checkpoint every `every` steps."""
-        stages = stages_of(self.judge)
+        stages = plan_of(self.judge).stages
         names = [*stages, "done"]
         totals: dict[str, float] = {}
         began, count = time.time(), 0
         while self.stage != "done":
-            _, steps, lr, end, counts = stages[self.stage]
+            plan = stages[self.stage]
             if not self.optimizers:
                 self._start()
             prompts = stage_prompts(self.judge, self.stage, self.step)
-            lesson = self.teacher(prompts) if counts else self._pictures(prompts)
+            lesson = self.teacher(prompts) if plan.counts else self._pictures(prompts)
             loss, seen = self._loss(lesson)
             loss.backward()
             for parameter, original in self.pairs:
                 original.grad = None if parameter.grad is None else parameter.grad.float()
                 parameter.grad = None
             nn.utils.clip_grad_norm_([m for _, m in self.pairs], 1.0)
-            now = min(1.0, (self.step + 1) / 30) * (lr + (end - lr) * self.step / steps)
+            now = plan.rate(self.step)
             for optimizer, factor in zip(self.optimizers, (MUON, 1.0), strict=True):
                 for group in optimizer.param_groups:
                     group["lr"] = now * factor
@@ -172,7 +172,7 @@ class Trainer:
             for key, value in {"loss": loss.item(), **seen}.items():
                 totals[key] = totals.get(key, 0.0) + value
             self.step, count = self.step + 1, count + 1
-            if self.step == steps:
+            if self.step >= plan.steps:
                 if self.stage == "see":
                     self._standardise()
                 self.stage, self.step, self.optimizers = names[names.index(self.stage) + 1], 0, []
