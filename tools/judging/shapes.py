@@ -213,7 +213,8 @@ JUDGES = {
     ),
     "wide": Judge(
         "wide", 37, 8, PAPER, ("<img>", "<image>", "</img>"),
-        wide_model, wide_processor, mrope=False, framed=True, unlearnt=(), side=2,
+        wide_model, wide_processor, mrope=False, framed=True, side=2,
+        unlearnt=("at", "which_scene", "same_ground", "odd", "differ"),
     ),
 }  # fmt: skip
 
