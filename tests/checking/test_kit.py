@@ -37,7 +37,7 @@ def test_a_config_made_small_reads_the_same_prompts(name):
     small = tiny_model(vlm.config)
     assert vlm.config.to_dict() == before
     case = Case(small, vlm.inputs, (vlm.size, vlm.other_size))
-    results = run_checks(case, ["layout", "heads 1.0", "heads 0.4"])
+    results = run_checks(case, ["layout", "joint 1.0", "joint 0.4"])
     assert [(r.name, r.detail) for r in results if not r.passed] == []
 
 
@@ -89,4 +89,4 @@ def test_unsupported_models_are_refused_before_their_processor_is_read(tmp_path)
 
 
 def test_there_are_checks():
-    assert len(CHECKS) == 12
+    assert len(CHECKS) == 14

@@ -45,7 +45,9 @@ IMAGES: dict[str, str] = {
 162 pad 75 | image0 84:148 1x8x8 at 83 148
 162 pad 0 | image0 9:73 1x8x8 at 8 73 | image1 77:141 1x8x8 at 76 141
 162 pad 137""",
-    "minicpmv4_6": """\
+    **dict.fromkeys(
+        ["minicpmv4_6", "minicpmv4_7"],
+        """\
 301 pad 210 | image0 220:284 1x8x8 at 219 284
 301 pad 0\
  | image0 10:74 1x8x8 at 9 74\
@@ -53,6 +55,42 @@ IMAGES: dict[str, str] = {
  | image1 147:211 1x8x8 at 146 211\
  | image1 213:277 1x8x8 at 212 277
 301 pad 273""",
+    ),
+    "lfm2_vl": """\
+260 pad 172 | image0 179:243 1x8x8 at 178 243
+260 pad 0\
+ | image0 7:71 1x8x8 at 6 71\
+ | image1 74:138 1x8x8 at 72-73\
+ | image1 139:203 1x8x8 at 138\
+ | image1 204:236 1x4x8 at 203 236
+260 pad 232""",
+    "cohere2_vision": """\
+293 pad 204 | image0 211:275 1x8x8 at 210 275-276
+293 pad 0\
+ | image0 7:71 1x8x8 at 6 71-72\
+ | image1 74:138 1x8x8 at 73 138\
+ | image1 139:203 1x8x8 at 203\
+ | image1 204:268 1x8x8 at 268-269
+293 pad 265""",
+    "ovis2": """\
+292 pad 203 | image0 210:274 1x8x8 at 209 274-275
+292 pad 0\
+ | image0 7:71 1x8x8 at 6 71-72\
+ | image1 74:138 1x8x8 at 73 138\
+ | image1 139:203 1x8x8 at 203\
+ | image1 204:268 1x8x8 at 268
+292 pad 264""",
+    **dict.fromkeys(
+        ["exaone4_5", "lighton_ocr", "video_llama_3"],
+        """\
+189 pad 103 | image0 109:173 1x8x8
+189 pad 0 | image0 6:70 1x8x8 | image1 70:166 1x8x12
+189 pad 161""",
+    ),
+    "deepseek_vl": """\
+157 pad 71 | image0 77:141 1x8x8
+157 pad 0 | image0 6:70 1x8x8 | image1 70:134 1x8x8
+157 pad 129""",
     **dict.fromkeys(
         ["gemma4", "gemma4_unified"],
         """\
@@ -64,7 +102,9 @@ IMAGES: dict[str, str] = {
 159 pad 1 | image0 7:71 1x8x8 | image0 71:143 1x8x9
 159 pad 0 | image0 6:70 1x8x8 at 70 | image1 71:135 1x8x8 at 135
 159 pad 131""",
-    "internvl": """\
+    **dict.fromkeys(
+        ["internvl", "qianfan_ocr"],
+        """\
 291 pad 202 | image0 209:273 1x8x8 at 208 273
 291 pad 0\
  | image0 7:71 1x8x8 at 6 71\
@@ -72,6 +112,7 @@ IMAGES: dict[str, str] = {
  | image1 138:202 1x8x8\
  | image1 202:266 1x8x8 at 266
 291 pad 263""",
+    ),
     "smolvlm": """\
 162 pad 74 | image0 82:146 1x8x8 at 80-81 146
 162 pad 0 | image0 8:72 1x8x8 at 6-7 72 | image1 75:139 1x8x8 at 73-74 139
@@ -139,6 +180,9 @@ VIDEOS: dict[str, str] = {
  | video1 85:101 1x4x4 at 70 84 101\
  | video1 116:132 1x4x4 at 115 132-133""",
     ),
+    "exaone4_5": """\
+87 pad 34 | video0 40:72 2x4x4
+87 pad 0 | video0 6:38 2x4x4 | video1 38:70 2x4x4""",
     "llava_onevision": """\
 151 pad 66 | video0 72:136 4x4x4 at 136
 151 pad 0 | video0 6:70 4x4x4 at 70 | video1 71:135 4x4x4 at 135""",

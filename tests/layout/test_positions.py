@@ -84,6 +84,18 @@ def test_pictures_between_videos(name: str) -> None:
     check(vlm, given)
 
 
+@pytest.mark.parametrize("words", ["{}what", "{}\n\nwhat", "{}\nwhat", "{}\n{}{}and", "{} and {}what"])
+@pytest.mark.parametrize("tagged", [False, True])
+def test_slices_on_a_canvas(words: str, tagged: bool) -> None:
+    """Two rows of slices; newlines after a picture, which are markers; pictures with nothing between."""
+    vlm = FAMILIES["minicpmv4_7"]()
+    text = vlm.template.format(images="", text=words.format(*[vlm.placeholder] * words.count("{}")))
+    sizes = [(256, 256), (128, 128), (128, 384)]
+    pictures = [vlm.picture(n, sizes[n]) for n in range(words.count("{}"))]
+    given = vlm.process([text, "a"], [pictures, []], use_image_id=tagged)
+    check(vlm, given)
+
+
 @pytest.mark.parametrize("seconds", [0.1, 1 / 3, 0.35, 0.7, 1.9])
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_times_between_integers_are_rounded_as_the_model_does(seconds: float, as_tensor: bool) -> None:

@@ -54,7 +54,6 @@ def test_text_models_are_told_apart(config):
         ("paligemma", "see each other"),
         ("kimi_k25", "MLA"),
         ("qwen4_exp", "indexer"),
-        ("minicpmv4_7", "canvas"),
         ("aria", "no layout adapter"),
     ],
 )

@@ -20,6 +20,8 @@ def vlm(request: pytest.FixtureRequest) -> TinyVLM:
 @pytest.mark.parametrize("size", ["size", "other_size"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_tokens_and_delimiters(vlm, size, count):
+    if vlm.name == "lfm2_vl" and size == "other_size":
+        pytest.skip("how large its tiles are is in its processor; planned are images of one tile")
     images = [vlm.picture(seed, getattr(vlm, size)) for seed in range(count)]
     row = build_layout(vlm.inputs([(images, "hi")]), vlm.config).rows[0]
     tokens = [sum(b.num_tokens for b in row.image_blocks(i)) for i in range(count)]
@@ -38,7 +40,20 @@ def test_tokens_and_delimiters(vlm, size, count):
 PIXELS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava_onevision", "llava", "llava_next"]
 
 
-@pytest.mark.parametrize("name", [*PIXELS, "glm4v", "glm_ocr", "mistral3", "pixtral", "paddleocr_vl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *PIXELS,
+        "glm4v",
+        "glm_ocr",
+        "mistral3",
+        "pixtral",
+        "paddleocr_vl",
+        "exaone4_5",
+        "lighton_ocr",
+        "deepseek_vl",
+    ],
+)
 def test_pixels(name):
     vlm = FAMILIES[name]()
     images = [vlm.picture(seed, vlm.other_size) for seed in range(2)]

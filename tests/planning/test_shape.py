@@ -16,7 +16,7 @@ from capsight.planning import ModelShape
 from capsight.planning.flops import attention_flops, dense_heads, linear_flops
 from tiny import FAMILIES, PLANNED, TinyVLM
 
-UNCOUNTED = ("glm4v_moe", "qwen3_5", "qwen3_5_moe", "gemma4", "lfm3_vl")
+UNCOUNTED = ("glm4v_moe", "qwen3_5", "qwen3_5_moe", "gemma4", "lfm2_vl", "lfm3_vl")
 
 
 @pytest.fixture(params=PLANNED)
@@ -78,7 +78,9 @@ def test_vision_flops(vlm):
     if vlm.name in UNCOUNTED:
         pytest.skip("the counter knows no grouped products (experts); delta nets are computed in chunks")
     # Pixtral's tower multiplies all patches of all images and hides those of others.
-    images = [vlm.picture(seed) for seed in range(1 if vlm.name in ("mistral3", "pixtral") else 2)]
+    images = [
+        vlm.picture(seed) for seed in range(1 if vlm.name in ("mistral3", "pixtral", "lighton_ocr") else 2)
+    ]
     inputs = vlm.inputs([(images, "hi")])
     layout = build_layout(inputs, vlm.config)
     shape = ModelShape.of(vlm.config)

@@ -7,22 +7,29 @@ from collections.abc import Callable
 from functools import cache, partial
 
 from tiny import (
+    cohere2_vision,
+    deepseek_vl,
+    exaone4_5,
     gemma3,
     gemma4,
     glm4v,
     idefics3,
     internvl,
+    lfm2_vl,
     lfm3_vl,
+    lighton_ocr,
     llava,
     llava_onevision,
     minicpmv,
     mistral3,
+    ovis2,
     paddleocr_vl,
     qwen2_5_vl,
     qwen2_vl,
     qwen3_5,
     qwen3_vl,
     smolvlm,
+    video_llama_3,
 )
 from tiny.base import TinyVLM, clip, picture
 
@@ -39,14 +46,23 @@ _BUILD: dict[str, Callable[[], TinyVLM]] = {
     "pixtral": partial(mistral3.build, "pixtral"),
     "paddleocr_vl": paddleocr_vl.build,
     "lfm3_vl": lfm3_vl.build,
-    "minicpmv4_6": minicpmv.build,
+    **{name: partial(minicpmv.build, name) for name in minicpmv.CLASSES},
+    "lfm2_vl": lfm2_vl.build,
+    "cohere2_vision": cohere2_vision.build,
+    "ovis2": ovis2.build,
+    "exaone4_5": exaone4_5.build,
+    "lighton_ocr": lighton_ocr.build,
+    "video_llama_3": video_llama_3.build,
+    "deepseek_vl": deepseek_vl.build,
+    "qianfan_ocr": internvl.build_qianfan,
     **{name: partial(gemma4.build, name) for name in gemma4.CLASSES},
     **{name: partial(qwen3_5.build, name) for name in qwen3_5.CLASSES},
     **{name: partial(glm4v.build, name) for name in glm4v.CLASSES},
     **{name: partial(llava.build, name) for name in llava.CLASSES},
 }
 FAMILIES: dict[str, Callable[[], TinyVLM]] = {name: cache(build) for name, build in _BUILD.items()}
-PLANNED = [name for name in FAMILIES if name != "minicpmv4_6"]
+UNPLANNED = ("minicpmv4_6", "minicpmv4_7")
+PLANNED = [name for name in FAMILIES if name not in UNPLANNED]
 """Families that `capsight plan` knows."""
 
 __all__ = ["FAMILIES", "PLANNED", "TinyVLM", "clip", "picture"]

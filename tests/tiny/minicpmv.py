@@ -1,10 +1,17 @@
-"""A tiny MiniCPM-V 4.6: a picture and its slices, Qwen3.5's language model (states beside attention)."""
+"""Tiny MiniCPM-V 4.6 and 4.7: a picture and its slices, Qwen3.5 (states beside attention)."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
-from transformers import MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration, MiniCPMV4_6Processor
+from transformers import (
+    MiniCPMV4_6Config,
+    MiniCPMV4_6ForConditionalGeneration,
+    MiniCPMV4_6Processor,
+    MiniCPMV4_7Config,
+    MiniCPMV4_7ForConditionalGeneration,
+    MiniCPMV4_7Processor,
+)
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
 from tiny.base import TinyVLM, byte_tokenizer, offline, seeded
@@ -23,10 +30,20 @@ SPECIAL = {
     "image": "<|image_pad|>",
     "video": "<|video_pad|>",
 }
+MARKERS = {
+    "image_start": "start",
+    "image_end": "end",
+    "slice_start": "slice_start",
+    "slice_end": "slice_end",
+}
 PATCH, SIDE = 4, 128
+CLASSES = {
+    "minicpmv4_6": (MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration, MiniCPMV4_6Processor),
+    "minicpmv4_7": (MiniCPMV4_7Config, MiniCPMV4_7ForConditionalGeneration, MiniCPMV4_7Processor),
+}
 
 
-def build() -> TinyVLM:
+def build(name: str) -> TinyVLM:
     """A 128 x 128 picture makes 8 x 8 tokens; 256 x 128 the same for the whole and for slices."""
     tokenizer = byte_tokenizer(
         list(SPECIAL.values()),
@@ -43,11 +60,15 @@ def build() -> TinyVLM:
     )
     images = MiniCPMV4_6ImageProcessorPil(patch_size=PATCH, scale_resolution=SIDE, max_slice_nums=4)
     videos = SimpleNamespace(slice_mode=False, downsample_mode="16x", model_input_names=[])
-    processor = offline(MiniCPMV4_6Processor)(
-        image_processor=images, tokenizer=tokenizer, video_processor=videos
-    )
+    config_class, model_class, processor_class = CLASSES[name]
+    processor = offline(processor_class)(image_processor=images, tokenizer=tokenizer, video_processor=videos)
     ids = {key: tokenizer.convert_tokens_to_ids(text) for key, text in SPECIAL.items()}
-    config = MiniCPMV4_6Config(
+    markers = {}
+    if name == "minicpmv4_7":
+        markers = {f"{kind}_id": ids[key] for kind, key in MARKERS.items()}
+        markers["newline_id"] = tokenizer.convert_tokens_to_ids("Ċ")
+    config = config_class(
+        **markers,
         text_config=hybrid_text(processor) | {"model_type": "qwen3_5_text"},
         vision_config={
             "hidden_size": 32,
@@ -64,8 +85,8 @@ def build() -> TinyVLM:
         video_token_id=ids["video"],
     )
     return TinyVLM(
-        name="minicpmv4_6",
-        model=seeded(MiniCPMV4_6ForConditionalGeneration, config),
+        name=name,
+        model=seeded(model_class, config),
         processor=processor,
         placeholder=SPECIAL["image"],
         special=SPECIAL,

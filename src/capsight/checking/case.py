@@ -15,6 +15,7 @@ from torch import Tensor
 import capsight
 from capsight.kvcapsule import KVCapsule
 from capsight.layout import PromptLayout, build_layout
+from capsight.runtime.decode import Decode
 
 Prompt = tuple[Sequence[Image.Image], str]
 BLOCK = 16
@@ -80,9 +81,11 @@ class Case:
         with torch.no_grad():
             return generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
 
-    def answer(self, inputs: Mapping[str, Any], capsule: KVCapsule) -> tuple[Any, Any]:
+    def answer(
+        self, inputs: Mapping[str, Any], capsule: KVCapsule, decode: Decode | None = None
+    ) -> tuple[Any, Any]:
         """What the model answers with capsules, and the cache."""
-        with capsight.enable(self.model, capsule=capsule) as fast:
+        with capsight.enable(self.model, capsule=capsule, decode=decode) as fast:
             return self.generate(fast.generate, inputs), fast.cache
 
 

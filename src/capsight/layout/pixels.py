@@ -16,7 +16,15 @@ from capsight.layout.prompt_layout import PromptLayout
 ImageKey = tuple[int, int]
 """An image or video: its row, and its number in the row."""
 
-VISION_PREFIXES = ("pixel_", "image_", "video_", "second_per_grid", "batch_num_images", "target_sizes")
+VISION_PREFIXES = (
+    "pixel_",
+    "image_",
+    "video_",
+    "second_per_grid",
+    "batch_num_images",
+    "target_sizes",
+    "spatial_shapes",
+)
 """What the names of the entries begin with that describe images and videos."""
 
 

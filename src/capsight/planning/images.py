@@ -16,18 +16,20 @@ from capsight.planning.vision import Grid, check_planned, merge_side, pixtral
 ImageGrids = tuple[Grid, ...]
 """One image: the token grids (height, width) of its blocks; more than one where it is cut into tiles."""
 
-_TILED_BY_PROCESSOR = ("internvl", "smolvlm", "idefics3")
-_GEMMA4 = ("gemma4", "gemma4_unified")
-_LLAVA = ("llava", "vipllava", "llava_next")
+_TILED_BY_PROCESSOR = ("internvl", "qianfan_ocr", "smolvlm", "idefics3", "cohere2_vision", "ovis2")
+_ANY_NUMBER = ("gemma4", "gemma4_unified", "lfm2_vl", "video_llama_3")
+_BARE = ("exaone4_5", "lighton_ocr", "video_llama_3")
+_LLAVA = ("llava", "vipllava", "llava_next", "deepseek_vl")
 
 
 def grids_of_size(config: Any, width: int, height: int, alone: bool = False) -> ImageGrids:
     """The blocks of an image of `width` x `height` pixels.
 
-    Qwen-VL, GLM, PaddleOCR-VL, Pixtral: each side is rounded to a multiple of patch x merge (Pixtral:
-    up, and a break is added to each row); the processor's own limits on the number of pixels are not in
-    the config, so give a size within them. Gemma 3, LLaVA: a fixed number of tokens. LLaVA-OneVision: a
-    fixed number where the prompt has several images. LLaVA-NeXT: the picture, then in tiles.
+    Qwen-VL, GLM, PaddleOCR-VL, EXAONE, LightOnOCR, Pixtral: each side is rounded to a multiple of patch x
+    merge (the last two: up; Pixtral: a break is added to each row); the processor's own limits on the
+    number of pixels are not in the config, so give a size within them. Gemma 3, LLaVA, DeepSeek-VL: a fixed
+    number of tokens. LLaVA-OneVision: a fixed number where the prompt has several images. LLaVA-NeXT: the
+    picture, then in tiles.
 
     Args:
         config: of the whole vision-language model.
@@ -45,13 +47,13 @@ def grids_of_size(config: Any, width: int, height: int, alone: bool = False) -> 
     vision, kind = config.vision_config, config.model_type
     if merge := merge_side(config):
         step = vision.patch_size * merge
-        if pixtral(config):
-            return ((math.ceil(height / step), math.ceil(width / step) + 1),)
+        if vision.model_type == "pixtral":
+            return ((math.ceil(height / step), math.ceil(width / step) + pixtral(config)),)
         return ((max(round(height / step), 1), max(round(width / step), 1)),)
     if kind == "llava_next":
         rows, columns = unpadded((height, width), vision.image_size // vision.patch_size, config)
         return squarest(tile_tokens(config)), (rows, columns + 1)
-    if kind in _GEMMA4:
+    if kind in _ANY_NUMBER:
         raise OptionError(
             f"how many tokens {kind} gives a {width}x{height} image is in its processor, not in its config; "
             "give --image-tokens instead"
@@ -77,7 +79,7 @@ def grids_of_tokens(config: Any, tokens: int) -> ImageGrids:
     check_planned(config)
     if tokens < 1:
         raise OptionError(f"an image has at least one vision token, not {tokens}")
-    if merge_side(config) or config.model_type in _GEMMA4:
+    if merge_side(config) or config.model_type in _ANY_NUMBER:
         return (squarest(tokens),)
     tile = tile_tokens(config)
     if config.model_type in ("llava_onevision", "llava_next") and tokens > tile:
@@ -119,11 +121,17 @@ def tile_tokens(config: Any) -> int:
     vision, kind = config.vision_config, config.model_type
     if kind == "gemma3":
         return int(config.mm_tokens_per_image)
-    if kind == "internvl":
+    if kind in ("internvl", "qianfan_ocr"):
         return int(config.image_seq_length)
     if kind in _LLAVA:
         return base_tokens(config)
-    scale = config.scale_factor if kind in ("smolvlm", "idefics3") else 1
+    scales = {
+        "smolvlm": "scale_factor",
+        "idefics3": "scale_factor",
+        "cohere2_vision": "downsample_factor",
+        "ovis2": "hidden_stride",
+    }
+    scale = getattr(vision if kind == "ovis2" else config, scales[kind]) if kind in scales else 1
     return int(vision.image_size // vision.patch_size // scale) ** 2
 
 
@@ -136,11 +144,15 @@ def squarest(tokens: int) -> Grid:
 def _delimiters(kind: str, index: int, tiles: int) -> tuple[int, int]:
     """Delimiter tokens that processors write before and after tile `index` of an image of `tiles` tiles."""
     first, last = index == 0, index == tiles - 1
-    if kind in _LLAVA:
+    if kind in (*_LLAVA, *_BARE):
         return 0, 0
+    if kind == "cohere2_vision":
+        return int(first), 1 + last
+    if kind == "ovis2":
+        return int(first), 1 + (tiles == 1)
     if kind == "llava_onevision":
         return 0, int(last and tiles == 1)
-    if kind == "internvl":
+    if kind in ("internvl", "qianfan_ocr"):
         return int(first), int(last)
     if kind in ("smolvlm", "idefics3"):
         return 2, int(last)

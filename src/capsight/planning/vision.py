@@ -10,7 +10,8 @@ from capsight.layout.families import family_for
 
 _OTHERS = (
     *("gemma3", "gemma4", "gemma4_unified", "internvl", "smolvlm", "idefics3"),
-    *("llava", "vipllava", "llava_next", "llava_onevision"),
+    *("llava", "vipllava", "llava_next", "llava_onevision", "deepseek_vl", "qianfan_ocr"),
+    *("lfm2_vl", "cohere2_vision", "ovis2", "video_llama_3"),
 )
 
 Grid = tuple[int, int]
@@ -57,13 +58,17 @@ class VisionShape:
             merged = (vision.image_size // vision.patch_size) ** 2 // config.mm_tokens_per_image
         elif kind == "gemma4":
             merged = vision.pooling_kernel_size**2
-        elif kind == "internvl":
+        elif kind in ("lfm2_vl", "cohere2_vision"):
+            merged = config.downsample_factor**2
+        elif kind == "ovis2":
+            merged = vision.hidden_stride**2
+        elif kind in ("internvl", "qianfan_ocr"):
             merged, class_tokens = round(1 / config.downsample_ratio**2), 1
         elif kind in ("smolvlm", "idefics3"):
             merged = config.scale_factor**2
         else:
             merged, class_tokens = 1, int(vision.model_type == "clip_vision_model")
-        if kind == "qwen2_5_vl":
+        if kind in ("qwen2_5_vl", "exaone4_5"):
             window_layers = depth - len(vision.fullatt_block_indexes)
             window = vision.window_size // vision.patch_size // vision.spatial_merge_size
         # Gemma 4 Unified has no tower, only linear layers over patches.
@@ -118,14 +123,14 @@ def check_planned(config: Any) -> None:
 
 def merge_side(config: Any) -> int:
     """Patches along a token, of families whose images have as many tokens as their size gives; else 0."""
-    if pixtral(config):
+    if config.vision_config.model_type == "pixtral":
         return int(getattr(config, "spatial_merge_size", 1))
     return int(getattr(config.vision_config, "spatial_merge_size", 0))
 
 
 def pixtral(config: Any) -> bool:
     """Whether images are written as rows of tokens with a break after each, the last column of a grid."""
-    return bool(config.vision_config.model_type == "pixtral")
+    return bool(config.vision_config.model_type == "pixtral" and config.model_type != "lighton_ocr")
 
 
 def _windows(length: int, side: int) -> list[int]:

@@ -8,16 +8,21 @@ from typing import Any
 
 from capsight.errors import UnsupportedModelError
 from capsight.layout.families.base import Family
+from capsight.layout.families.cohere2_vision import Cohere2Vision
+from capsight.layout.families.counted import Counted
 from capsight.layout.families.gemma3 import Gemma3
 from capsight.layout.families.gemma4 import Gemma4
 from capsight.layout.families.glm4v import Glm4V
 from capsight.layout.families.internvl import InternVL
+from capsight.layout.families.lfm2_vl import LFM2VL
 from capsight.layout.families.lfm3_vl import LFM3VL
 from capsight.layout.families.llava import Llava
 from capsight.layout.families.llava_next import LlavaNext
 from capsight.layout.families.llava_onevision import LlavaOnevision
 from capsight.layout.families.minicpmv import MiniCPMV46
+from capsight.layout.families.minicpmv4_7 import MiniCPMV47
 from capsight.layout.families.mistral3 import Mistral3
+from capsight.layout.families.ovis2 import Ovis2
 from capsight.layout.families.paddleocr_vl import PaddleOCRVL
 from capsight.layout.families.qwen2_5_vl import Qwen25VL
 from capsight.layout.families.qwen2_vl import Qwen2VL
@@ -40,6 +45,11 @@ _ADAPTERS: tuple[Family, ...] = (
     LlavaNext(),
     LFM3VL(),
     MiniCPMV46(),
+    MiniCPMV47(),
+    LFM2VL(),
+    Cohere2Vision(),
+    Ovis2(),
+    Counted(),
 )
 _BY_MODEL_TYPE: dict[str, Family] = {name: family for family in _ADAPTERS for name in family.model_types}
 
@@ -50,12 +60,13 @@ _LATENT = "its attention is latent (MLA): the cache holds one latent a token ins
 _INDEXED = "an indexer keeps keys of its own beside the cache, and they would point at tokens that are gone"
 _CROSS = "its images are read by cross-attention, so the cache of its language model holds no vision tokens"
 _PREFIX = "all its image tokens see each other, across images, and BlindSight's masks know no such rule"
+_STATES = "its layers hold states, or keys and values, in a way that caches of capsules do not know"
 _REFUSED = {
+    **dict.fromkeys(("nemotron_h_omni", "inkling_mm_model", "inkling2", "unlimited_ocr"), _STATES),
     **dict.fromkeys(("kimi_k25", "mistral_large4", "deepseek_vl_v2", "kimi_vl"), _LATENT),
     **dict.fromkeys(("qwen4_exp", "glm5_next", "minimax_m3_vl"), _INDEXED),
     **dict.fromkeys(("mllama", "idefics", "florence2", "blip", "blip-2", "instructblip"), _CROSS),
     **dict.fromkeys(("paligemma", "molmo2"), _PREFIX),
-    "minicpmv4_7": "its positions are laid out on a canvas of slices, which no adapter here works out yet",
     "gemma3n": "its last layers reuse the keys and values of earlier ones",
 }
 

@@ -1,4 +1,4 @@
-"""InternVL: `<img>` all tiles of an image, one after the other, then its thumbnail, `</img>`.
+"""InternVL, Qianfan-OCR: `<img>` all tiles of an image, one after the other, then its thumbnail, `</img>`.
 
 The config does not hold the ids of the two delimiters, so they are read off the prompt: one and the
 same pair stands directly around every image and nowhere else. Where `config.start_image_token_id`
@@ -26,7 +26,7 @@ from capsight.layout.row_layout import Span, VisionBlock
 class InternVL(PlainRope):
     """Adapter for InternVL: one square block per tile; the tiles of an image touch."""
 
-    model_types: tuple[str, ...] = ("internvl",)
+    model_types: tuple[str, ...] = ("internvl", "qianfan_ocr")
 
     def blocks(
         self, rows: Sequence[TokenRow], inputs: Mapping[str, Any], config: Any

@@ -16,9 +16,9 @@ from capsight.layout.row_layout import VisionBlock
 
 
 class Llava(PlainRope):
-    """Adapter for LLaVA and VipLLaVA: one block per picture."""
+    """Adapter for LLaVA, VipLLaVA and DeepSeek-VL: one block per picture."""
 
-    model_types: tuple[str, ...] = ("llava", "vipllava")
+    model_types: tuple[str, ...] = ("llava", "vipllava", "deepseek_vl")
 
     def blocks(
         self, rows: Sequence[TokenRow], inputs: Mapping[str, Any], config: Any
@@ -48,5 +48,6 @@ def base_tokens(config: Any) -> int:
     """
     vision = config.vision_config
     features = (vision.image_size // vision.patch_size) ** 2 + (vision.model_type == "clip_vision_model")
-    strategy = getattr(config, "vision_feature_select_strategy", "default")
+    otherwise = "full" if config.model_type == "deepseek_vl" else "default"
+    strategy = getattr(config, "vision_feature_select_strategy", otherwise)
     return int(features) - (strategy == "default")
