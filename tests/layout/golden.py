@@ -181,8 +181,8 @@ VIDEOS: dict[str, str] = {
  | video1 116:132 1x4x4 at 115 132-133""",
     ),
     "exaone4_5": """\
-87 pad 34 | video0 40:72 2x4x4
-87 pad 0 | video0 6:38 2x4x4 | video1 38:70 2x4x4""",
+85 pad 33 | video0 39:71 2x4x4
+85 pad 0 | video0 6:38 2x4x4 | video1 38:70 2x4x4""",
     "llava_onevision": """\
 151 pad 66 | video0 72:136 4x4x4 at 136
 151 pad 0 | video0 6:70 4x4x4 at 70 | video1 71:135 4x4x4 at 135""",

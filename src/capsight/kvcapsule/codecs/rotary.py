@@ -78,8 +78,9 @@ def find_rotary(model: Any, layers: Sequence[int]) -> Rotary:
     """How the full-attention `layers` of a model turn keys.
 
     One token is run on its own at several positions: it attends to nothing but itself, so its keys differ
-    by their rotation alone. Frequencies are those of the model's rotary module; which channels form a pair
-    and which axis turns it is what explains the keys.
+    by their rotation alone, and not at all where full-attention layers have none (NoPE). Frequencies are
+    those of the model's rotary module; which channels form a pair and which axis turns it is what explains
+    the keys.
 
     Raises:
         CalibrationError: nothing that is known explains them, or layers differ.
@@ -91,8 +92,11 @@ def find_rotary(model: Any, layers: Sequence[int]) -> Rotary:
         raise CalibrationError(
             "calibration keys hold NaN or infinite values; run the model in float32 or bfloat16"
         )
-    frequencies, scaling = _frequencies(decoder)
     keys = found.double().cpu()  # [L, positions, H, D]
+    if float((keys - keys[:, :1]).norm()) <= 1e-6 * float(keys.norm()):
+        still = torch.zeros(keys.shape[-1] // 2)
+        return Rotary(still.double(), still.long(), False, 1.0)
+    frequencies, scaling = _frequencies(decoder)
     for interleaved in (False, True) if 2 * len(frequencies) <= keys.shape[-1] else ():
         axes = _axes(keys, len(frequencies), interleaved)
         rotary = Rotary(frequencies, axes, interleaved, scaling)

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from capsight.errors import LayoutError
 from capsight.layout.families.base import Supply, TokenRow, check_length
 from capsight.layout.families.rope import PlainRope
-from capsight.layout.row_layout import Grid, VisionBlock
+from capsight.layout.row_layout import Grid, Kind, RowLayout, VisionBlock
 
 
 class Counted(PlainRope):
@@ -39,13 +42,19 @@ class Counted(PlainRope):
                     stop = start + grid[0] * grid[1] * grid[2]
                     if stop > end:
                         check_length(row, (start, end), stop - start, f"{supply.key} (merged grid {grid})")
-                    kind = "image" if is_image else "video"
+                    kind: Kind = "image" if is_image else "video"
                     blocks.append(VisionBlock(start, stop, kind, grid, len(blocks)))
                     start = stop
             found.append(blocks)
         images.finish()
         videos.finish()
         return found
+
+    def row_positions(self, row: RowLayout, config: Any) -> NDArray[np.int64]:
+        """See `Family.row_positions`. EXAONE 4.5 numbers padding, too."""
+        if config.model_type == "exaone4_5":
+            return np.tile(np.arange(row.length), (3, 1))
+        return super().row_positions(row, config)
 
 
 def _merges(inputs: Mapping[str, Any], config: Any) -> list[int]:
