@@ -94,7 +94,9 @@ def build_qianfan() -> TinyVLM:
     tokenizer = _tokenizer()
     images = GotOcr2ImageProcessorPil(size={"height": TILE, "width": TILE}, max_patches=2)
     processor = offline(QianfanOCRProcessor)(images, tokenizer, PER_TILE, image_placeholder_token="<image>")
-    config = QianfanOCRConfig(**_parts(tokenizer, "qwen3"))
+    parts = _parts(tokenizer, "qwen3")
+    parts["text_config"]["head_dim"] = 16
+    config = QianfanOCRConfig(**parts)
     return TinyVLM(
         name="qianfan_ocr",
         model=seeded(QianfanOCRForConditionalGeneration, config),
