@@ -14,7 +14,7 @@ from capsight.kvcapsule.codecs.learnt import LearntCodec
 from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.plan import Run
 from capsight.layout import PromptLayout, RowLayout, VisionBlock
-from tiny import FAMILIES, TinyVLM
+from tiny import FAMILIES, KINDS, TinyVLM
 
 BLOCK = 16  # tokens in a block of the tiny models' capsules
 
@@ -98,7 +98,7 @@ def layouts(draw: st.DrawFn, max_rows: int = 3) -> PromptLayout:
     return PromptLayout(tuple(row(length, pad, *spans) for pad, spans, _ in rows))
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=KINDS)
 def vlm(request: pytest.FixtureRequest) -> TinyVLM:
     return FAMILIES[request.param]()
 

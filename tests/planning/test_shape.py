@@ -18,8 +18,8 @@ from tiny import FAMILIES, PLANNED, TinyVLM
 
 UNCOUNTED = ("glm4v_moe", "qwen3_5", "qwen3_5_moe", "gemma4", "lfm2_vl", "lfm3_vl", "video_llama_3")
 WHY_UNCOUNTED = (
-    "the counter knows no grouped products (experts); delta nets are computed in chunks; VideoLLaMA 3 works out "
-    "the logits of all tokens, however many are asked for"
+    "the counter knows no grouped products (experts); delta nets are computed in chunks; VideoLLaMA 3 works "
+    "out the logits of all tokens, however many are asked for"
 )
 
 

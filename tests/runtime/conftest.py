@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from capsight import KVCapsule
-from tiny import FAMILIES
+from tiny import FAMILIES, KINDS
 from tiny.base import TinyVLM
 
 
@@ -17,7 +17,7 @@ def fitted(name: str, retained: float, codec: str = "heads") -> KVCapsule:
     return KVCapsule.fit(vlm.model, None, samples, retained=retained, codec=codec, progress=False)
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=KINDS)
 def vlm(request: pytest.FixtureRequest) -> TinyVLM:
     return FAMILIES[request.param]()
 

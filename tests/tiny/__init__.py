@@ -61,8 +61,11 @@ _BUILD: dict[str, Callable[[], TinyVLM]] = {
     **{name: partial(llava.build, name) for name in llava.CLASSES},
 }
 FAMILIES: dict[str, Callable[[], TinyVLM]] = {name: cache(build) for name, build in _BUILD.items()}
+LIKE_LLAVA = ("lighton_ocr", "video_llama_3", "ovis2", "deepseek_vl", "qianfan_ocr")
+KINDS = [name for name in FAMILIES if name not in LIKE_LLAVA]
+"""Families without those that cache and number tokens as LLaVA does; layouts, plans and the kit take all."""
 UNPLANNED = ("minicpmv4_6", "minicpmv4_7")
 PLANNED = [name for name in FAMILIES if name not in UNPLANNED]
 """Families that `capsight plan` knows."""
 
-__all__ = ["FAMILIES", "PLANNED", "TinyVLM", "clip", "picture"]
+__all__ = ["FAMILIES", "KINDS", "PLANNED", "TinyVLM", "clip", "picture"]
