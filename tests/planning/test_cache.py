@@ -54,8 +54,9 @@ def test_full_cache(vlm):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_states(dtype):
-    vlm = FAMILIES["qwen3_5"]()
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
+def test_states(name, dtype):
+    vlm = FAMILIES[name]()
     model = copy.deepcopy(vlm.model).to(dtype)
     cache = fill(model, DynamicCache(config=vlm.config), prompt(vlm))
     real = sum(stock_nbytes(layer) for layer in cache.layers) - stored(cache)
