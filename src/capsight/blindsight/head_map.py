@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, Unpack
 
 from capsight.blindsight import head_map_file
 from capsight.blindsight.categories import SPARSE, Category, MaskOptions
 from capsight.errors import ModelMismatchError, OptionError
 from capsight.files import checked
+from capsight.hub import HubOptions, push
 from capsight.model_fingerprint import same_model
 
 Categories = tuple[Category, ...]
@@ -198,17 +200,22 @@ class HeadMap:
         return head_map_file.write(asdict(self), Path(folder))
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str]) -> HeadMap:
+    def from_pretrained(cls, source: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> HeadMap:
         """Read what `save_pretrained` wrote.
 
         Args:
             source: the folder, the file itself, "reference" (the shipped one), or a hub repository id.
+            **hub: `revision`, `token`, `cache_dir`, `local_files_only`, `subfolder`: see `HubOptions`.
 
         Raises:
             CapsuleFileError: it is not there, was changed since it was written, or is no head map.
         """
-        values, path = head_map_file.read(source)
+        values, path = head_map_file.read(source, hub)
         return checked(cls, json.dumps(values), path, "save or download the head map again")
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Save to a repository of the Hugging Face hub; see `KVCapsule.push_to_hub`."""
+        return push(self.save_pretrained, repo_id, "a head map", options)
 
     def _mapped(self, change: Callable[[int, int, Category], Category]) -> HeadMap:
         layers = (

@@ -8,11 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from capsight.errors import CapsuleFileError
 from capsight.files import read_header, write_header
+from capsight.hub import HubOptions, folder_of
 
 FILE_NAME = "head_map.json"
 FORMAT, FORMAT_VERSION = "capsight-head-map", 2
@@ -29,23 +27,16 @@ def write(values: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
-def read(source: str | os.PathLike[str]) -> tuple[dict[str, Any], Path]:
+def read(source: str | os.PathLike[str], hub: HubOptions) -> tuple[dict[str, Any], Path]:
     """What `write` wrote, and the file; see `HeadMap.from_pretrained`."""
-    path = _locate(source)
+    path = _locate(source, hub)
     return read_header(path, FORMAT, FORMAT_VERSION, "head map"), path
 
 
-def _locate(source: str | os.PathLike[str]) -> Path:
+def _locate(source: str | os.PathLike[str], hub: HubOptions) -> Path:
     if source == "reference":
         return Path(str(files("capsight").joinpath("reference", "weights", "head_map", FILE_NAME)))
     path = Path(source)
-    if path.is_dir():
-        return path / FILE_NAME
-    if path.exists() or path.suffix == ".json" or not isinstance(source, str):
+    if path.is_file() or path.suffix == ".json":
         return path
-    try:
-        return Path(hf_hub_download(source, FILE_NAME))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CapsuleFileError(
-            f"there is no head map at {source!r}, and the hub does not give it: {error}"
-        ) from error
+    return folder_of(source, (FILE_NAME,), "head map at", hub) / FILE_NAME

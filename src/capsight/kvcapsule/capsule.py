@@ -17,12 +17,12 @@ from capsight.kvcapsule.cache.conversation import Conversation
 from capsight.kvcapsule.calibration.fit import kept_tokens
 from capsight.kvcapsule.calibration.fit_capsule import fit_capsule
 from capsight.kvcapsule.calibration.processes import Processes
-from capsight.kvcapsule.capsule_file import make_codec, read_capsule, write_capsule
+from capsight.kvcapsule.capsule_file import make_codec
 from capsight.kvcapsule.codecs import JointCodec, LayerCodec, QuantisedCodec
 from capsight.kvcapsule.codecs.adaptive import Weights
 from capsight.kvcapsule.codecs.quantise import check_bits
-from capsight.kvcapsule.info import CapsuleInfo
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
+from capsight.kvcapsule.pretrained import PretrainedCapsule
 from capsight.layout import PromptLayout, build_layout
 from capsight.model_fingerprint import model_fingerprint, same_model
 
@@ -30,17 +30,13 @@ ALIKE = ("heads", "adaptive", "evict")
 """Codecs that learn the same."""
 
 
-class KVCapsule:
+class KVCapsule(PretrainedCapsule):
     """Codecs for all full-attention layers of one model; after KVCapsule (arXiv 2605.16439), codecs our own.
 
     Attributes:
         codecs: codec of each layer, by layer index.
         info: sizes, options, and the model it belongs to.
     """
-
-    def __init__(self, codecs: Mapping[int, LayerCodec], info: CapsuleInfo) -> None:
-        """Join codecs and what is known of them; use `fit` or `from_pretrained` to get a capsule."""
-        self.codecs, self.info = dict(codecs), info
 
     @classmethod
     def fit(
@@ -93,26 +89,6 @@ class KVCapsule:
             share = share_to_keep(retained, compression_ratio, default_retained(codec))
             arguments = (share, codec, block_size, progress, budget, resume, options, processes)
             return cls(*fit_capsule(model, processor, samples, *arguments))
-
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the capsule to a folder (safetensors + JSON), atomically.
-
-        Raises:
-            CapsuleFileError: the folder cannot be written.
-        """
-        write_capsule(folder, self.codecs, self.info)
-
-    @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str]) -> Self:
-        """Load a capsule.
-
-        Args:
-            source: "reference" for the one shipped with capsight, a folder, or a hub repository id.
-
-        Raises:
-            CapsuleFileError: it is missing, truncated, changed, or of a format this capsight does not read.
-        """
-        return cls(*read_capsule(source))
 
     def cache(
         self, inputs: Mapping[str, Any] | PromptLayout, config: PreTrainedConfig | None = None
@@ -251,6 +227,12 @@ class KVCapsule:
             if self.info.share is not None:
                 raise OptionError("joint latents choose their bits by what is retained; use with_retained")
         return type(self)(self.codecs, replace(self.info, bits=bits))
+
+    def __repr__(self) -> str:
+        """Codec, what is retained, and the model's type."""
+        kind = self.info.model_config.get("model_type")
+        size = f"{self.retained:.3g} retained, {len(self.codecs)} layers"
+        return f"{type(self).__name__}({self.name}, {kind}, {size})"
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from capsight.errors import CapsuleFileError, OptionError
+from capsight.hub import HubOptions
 from capsight.kvcapsule.codecs import ALL_CODECS, JointCodec, LayerCodec
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
 from capsight.kvcapsule.store import locate, read_folder, write_folder
@@ -33,16 +34,19 @@ def write_capsule(
     write_folder(Path(folder), KIND, info.to_header() | {"constants": constants}, tensors)
 
 
-def read_capsule(source: str | os.PathLike[str]) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
+def read_capsule(
+    source: str | os.PathLike[str], hub: HubOptions | None = None
+) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
     """Codecs by layer index, and what is known of them.
 
     Args:
         source: "reference" for the one shipped with capsight, a folder, or a hub repository id.
+        hub: where on the hub.
 
     Raises:
         CapsuleFileError: it is missing, truncated, changed, or of a format this capsight does not read.
     """
-    folder = locate(source)
+    folder = locate(source, hub or {})
     header, tensors = read_folder(folder, KIND)
     info = CapsuleInfo.from_header(header)
     if info.codec not in ALL_CODECS:

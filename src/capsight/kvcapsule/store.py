@@ -12,13 +12,12 @@ from typing import Any
 
 import safetensors
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from capsight.errors import CapsuleFileError
 from capsight.files import only_writer, read_bytes, read_header, replace_file, write_header
+from capsight.hub import HubOptions, folder_of
 
 HEADER_FILE = "capsule.json"
 FORMAT_VERSION = 4
@@ -82,7 +81,7 @@ def read_folder(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tens
     return header, tensors
 
 
-def locate(source: str | os.PathLike[str]) -> Path:
+def locate(source: str | os.PathLike[str], hub: HubOptions) -> Path:
     """The folder that `source` names: "reference", "reference-heads" (those shipped), a folder, or a hub id.
 
     Raises:
@@ -91,15 +90,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
     shipped = {"reference": "capsule", "reference-heads": "capsule-heads"}
     if source in shipped:
         return Path(str(files("capsight").joinpath("reference", "weights", shipped[str(source)])))
-    path = Path(source)
-    if path.exists() or not isinstance(source, str):
-        return path
-    try:
-        return Path(snapshot_download(source, allow_patterns=[HEADER_FILE, "capsule-*.safetensors"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CapsuleFileError(
-            f"there is no folder {source!r}, and the hub does not give it: {error}"
-        ) from error
+    return folder_of(source, (HEADER_FILE, "capsule-*.safetensors"), "folder", hub)
 
 
 def _consistent(folder: Path, kind: str) -> tuple[dict[str, Any], str, bytes]:

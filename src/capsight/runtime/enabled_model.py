@@ -51,7 +51,11 @@ class EnabledModel:
     def __repr__(self) -> str:
         """The model's class and dtype, and what it runs with."""
         capsule = "" if self.capsule is None else f", capsule={self.capsule!r}"
-        heads = "" if self.head_map is None else f", head_map={self.head_map.counts()}"
+        heads = (
+            ""
+            if self.head_map is None
+            else f", head_map={self.head_map.num_layers}x{self.head_map.num_heads}"
+        )
         held = "" if self.cache is None else f", cache of {self.cache.get_seq_length()} tokens"
         kind = type(inner_model(self.model)).__name__
         return f"{type(self).__name__}({kind}, {self.dtype}{capsule}{heads}, decode={self.decode!r}{held})"
