@@ -34,18 +34,24 @@ def items() -> Iterator[Item]:
             return
 
 
-@pytest.mark.parametrize("retained", [0.05, 0.02])
-def test_every_kind_is_answered(retained):
-    """All that the full cache answers, at the default and where bits are scarce: at most one slip."""
+@pytest.mark.parametrize(("retained", "apart"), [(0.05, 1e-4), (0.02, 6e-4)])
+def test_every_kind_is_answered(retained, apart):
+    """Nearly all is right, and first answer tokens are as likely as with the full cache.
+
+    Exact match alone does not see keys that are turned wrongly; the mean KL divergence does (3e-3).
+    """
     model, processor = capsight.load_reference_vlm()
     capsule = capsight.KVCapsule.from_pretrained("reference").with_retained(retained)
-    right, asked = Counter[str](), 0
-    with capsight.enable(model, capsule=capsule) as fast:
-        for item in items():
+    right, distances = Counter[str](), []
+    for item in items():
+        with capsight.enable(model) as fast:
+            full = ask_item(fast, processor, item, max_new_tokens=1).first_logits.log_softmax(-1)
+        with capsight.enable(model, capsule=capsule) as fast:
             answers = ask_item(fast, processor, item)
-            for text, ask in zip(answers.texts, item.asks, strict=True):
-                right[ask.task] += exact_match(text, ask.answer)
-                asked += 1
-            assert answers.nbytes < 0.2 * answers.nbytes_full
-    assert asked == OF_EACH * (len(TASKS) - len(NOT_LEARNT))
-    assert right.total() >= asked - 1
+        for text, ask in zip(answers.texts, item.asks, strict=True):
+            right[ask.task] += exact_match(text, ask.answer)
+        distances += (full.exp() * (full - answers.first_logits.log_softmax(-1))).sum(-1).tolist()
+        assert answers.nbytes < 0.2 * answers.nbytes_full
+    assert len(distances) == OF_EACH * (len(TASKS) - len(NOT_LEARNT))
+    assert right.total() >= len(distances) - 1
+    assert sum(distances) / len(distances) < apart
