@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from transformers import DynamicCache
 
+from capsight.baselines import METHODS
 from capsight.errors import (
     CalibrationError,
     CapsightError,
@@ -213,6 +214,12 @@ def test_a_compression_ratio_is_one_minus_retained(qwen):
     named = fitted(qwen, retained=None, compression_ratio=0.6)
     assert named.info == fitted(qwen, 0.4).info
     assert named.with_retained(compression_ratio=0.75).info == named.with_retained(0.25).info
+    for wrong in ({"retained": "0.4"}, {"retained": True}, {"compression_ratio": "0.6"}):
+        for refused in (named.with_retained, lambda w=wrong, **_: fitted(qwen, **({"retained": None} | w))):
+            with pytest.raises(OptionError, match="is a number"):
+                refused(**wrong)
+    with pytest.raises(OptionError, match="fraction in"):
+        METHODS["snapkv"]("0.4")
     for wrong in ({"retained": 0.4, "compression_ratio": 0.6}, {"compression_ratio": 1.0}, {}):
         with pytest.raises(OptionError, match="compression_ratio"):
             named.with_retained(**wrong)

@@ -271,3 +271,12 @@ def test_more_axes_where_the_usual_ones_lose_too_much(monkeypatch, spectrum):
     assert len(codecs[0].axes) == (32 if spectrum == "short" else 96)
     assert (float(codecs[0].typical) <= joint_fit.LOST) == (spectrum == "short")
     assert len(fit(64)[0].axes) == 64
+
+
+def test_what_images_usually_lose_is_not_measured_on_the_few_tokens_of_the_fit():
+    tokens = torch.randn(120, 256, generator=torch.Generator().manual_seed(0))
+    codec = joint_fit.solve_joint(tokens.mean(0), tokens.half(), (0, 1), (8, 8), ROTARY, 128)[0]
+    assert float(codec.typical) > 0.5  # of noise, 90 tokens hold no more than their share
+    many = torch.randn(2000, 256, generator=torch.Generator().manual_seed(0))
+    codec = joint_fit.solve_joint(many.mean(0), many.half(), (0, 1), (8, 8), ROTARY, 128)[0]
+    assert 0.2 < float(codec.typical) < 0.5

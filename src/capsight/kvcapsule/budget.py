@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import Any, Literal
 
 from capsight.errors import CapsuleFileError, OptionError
@@ -40,8 +41,12 @@ def share_to_keep(
     """The retained fraction, given as such or as `compression_ratio` = 1 - retained, the field's word.
 
     Raises:
-        OptionError: both are given, or neither and there is no default, or the ratio is not in [0, 1).
+        OptionError: both are given, or neither and there is no default, or one is no number or the ratio
+            not in [0, 1).
     """
+    for name, value in (("retained", retained), ("compression_ratio", compression_ratio)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+            raise OptionError(f"{name} is a number, not {value!r}")
     if retained is not None and compression_ratio is not None:
         raise OptionError("give retained or compression_ratio (which is 1 - retained), not both")
     if compression_ratio is not None:

@@ -21,6 +21,7 @@ from capsight.kvcapsule.calibration.processes import Processes
 from capsight.kvcapsule.calibration.samples import calibration_inputs
 from capsight.kvcapsule.calibration.statistics import Calibration, Moments
 from capsight.kvcapsule.codecs import ALL_CODECS, CODECS, AdaptiveCodec, LayerCodec
+from capsight.kvcapsule.codecs.levels import check_share
 from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.plan import CapsulePlan
 from capsight.layout import build_layout
@@ -204,8 +205,7 @@ def kept_tokens(retained: float, block_size: int) -> int:
     Raises:
         OptionError: `retained` is not in (0, 1].
     """
-    if not 0 < retained <= 1:
-        raise OptionError(f"retained is a fraction in (0, 1], not {retained}")
+    check_share(retained)
     return max(round(retained * block_size), 1)
 
 

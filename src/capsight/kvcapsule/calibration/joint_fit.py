@@ -29,6 +29,7 @@ VALUE_WEIGHT = 1.5
 """Weight of values against keys, both brought to unit size: 1 to 2 is alike on the development judges."""
 _ALIKE = 1e-3  # deviation, in sizes of a token, up to which tokens are alike: float16 rounds to half of that
 _EXACT = 4096  # numbers a token up to which the covariance is made; beyond, axes come from a randomised SVD
+_MANY = 4  # tokens for each axis, from which on what axes lose of them is what they lose of others, too
 _EXTRA = 64  # vectors more than asked for in the randomised SVD
 
 
@@ -174,10 +175,9 @@ def solve_joint(
         axes = axes[:, : _whole_groups(int((_lost(x @ axes, x) > LOST).sum()) + 1)]
         latents = x @ axes
     rows = (axes / scale[:, None]).bfloat16().T.unflatten(1, parts)  # [K, L, 2, H, D]
-    typical = (1 - latents.square().sum() / x.square().sum()).clamp_min(0)
     shared = {
         "lost": distortions(latents),
-        "typical": typical.view(1),
+        "typical": _typical(latents, x),
         "frequencies": rotary.frequencies,
         "pairs": rotary.axes,
         "turning": torch.tensor([float(rotary.interleaved), rotary.scaling, len(layers)]),
@@ -208,6 +208,18 @@ def _whole_groups(count: int) -> int:
 def _lost(latents: Tensor, x: Tensor) -> Tensor:
     """Share of the variance of x that is lost with the first 1, 2, ... coordinates."""
     return 1 - latents.square().sum(0).cumsum(0) / x.square().sum()
+
+
+def _typical(latents: Tensor, x: Tensor) -> Tensor:
+    """Share of their variance that images like those of calibration lose with all K coordinates: `[1]`.
+
+    Of few tokens axes hold nearly all, and of others far less: it is then measured on tokens left out.
+    """
+    rank = latents.shape[1]
+    if len(x) < _MANY * rank:
+        out = torch.arange(len(x)) % 4 == 0
+        x, latents = x[out], x[out] @ principal_axes(x[~out], rank)
+    return _lost(latents, x)[-1:].clamp_min(0)
 
 
 def principal_axes(x: Tensor, rank: int) -> Tensor:

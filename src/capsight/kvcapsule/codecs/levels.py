@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -52,10 +53,10 @@ def check_share(retained: float) -> None:
     """Refuse a share of the bytes that is none.
 
     Raises:
-        OptionError: `retained` is not in (0, 1].
+        OptionError: `retained` is no number in (0, 1].
     """
-    if not 0 < retained <= 1:
-        raise OptionError(f"retained is a fraction in (0, 1], not {retained}")
+    if isinstance(retained, bool) or not isinstance(retained, Real) or not 0 < retained <= 1:
+        raise OptionError(f"retained is a fraction in (0, 1], not {retained!r}")
 
 
 def pack(latents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
