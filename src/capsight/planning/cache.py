@@ -80,7 +80,7 @@ def _planned_joint(shape: ModelShape, retained: float, itemsize: int) -> KVCapsu
     numbers = sum(2 * layer.kv_heads * layer.head_dim for layer in layers.values())
     rank = -(-min(MOST_RANK, numbers) // GROUP) * GROUP
     variance = 0.9 ** torch.arange(rank // GROUP, dtype=torch.float64)  # falls, so that all bytes are of use
-    pairs = min((layer.head_dim for layer in layers.values()), default=0) // 2
+    pairs = int(min((layer.head_dim for layer in layers.values()), default=0) * shape.turned) // 2
     shared = {
         "lost": variance[:, None] * torch.tensor([1.0, 0.11, 9e-3, 3e-5], dtype=torch.float64),
         "typical": torch.zeros(1),

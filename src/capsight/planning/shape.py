@@ -69,6 +69,7 @@ class ModelShape:
             vocabulary; of a mixture of experts only the active ones.
         vocabulary: weights that give the logits of one token.
         vision: the vision tower and what leads from it to the language model.
+        turned: share of a head's channels that RoPE turns.
     """
 
     layers: tuple[LayerShape, ...]
@@ -76,6 +77,7 @@ class ModelShape:
     linear: int
     vocabulary: int
     vision: VisionShape
+    turned: float = 1.0
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
@@ -102,7 +104,15 @@ class ModelShape:
             linear=text,
             vocabulary=model.get_output_embeddings().weight.numel(),
             vision=VisionShape.of(config, pixels, patch, token),
+            turned=_turned(config.get_text_config(decoder=True)),
         )
+
+
+def _turned(text: Any) -> float:
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    whole = rope.get("rope_type") == "proportional"  # the others have a frequency of 0
+    return 1.0 if whole else float(rope.get("partial_rotary_factor") or 1.0)
 
 
 def _layers(config: Any) -> tuple[LayerShape, ...]:
