@@ -12,6 +12,7 @@ from capsight.blindsight.attention.work import Attend, Work, attend_all, check, 
 from capsight.blindsight.categories import Category, MaskOptions
 from capsight.blindsight.rule import CAUSAL, BaseRule
 from capsight.errors import OptionError
+from capsight.execution import own_precision
 from capsight.layout import PromptLayout
 
 Implementation = Literal["auto", "reference", "segments", "flex"]
@@ -59,9 +60,19 @@ def sparse_attention(
     chunk = chunk_of(layout, query.shape[2], key.shape[2], prefix)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     choose = _chooser(implementation)
-    return attend_all(
-        query, key, value, layout, categories, options or MaskOptions(), rule, chunk, scale, choose
-    )
+    with own_precision(query.device):
+        return attend_all(
+            query,
+            key.to(query.dtype),  # autocast gives values in another one
+            value.to(query.dtype),
+            layout,
+            categories,
+            options or MaskOptions(),
+            rule,
+            chunk,
+            scale,
+            choose,
+        )
 
 
 def _chooser(implementation: str) -> Callable[[Work, Tensor], Attend]:

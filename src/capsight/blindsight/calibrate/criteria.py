@@ -26,7 +26,7 @@ from capsight.blindsight.calibrate.mass import attention_mass, missing_mass
 from capsight.blindsight.calibrate.samples import Prompt
 from capsight.blindsight.categories import SPARSE, Category, MaskOptions
 from capsight.blindsight.head_map import HeadMap
-from capsight.errors import UnsupportedModelError
+from capsight.errors import CalibrationError, UnsupportedModelError
 from capsight.layout import RowLayout
 
 Criterion = Callable[[Any, Prompt, MaskOptions, int], Tensor]
@@ -120,6 +120,11 @@ def _output_weight(call: LayerCall) -> Tensor:
         raise UnsupportedModelError(
             f"{type(call.module).__name__} has no o_proj to weigh head outputs with; use criterion='mass' "
             "and tolerance=None"
+        )
+    if projection.weight.device.type == "meta":
+        raise CalibrationError(
+            "the weights of this model are offloaded while heads are judged; use criterion='distribution' or "
+            "'mass'"
         )
     weight: Tensor = projection.weight.detach().float()
     return weight

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capsight.execution import inputs_device
 from capsight.layout import PromptLayout, build_layout
 from capsight.processors.samples import sample_inputs
 
@@ -76,4 +77,5 @@ class Digest:
 def _ready(model: Any, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+    device = inputs_device(model)
+    return value.to(device, model.dtype) if value.is_floating_point() else value.to(device)

@@ -69,6 +69,7 @@ class CapsuleCache(LayeredCache):
         if key_states.shape[2] > 1:
             total = key_states.sum(dtype=torch.float32) + value_states.sum(dtype=torch.float32)
             self._finite.append((layer_idx, total))
+        value_states = value_states.to(key_states.dtype)  # autocast turns keys into float32
         self._open = layer_idx < self._last
         self._reader.check_read()
         if not isinstance(layer, CapsuleLayer):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capsight.execution import own_precision
 from capsight.kvcapsule.codecs import BlockCodec, Payload, TokenPositions
 from capsight.kvcapsule.plan import Run
 
@@ -39,6 +40,7 @@ class EncodeQueue:
         self._waiting: list[Waiting] = []
         self._held: Any = None  # what their codecs have gathered
         self._runs: tuple[Run, ...] = ()
+        self._device = torch.device("cpu")
 
     def add(
         self,
@@ -53,7 +55,9 @@ class EncodeQueue:
             self.flush()
         self._runs = tuple(runs)
         waiting = Waiting(codec)
-        self._held = codec.gather(self._held, keys, values, positions)
+        self._device = keys.device
+        with own_precision(self._device):
+            self._held = codec.gather(self._held, keys, values, positions)
         self._waiting.append(waiting)
         if len(self._waiting) >= codec.layers_together:
             self.flush()
@@ -73,8 +77,9 @@ class EncodeQueue:
         held, self._held = self._held, None
         if not waiting:
             return
-        codecs = [self._take_ready(each.codec) for each in waiting]
-        payloads = type(codecs[0]).encode_gathered(codecs, held, self._runs)
+        with own_precision(self._device):
+            codecs = [self._take_ready(each.codec) for each in waiting]
+            payloads = type(codecs[0]).encode_gathered(codecs, held, self._runs)
         for each, payload in zip(waiting, payloads, strict=True):
             each.payload = payload
 

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from capsight.attention_swap import unserved
 from capsight.cache_argument import CACHE
 from capsight.errors import CalibrationError, OptionError
+from capsight.execution import inputs_device
 from capsight.kvcapsule.budget import DEFAULT_BUDGET, Budget, LayerNeeds, check_budget, measured_counts
 from capsight.kvcapsule.calibration.block_sample import relative_error
 from capsight.kvcapsule.calibration.fit_journal import FitJournal
@@ -114,8 +115,8 @@ def prefilled_blocks(
 @torch.no_grad()
 def prefilled(model: Any, inputs: Mapping[str, Any]) -> dict[int, tuple[Tensor, Tensor]]:
     """Keys after RoPE and values `[B, H, S, D]` of a prompt, by full-attention layer."""
-    cache = DynamicCache(config=model.config)
-    on_device = {k: v.to(model.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    cache, device = DynamicCache(config=model.config), inputs_device(model)
+    on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
     # generate, not forward: it derives the positions of padded rows as later calls will.
     with unserved():
         model.generate(**on_device, **{CACHE: cache}, max_new_tokens=1, do_sample=False, num_beams=1)

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from capsight.cache_argument import CACHE
 from capsight.errors import CalibrationError
+from capsight.execution import inputs_device
 from capsight.layout.families import family_for
 
 _REACH = 900
@@ -138,10 +139,12 @@ def _frequencies(decoder: Any) -> tuple[Tensor, float]:
 def _keys_at(model: Any, decoder: Any, layers: Sequence[int], positions: Tensor) -> Tensor:
     """Keys of one token alone at each of `positions` `[3, n]`: `[L, n, H, D]`."""
     text = model.config.get_text_config(decoder=True)
-    ids = torch.full((positions.shape[1], 1), text.vocab_size // 2, device=model.device)  # any of text
+    ids = torch.full(
+        (positions.shape[1], 1), text.vocab_size // 2, device=inputs_device(model)
+    )  # any of text
     places = positions[..., None] if family_for(model.config).position_rows > 1 else positions[0, :, None]
     cache = DynamicCache(config=model.config)
-    decoder(input_ids=ids, position_ids=places.to(model.device), **{CACHE: cache}, use_cache=True)
+    decoder(input_ids=ids, position_ids=places.to(ids.device), **{CACHE: cache}, use_cache=True)
     held: list[Any] = cache.layers
     return torch.stack([held[layer].keys[:, :, 0].cpu() for layer in layers])
 
