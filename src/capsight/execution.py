@@ -9,7 +9,7 @@ import torch
 
 
 def inputs_device(model: Any) -> torch.device:
-    """The device that takes a model's inputs: its own, or where accelerate runs weights that lie elsewhere."""
+    """The device that takes a model's inputs: its own, or where accelerate runs offloaded weights."""
     device: torch.device = model.device
     if device.type != "meta":
         return device
