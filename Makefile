@@ -41,7 +41,7 @@ demo: setup  ## answer questions about six images, full cache against capsules
 	$(BIN)/capsight demo --png out/demo.png --json out/demo.json
 
 test: setup  ## run the tests, one process per core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: setup  ## check style and types
 	$(BIN)/ruff check .

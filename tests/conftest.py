@@ -1,9 +1,20 @@
-"""Which examples hypothesis tries: the same ones in every run, or new ones where asked for."""
+"""Which examples hypothesis tries, and how many threads tests have."""
 
 import os
+from collections.abc import Iterator
 
+import pytest
+import torch
 from hypothesis import settings
 
-settings.register_profile("repeatable", derandomize=True)
-settings.register_profile("search", print_blob=True)
+settings.register_profile("repeatable", derandomize=True)  # the same examples in every run
+settings.register_profile("search", print_blob=True)  # new ones
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """A test that sets the number of threads sets it for itself: more of them fight with another process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -18,7 +18,7 @@ try() { # name requirement...
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" --editable ".[quanto]" \
         pytest pytest-xdist hypothesis
     echo "== $name: $("$venv/bin/python" -m pip freeze | grep -E '^(torch|transformers)==' | paste -sd' ')"
-    OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -n auto --dist loadfile || failed+=("$name")
+    OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -n auto --dist worksteal || failed+=("$name")
 }
 
 try oldest "${oldest[@]}"

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import huggingface_hub
 import pytest
 
-from capsight.blindsight import CalibrationRecord, Category, HeadMap, MaskOptions, head_map_file
+from capsight.blindsight import CalibrationRecord, Category, HeadMap, MaskOptions
 from capsight.blindsight.head_map import union
 from capsight.errors import CapsuleFileError, ModelMismatchError, OptionError
 from capsight.files import CHECKSUM, write_header
@@ -175,7 +176,7 @@ def test_a_hub_id_that_does_not_exist(monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("offline")
 
-    monkeypatch.setattr(head_map_file, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(CapsuleFileError, match="offline"):
         HeadMap.from_pretrained("someone/a-head-map")
 

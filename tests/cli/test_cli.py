@@ -116,7 +116,8 @@ def test_eval_by_task_with_a_head_map_goes_on_where_it_was(monkeypatch, capsys, 
     HeadMap(((Category.SINK,) * 8,) * 8).save_pretrained(tmp_path / "map")
     asked = (
         "eval", "--method", "evict", "--method", "uniform", "--retained", 0.25, "--images", "2",
-        "--head-map", tmp_path / "map", "--tasks", "find,compare", "--max-new-tokens", 4,
+        "--capsule", "reference-heads", "--head-map", tmp_path / "map",
+        "--tasks", "find,compare", "--max-new-tokens", 4,
     )  # fmt: skip
     out = ("--json", tmp_path / "e.json")
     code, text, _ = run(monkeypatch, capsys, *asked, "--samples", 4, *out)
@@ -135,7 +136,8 @@ def test_eval_by_task_with_a_head_map_goes_on_where_it_was(monkeypatch, capsys, 
 def test_bench(monkeypatch, capsys, tmp_path):
     code, out, _ = run(
         monkeypatch, capsys, "bench", "--batch", "1,2", "--images", "1", "--new-tokens", 3, "--runs", 1,
-        "--retained", 0.25, "--threads", 1, "--kv-budget", "64MB", "--calibrate", 2,
+        "--capsule", "reference-heads", "--retained", 0.25, "--threads", 1,
+        "--kv-budget", "64MB", "--calibrate", 2,
         "--method", "heads", "--method", "adaptive", "--method", "adaptive-int4", "--method", "uniform",
         "--decode", "materialise", "--decode", "latent",
         "--json", tmp_path / "b.json",

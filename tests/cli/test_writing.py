@@ -160,7 +160,7 @@ def test_names_with_markup_are_printed_as_they_are(monkeypatch, capsys, tmp_path
     assert NASTY in said
     data = questions(pictures, task="[/x] task", answer="[/x]")
     code, said, _ = run(
-        monkeypatch, capsys, "eval", "--data", data, "--capsule", out, "--method", "heads", *short
+        monkeypatch, capsys, "eval", "--data", data, "--capsule", out, "--method", "joint", *short
     )
     assert code == 0
     assert "[/x] task" in said

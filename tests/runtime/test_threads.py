@@ -19,7 +19,7 @@ from tiny import FAMILIES
 from .conftest import fitted
 from .test_enable import assert_same, greedy
 
-codecs = pytest.mark.parametrize("codec", ["joint", "heads", "adaptive"])
+codecs = pytest.mark.parametrize("codec", ["joint", "heads"])
 
 
 def prompt(vlm, seed):

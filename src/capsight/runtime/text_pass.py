@@ -28,8 +28,11 @@ from capsight.runtime.switch import capsight_attention_on
 def can_read_text(config: Any) -> bool:
     """Whether text can be read without the images' pixels: all layers have full attention.
 
-    Layers with states or sliding windows hold more of the images than latents do.
+    Layers with states or sliding windows hold more of the images than latents do, and Ovis2's vision tower
+    has embeddings of its own for the tokens around tiles.
     """
+    if getattr(config, "visual_indicator_token_ids", None) is not None:
+        return False
     return len(full_attention_layers(config)) == config.get_text_config(decoder=True).num_hidden_layers
 
 
