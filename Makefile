@@ -20,7 +20,7 @@ METHODS := joint heads adaptive evict cur uniform streaming-llm snapkv vl-cache 
 	quanto-int4 quanto-int2
 BUDGETS := 0.6 0.4 0.2 0.1
 BITS := joint heads heads-int8 heads-int4
-TIMED := joint heads heads-int8 heads-int4 adaptive
+TIMED := joint heads
 
 .PHONY: help setup demo test lint docs train-reference fit-reference judge accuracy accuracy-more bench test-triton test-matrix clean
 
@@ -85,7 +85,7 @@ accuracy-more: setup  ## the same table over five times as many prompts; takes t
 	$(BIN)/python benchmarks/write_pages.py
 
 bench: accuracy  ## every figure of the README: accuracy, speed, prefill attention, the demo
-	$(BIN)/capsight bench $(TIMED:%=--method %) --retained 0.4 --batch 1,8 --images 8 --runs 5 \
+	$(BIN)/capsight bench $(TIMED:%=--method %) --batch 1,8 --images 8 --runs 5 \
 		--json benchmarks/results/bench.json
 	$(BIN)/python benchmarks/prefill_attention.py --head-map reference --lengths 36864 --dtypes bfloat16 \
 		--json benchmarks/results/prefill_longest.json
