@@ -216,7 +216,7 @@ def test_a_compression_ratio_is_one_minus_retained(qwen):
     assert named.with_retained(compression_ratio=0.75).info == named.with_retained(0.25).info
     for wrong in ({"retained": "0.4"}, {"retained": True}, {"compression_ratio": "0.6"}):
         for refused in (named.with_retained, lambda w=wrong, **_: fitted(qwen, **({"retained": None} | w))):
-            with pytest.raises(OptionError, match="is a number"):
+            with pytest.raises(OptionError, match="is a fraction"):
                 refused(**wrong)
     with pytest.raises(OptionError, match="fraction in"):
         METHODS["snapkv"]("0.4")

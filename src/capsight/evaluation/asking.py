@@ -18,6 +18,7 @@ from capsight.errors import OptionError
 from capsight.evaluation.drafts import GREEDY, append_tokens
 from capsight.evaluation.items import Item
 from capsight.evaluation.prompting import process, question_tokens
+from capsight.execution import inputs_device
 from capsight.layout import build_layout
 from capsight.runtime import FastModel
 from capsight.runtime.split import TOKEN_ENTRIES, first_tokens
@@ -69,7 +70,7 @@ def ask_item(
         cache.batch_repeat_interleave(len(questions))
         inputs = append_tokens(tokens_of(head), tails, processor.tokenizer.pad_token_id)
     else:
-        inputs = to_device(process(processor, item, questions), fast.model.device)
+        inputs = to_device(process(processor, item, questions), fast.device)
         cache = fast.new_cache(inputs)
     out: Any = fast.generate(
         past_key_values=cache,
@@ -89,7 +90,7 @@ def split_questions(
     model: Any, processor: Any, item: Item, questions: Sequence[str]
 ) -> tuple[dict[str, Any], list[list[int]]]:
     """Processor outputs `[1, S]` up to the last image, and the tokens of what follows, by question."""
-    whole = to_device(process(processor, item, questions[:1]), model.device)
+    whole = to_device(process(processor, item, questions[:1]), inputs_device(model))
     split = build_layout(whole, model.config).last_vision_end
     return first_tokens(whole, split), question_tokens(processor, model.config, len(item.images), questions)
 

@@ -22,6 +22,7 @@ from capsight.evaluation.prompting import chat_text
 from capsight.evaluation.sharing import FULL
 from capsight.evaluation.summary import split_label
 from capsight.evaluation.timing import Timing, medians, time_once
+from capsight.execution import inputs_device
 from capsight.kvcapsule import CacheMethod, LatentMethod
 from capsight.kvcapsule.method import reads_latent
 from capsight.layout import build_layout
@@ -92,7 +93,7 @@ def bench(
     for count in images:
         for batch in batches:
             inputs = batch_inputs(processor, list(reference_items("calibration", count, batch)))
-            inputs = to_device(inputs, model.device)
+            inputs = to_device(inputs, inputs_device(model))
             timings = _timings(model, inputs, timed, new_tokens, runs)
             filling = _encode_seconds(model, inputs, timed, runs)
             for variant, timing, encode in zip(timed, timings, filling, strict=True):

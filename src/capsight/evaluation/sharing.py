@@ -22,6 +22,7 @@ from capsight.evaluation.asking import (
 from capsight.evaluation.drafts import Rows, append_tokens, check, end_tokens, until_end, write
 from capsight.evaluation.items import Item
 from capsight.evaluation.prefill import Prefill, observes
+from capsight.execution import inputs_device
 from capsight.kvcapsule import CacheMethod, ContextRepeater
 from capsight.kvcapsule.method import reads_latent
 from capsight.layout import build_layout
@@ -109,7 +110,7 @@ class _Prompt:
         if self._after:
             inputs, self._tails = split_questions(model, processor, item, questions)
         else:
-            inputs = to_device(process(processor, item, questions), model.device)
+            inputs = to_device(process(processor, item, questions), inputs_device(model))
         self._layout, self._config = build_layout(inputs, model.config), model.config
         observe = head_map is asking.head_map and any(
             method.needs_attention and observes(method, self._layout, model.config)

@@ -17,6 +17,7 @@ from capsight.evaluation import FULL, PROTOCOLS
 from capsight.evaluation.asking import to_device
 from capsight.evaluation.drafts import append_tokens, collect_logits
 from capsight.evaluation.prompting import Message, call, render
+from capsight.execution import inputs_device
 from capsight.kvcapsule import CacheMethod
 from capsight.pictures import picture
 from capsight.runtime import enable
@@ -142,7 +143,7 @@ class Answerer:
     def _inputs(self, messages: Sequence[Message], images: Sequence[Any]) -> dict[str, Any]:
         pictures = [picture(image) for image in images]
         inputs = call(self.processor, [render(self.processor, messages)], [pictures], "the prompt")
-        return to_device(inputs, self.model.device)
+        return to_device(inputs, inputs_device(self.model))
 
     def _enabled(self) -> Any:
         return enable(self.model, capsule=self.method, head_map=self.head_map)

@@ -35,27 +35,34 @@ def default_retained(method: str) -> float:
     return 0.05 if method == "joint" else 0.40
 
 
+def check_share(retained: Any) -> None:
+    """Refuse a share of bytes or tokens that is none.
+
+    Raises:
+        OptionError: `retained` is no number in (0, 1].
+    """
+    if isinstance(retained, bool) or not isinstance(retained, Real) or not 0 < float(retained) <= 1:
+        raise OptionError(f"retained is a fraction in (0, 1], not {retained!r}")
+
+
 def share_to_keep(
     retained: float | None, compression_ratio: float | None, default: float | None = None
 ) -> float:
     """The retained fraction, given as such or as `compression_ratio` = 1 - retained, the field's word.
 
     Raises:
-        OptionError: both are given, or neither and there is no default, or one is no number or the ratio
-            not in [0, 1).
+        OptionError: both are given, or neither and there is no default, or one is out of range.
     """
-    for name, value in (("retained", retained), ("compression_ratio", compression_ratio)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
-            raise OptionError(f"{name} is a number, not {value!r}")
     if retained is not None and compression_ratio is not None:
         raise OptionError("give retained or compression_ratio (which is 1 - retained), not both")
     if compression_ratio is not None:
-        if not 0 <= compression_ratio < 1:
-            raise OptionError(f"compression_ratio is a fraction in [0, 1), not {compression_ratio}")
+        if not isinstance(compression_ratio, Real) or not 0 <= compression_ratio < 1:
+            raise OptionError(f"compression_ratio is a fraction in [0, 1), not {compression_ratio!r}")
         return round(1 - compression_ratio, 12)
     found = default if retained is None else retained
     if found is None:
         raise OptionError("give retained or compression_ratio (which is 1 - retained)")
+    check_share(found)
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any, Self
 from transformers import AutoConfig, PreTrainedConfig
 
 from capsight.errors import CapsuleFileError, ModelMismatchError, OptionError
+from capsight.execution import inputs_device, own_precision
 from capsight.kvcapsule.break_even import break_even_tokens
 from capsight.kvcapsule.budget import Budget, check_budget, default_retained, share_out, share_to_keep
 from capsight.kvcapsule.cache import CapsuleCache
@@ -88,7 +89,8 @@ class KVCapsule(PretrainedCapsule):
         with processes.together():
             share = share_to_keep(retained, compression_ratio, default_retained(codec))
             arguments = (share, codec, block_size, progress, budget, resume, options, processes)
-            return cls(*fit_capsule(model, processor, samples, *arguments))
+            with own_precision(inputs_device(model)):
+                return cls(*fit_capsule(model, processor, samples, *arguments))
 
     def cache(
         self, inputs: Mapping[str, Any] | PromptLayout, config: PreTrainedConfig | None = None

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from capsight.blindsight import HeadMap
 from capsight.errors import OptionError
+from capsight.execution import inputs_device
 from capsight.kvcapsule import CacheMethod, CapsuleCache
 from capsight.kvcapsule.cache.conversation import Conversation
 from capsight.kvcapsule.rest import CapsuleStore
@@ -78,7 +79,7 @@ class EnabledModel:
     @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
-        return self.model.device
+        return inputs_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:

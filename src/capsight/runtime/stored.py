@@ -37,8 +37,8 @@ def check_store(store: CapsuleStore, capsule: Any, config: Any) -> None:
     joint_codec(capsule)
     if not can_read_text(config):
         raise OptionError(
-            "this model has layers with states or sliding windows, which hold more of its images than a "
-            "store does; leave store= out"
+            "text of this model cannot be read without its images: layers with states or sliding windows, or "
+            "delimiters from the vision tower, hold more of them than a store does; leave store= out"
         )
 
 

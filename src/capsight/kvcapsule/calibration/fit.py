@@ -15,14 +15,20 @@ from capsight.attention_swap import unserved
 from capsight.cache_argument import CACHE
 from capsight.errors import CalibrationError, OptionError
 from capsight.execution import inputs_device
-from capsight.kvcapsule.budget import DEFAULT_BUDGET, Budget, LayerNeeds, check_budget, measured_counts
+from capsight.kvcapsule.budget import (
+    DEFAULT_BUDGET,
+    Budget,
+    LayerNeeds,
+    check_budget,
+    check_share,
+    measured_counts,
+)
 from capsight.kvcapsule.calibration.block_sample import relative_error
 from capsight.kvcapsule.calibration.fit_journal import FitJournal
 from capsight.kvcapsule.calibration.processes import Processes
 from capsight.kvcapsule.calibration.samples import calibration_inputs
 from capsight.kvcapsule.calibration.statistics import Calibration, Moments
 from capsight.kvcapsule.codecs import ALL_CODECS, CODECS, AdaptiveCodec, LayerCodec
-from capsight.kvcapsule.codecs.levels import check_share
 from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.plan import CapsulePlan
 from capsight.layout import build_layout

@@ -8,15 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from capsight.errors import CalibrationError, OptionError
-from capsight.execution import inputs_device, own_precision
-from capsight.kvcapsule.budget import Budget, share_out
+from capsight.kvcapsule.budget import Budget, check_share, share_out
 from capsight.kvcapsule.calibration.fit import calibrate, check_options, kept_tokens, measure_needs, solve
 from capsight.kvcapsule.calibration.joint_fit import check_rank, fit_joint
 from capsight.kvcapsule.calibration.key_mlp import train_key_mlps
 from capsight.kvcapsule.calibration.processes import Processes
 from capsight.kvcapsule.calibration.statistics import Calibration
 from capsight.kvcapsule.codecs import JointCodec, LayerCodec, StaticMlpCodec
-from capsight.kvcapsule.codecs.levels import check_share
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
 from capsight.model_fingerprint import model_fingerprint
 
@@ -40,37 +38,8 @@ def fit_capsule(
             "each process holds only some heads of this model (tensor parallelism); fit a copy that is "
             "whole, on one device or spread by device_map"
         )
-    with own_precision(inputs_device(model)):
-        if codec == JointCodec.name:
-            return _joint(model, processor, samples, retained, progress, budget, resume, processes, options)
-        return _blocks(
-            model,
-            processor,
-            samples,
-            retained,
-            codec,
-            block_size,
-            progress,
-            budget,
-            resume,
-            options,
-            processes,
-        )
-
-
-def _blocks(
-    model: Any,
-    processor: Any,
-    samples: Iterable[Any],
-    retained: float,
-    codec: str,
-    block_size: int,
-    progress: bool,
-    budget: Budget | None,
-    resume: str | os.PathLike[str] | None,
-    options: Mapping[str, Any],
-    processes: Processes,
-) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
+    if codec == JointCodec.name:
+        return _joint(model, processor, samples, retained, progress, budget, resume, processes, options)
     budget = check_options(codec, retained, block_size, budget, options)  # before the long part
     if codec == StaticMlpCodec.name and not isinstance(samples, Sequence):
         samples = list(samples)  # they are read twice

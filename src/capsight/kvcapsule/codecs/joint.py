@@ -19,10 +19,11 @@ from torch import Tensor
 from capsight.errors import CapsightError, OptionError, UnlikeCalibrationWarning
 from capsight.kvcapsule.attention.latents import LayerBasis, PackedLatents
 from capsight.kvcapsule.attention.native import supports
+from capsight.kvcapsule.budget import check_share
 from capsight.kvcapsule.codecs.base import LayerCodec, take_tensors
 from capsight.kvcapsule.codecs.block import Payload
 from capsight.kvcapsule.codecs.joint_payload import JointPayload, OpenLatents
-from capsight.kvcapsule.codecs.levels import BITS, GROUP, POINTS, check_share, pack, share_bits, unpack
+from capsight.kvcapsule.codecs.levels import BITS, GROUP, POINTS, pack, share_bits, unpack
 from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.codecs.positions import TokenPositions
 from capsight.kvcapsule.codecs.rotary import Rotary

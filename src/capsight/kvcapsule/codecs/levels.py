@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -47,16 +46,6 @@ class Levels:
     def parts(self) -> tuple[tuple[int, int], ...]:
         """(bits, coordinates) of each part that is not empty."""
         return tuple((b, n) for b, n in zip(BITS, self.counts, strict=True) if n)
-
-
-def check_share(retained: float) -> None:
-    """Refuse a share of the bytes that is none.
-
-    Raises:
-        OptionError: `retained` is no number in (0, 1].
-    """
-    if isinstance(retained, bool) or not isinstance(retained, Real) or not 0 < retained <= 1:
-        raise OptionError(f"retained is a fraction in (0, 1], not {retained!r}")
 
 
 def pack(latents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
