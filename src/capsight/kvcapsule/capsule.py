@@ -149,10 +149,10 @@ class KVCapsule(PretrainedCapsule):
             )
 
     def with_retained(self, retained: float | None = None, *, compression_ratio: float | None = None) -> Self:
-        """This capsule at another retained fraction, without fitting again (heads, adaptive, evict).
+        """This capsule at another retained fraction, without fitting again (not static, static-mlp).
 
-        The fraction is an average over the layers, shared out as the capsule's budget says; it may be given
-        as `compression_ratio`, which is 1 - retained.
+        Of blocks the fraction is an average over the layers, shared out as the capsule's budget says; it may
+        be given as `compression_ratio`, which is 1 - retained.
 
         Raises:
             OptionError: out of range, given twice, or the codec has to be fitted for it.
