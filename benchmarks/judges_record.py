@@ -47,9 +47,10 @@ class Judged:
 
     @property
     def methods(self) -> list[str]:
-        """Labels, the full cache first."""
-        found = self.values.get("methods", {})
-        return [FULL, *(label for label in found if label != FULL)] if FULL in found else list(found)
+        """Labels: the full cache, `joint`, then the others as they were asked."""
+        return sorted(
+            self.values.get("methods", {}), key=lambda label: (label != FULL, not label.startswith("joint "))
+        )
 
     @property
     def tasks(self) -> dict[Key, str]:
