@@ -57,6 +57,18 @@ def test_no_file_is_long() -> None:
     assert {name: count for name, count in lines.items() if count > LONG.get(name, 250)} == {}
 
 
+def test_only_commands_print() -> None:
+    """Elsewhere there are logging, warnings, and tqdm, which writes to stderr."""
+    said = {}
+    for module, path in FILES.items():
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        calls = [x.func.id for x in nodes if isinstance(x, ast.Call) and isinstance(x.func, ast.Name)]
+        rich = [x.module or "" for x in nodes if isinstance(x, ast.ImportFrom)]
+        if "print" in calls or any(name.split(".")[0] == "rich" for name in rich):
+            said[module] = path
+    assert {name for name in said if not name.startswith("capsight.cli.")} == set()
+
+
 def test_the_package_is_light() -> None:
     """What only commands and pictures need is not loaded with `import capsight`."""
     heavy = "('matplotlib', 'typer', 'pydantic', 'capsight.report', 'capsight.evaluation', 'capsight.cli')"

@@ -127,6 +127,13 @@ def test_chat_messages_are_rendered_by_the_processor(qwen, monkeypatch):
     assert found.moments[0].blocks == 64 // BLOCK
 
 
+def test_progress_goes_to_stderr(qwen, capfd):
+    KVCapsule.fit(qwen.model, None, [qwen.inputs([([qwen.picture(0)], "x")])] * 2)
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert all(word in said.err for word in ("calibrating", "2/2"))
+
+
 def test_options_are_checked_before_calibration(qwen):
     for options in ({"retained": 0.0}, {"retained": 1.1}, {"retained": float("nan")}):
         with pytest.raises(OptionError, match="retained"):

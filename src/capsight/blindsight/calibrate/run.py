@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+import logging
+from collections.abc import Iterable, Sized
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal, get_args
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from tqdm.auto import tqdm
 
 from capsight.blindsight.calibrate.capture import shape_of
 from capsight.blindsight.calibrate.criteria import CRITERIA, output
@@ -23,6 +22,8 @@ from capsight.blindsight.head_map import CalibrationRecord, HeadMap
 from capsight.errors import CalibrationError, OptionError
 from capsight.model_fingerprint import model_fingerprint
 from capsight.text_layers import layer_sizes
+
+_log = logging.getLogger(__name__)
 
 CriterionName = Literal["mass", "output", "distribution"]
 """What a head is judged by; see `criteria.py`."""
@@ -84,7 +85,7 @@ def calibrate(
         held_out: prompts for that, kept in memory. None: every fourth of `samples`, which then do not vote.
         unit: what has one category: a query head, the query heads that share a key-value head, or a layer.
         fingerprint: stored in the map; None: the model's own. Empty: the map is for any model of its shape.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar (tqdm, on stderr).
 
     Returns:
         The head map, with its record.
@@ -106,9 +107,9 @@ def calibrate(
     recovers = tolerance is not None and alpha is not None
     digest, kept = Digest(), list[Prompt]()
     set_aside = tolerance is not None and evaluate is None and held_out is None
-    with _bar(progress) as bar:
-        task = bar.add_task(f"judging heads by {criterion}", total=_length(samples))
-        for index, prompt in enumerate(_multi_image(model, processor, samples, bar, task)):
+    read = prompts(model, processor, samples)
+    with tqdm(read, f"judging heads by {criterion}", _length(samples), disable=not progress) as bar:
+        for index, prompt in enumerate(prompt for prompt in bar if prompt.is_multi_image):
             if set_aside and index % HOLD_EVERY == HOLD_EVERY - 1:
                 kept.append(prompt)
                 continue
@@ -118,23 +119,24 @@ def calibrate(
             votes.add(lost)
             if recovers:
                 errors.add(lost if criterion == "output" else output(model, prompt, chosen, together))
-        if not votes.prompts:
-            raise CalibrationError("no calibration prompt has two images; heads differ only between images")
-        drop, recovered = None, 0
-        if tolerance is None:
-            head_map = HeadMap(votes.decide(thresholds), chosen)
-        else:
-            if evaluate is None:
-                evaluate = HeldOut(model, kept or prompts(model, processor, held_out or ())).changed
-            steps = bar.add_task("measuring the drop", total=None)
-            count = partial(bar.advance, steps)
+    if not votes.prompts:
+        raise CalibrationError("no calibration prompt has two images; heads differ only between images")
+    drop, recovered = None, 0
+    if tolerance is None:
+        head_map = HeadMap(votes.decide(thresholds), chosen)
+    else:
+        if evaluate is None:
+            evaluate = HeldOut(model, kept or prompts(model, processor, held_out or ())).changed
+        with tqdm(desc="measuring the drop", disable=not progress) as bar:
             if recovers:
                 voted = HeadMap(votes.decide(thresholds), chosen)
-                head_map, drop = recover(voted, errors, evaluate, tolerance, together, count)
+                head_map, drop = recover(voted, errors, evaluate, tolerance, together, bar.update)
                 recovered = _dense(head_map) - _dense(voted)
             else:
-                head_map, drop, thresholds = loosest(votes, thresholds, chosen, evaluate, tolerance, count)
-            bar.update(steps, total=bar.tasks[steps].completed)
+                head_map, drop, thresholds = loosest(
+                    votes, thresholds, chosen, evaluate, tolerance, bar.update
+                )
+    _log.info("%d prompts voted: %s; drop %s", votes.prompts, head_map.counts(), drop)
     record = CalibrationRecord(
         criterion=criterion,
         unit=unit,
@@ -163,20 +165,6 @@ def check_options(criterion: str, unit: str, tolerance: float | None) -> None:
         raise OptionError(f"unit must be one of {', '.join(get_args(Unit))}, not {unit!r}")
     if tolerance is not None and not tolerance >= 0:
         raise OptionError(f"tolerance must be 0 or more, not {tolerance}")
-
-
-def _multi_image(
-    model: Any, processor: Any, samples: Iterable[Sample], bar: Progress, task: TaskID
-) -> Iterator[Prompt]:
-    for prompt in prompts(model, processor, samples):
-        if prompt.is_multi_image:
-            yield prompt
-        bar.advance(task)
-
-
-def _bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)
 
 
 def _length(samples: Iterable[Sample]) -> int | None:

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
+from tqdm.auto import tqdm
 
 from capsight.kvcapsule.calibration.key_samples import KeySamples, collect_keys
 from capsight.kvcapsule.calibration.processes import Processes
@@ -56,8 +56,7 @@ def train_key_mlps(
     if open_layers:
         size = next(iter(open_layers.values())).block_size
         cached = collect_keys(model, processor, samples, size, progress, processes)
-    shown = track(open_layers.items(), "training MLPs", transient=True, disable=not progress)
-    for index, codec in shown:
+    for index, codec in tqdm(open_layers.items(), "training MLPs", disable=not progress):
         assert isinstance(codec, StaticMlpCodec)
         mlp = train_mlp(codec.kept_index, codec.key_map, cached[index], len(codec.mlp_bias))
         trained[index] = codec.with_mlp(mlp)

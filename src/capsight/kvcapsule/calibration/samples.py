@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from typing import Any, TypeVar
+from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm.auto import tqdm
 
 from capsight.kvcapsule.calibration.processes import Processes
 from capsight.processors.samples import sample_inputs
-
-T = TypeVar("T")
 
 
 def calibration_inputs(
@@ -26,17 +24,13 @@ def calibration_inputs(
         processes: those that share the samples, so that only some are this one's; None: all are.
     """
     processes = processes or Processes.alone()
+    total = len(range(processes.rank, len(samples), processes.count)) if isinstance(samples, Sized) else None
+    hidden = not progress or processes.rank > 0
     training = model.training
     model.eval()
     try:
-        for index, sample in _track(processes.own(samples), samples, progress, processes):
-            yield index, sample_inputs(sample, processor, index)
+        with tqdm(processes.own(samples), "calibrating", total, disable=hidden) as bar:
+            for index, sample in bar:
+                yield index, sample_inputs(sample, processor, index)
     finally:
         model.train(training)
-
-
-def _track(own: Iterable[T], samples: Iterable[Any], show: bool, processes: Processes) -> Iterable[T]:
-    total = len(range(processes.rank, len(samples), processes.count)) if isinstance(samples, Sized) else None
-    columns = (TextColumn("calibrating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not show or processes.rank > 0, transient=True) as bar:
-        yield from bar.track(own, total=total)
