@@ -12,15 +12,13 @@ from transformers.cache_utils import DynamicCache
 import capsight
 from capsight.cache_argument import CACHE
 from capsight.errors import CapsightError
+from tiny import CACHES, in_turn
 
-from .conftest import fitted
+from .conftest import few, fitted
 from .test_enable import assert_same, greedy, mixed_batch
 
-codecs = pytest.mark.parametrize("codec", ["joint", "heads", "adaptive"])
-HYBRID = ["qwen3_5", "qwen3_5_moe", "minicpmv4_6", "lfm3_vl"]
 
-
-@codecs
+@in_turn("codec", ["joint", "heads", "adaptive"])
 def test_the_models_own_generate_uses_the_capsule(vlm, codec):
     inputs, caches = mixed_batch(vlm), []
     with capsight.enable(vlm.model, capsule=fitted(vlm.name, 0.4, codec)) as fast:
@@ -32,7 +30,7 @@ def test_the_models_own_generate_uses_the_capsule(vlm, codec):
     assert all(cache.nbytes < cache.nbytes_full for cache in caches)
 
 
-@codecs
+@in_turn("codec", ["heads", "adaptive", "joint"])
 def test_a_loop_of_ones_own_uses_the_capsule(vlm, codec):
     inputs = vlm.inputs([([vlm.picture(1), vlm.picture(2)], "compare them")])
     with capsight.enable(vlm.model, capsule=fitted(vlm.name, 0.4, codec)) as fast, torch.no_grad():
@@ -44,7 +42,7 @@ def test_a_loop_of_ones_own_uses_the_capsule(vlm, codec):
             output = vlm.model(input_ids=token[None, None], **{CACHE: getattr(output, CACHE)})
 
 
-@codecs
+@in_turn("codec", ["adaptive", "joint", "heads"])
 def test_a_question_over_a_cache_by_the_models_own_generate(vlm, codec):
     inputs = mixed_batch(vlm)
     tokens = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
@@ -55,7 +53,7 @@ def test_a_question_over_a_cache_by_the_models_own_generate(vlm, codec):
         assert_same(greedy(vlm.model.generate, **{CACHE: cache}, **tokens), expected)
 
 
-@pytest.mark.parametrize("codec", ["joint", "heads"])
+@in_turn("codec", ["joint", "heads"], CACHES)
 def test_guessing_ahead_over_a_filled_cache_is_refused(vlm, codec):
     inputs = vlm.inputs([([vlm.picture(1)], "compare them")])
     tokens = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
@@ -66,7 +64,7 @@ def test_guessing_ahead_over_a_filled_cache_is_refused(vlm, codec):
                 call(**{CACHE: copy.deepcopy(cache)}, **prompt, prompt_lookup_num_tokens=2, max_new_tokens=4)
 
 
-@pytest.mark.parametrize("codec", ["joint", "heads"])
+@in_turn("codec", ["heads", "joint"])
 def test_guessing_ahead_from_the_start_is_the_same_or_refused(vlm, codec):
     inputs = vlm.inputs([([vlm.picture(1), vlm.picture(2)], "abcabcabcabcabc")])
     options = {"max_new_tokens": 8, "do_sample": False}
@@ -86,6 +84,7 @@ def test_guessing_ahead_from_the_start_is_the_same_or_refused(vlm, codec):
     assert all("crop" in said or "not supported with stateful" in said for said in refusals)
 
 
+@few
 def test_the_answer_of_beams_is_no_turn_to_go_on_from(vlm):
     inputs = vlm.inputs([([vlm.picture(1)], "compare them")])
     tokens = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}

@@ -10,9 +10,9 @@ import torch
 
 import capsight
 from capsight.errors import CapsightError, LayoutError, OptionError
-from tiny import FAMILIES, clip
+from tiny import FAMILIES, clip, in_turn
 
-from .conftest import fitted
+from .conftest import few, fitted
 from .test_enable import assert_same, greedy, mixed_batch
 
 VIDEOS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision"]
@@ -22,7 +22,7 @@ def one(vlm, seeds=(1, 2), text="what is it"):
     return vlm.inputs([([vlm.picture(seed) for seed in seeds], text)])
 
 
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@in_turn("way", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
 def test_a_copy_goes_on_in_another_context_after_another_conversation(vlm, way):
     inputs = mixed_batch(vlm)
     full = greedy(vlm.model.generate, **inputs)
@@ -100,7 +100,7 @@ def wrapped(model, how):
     return peft.get_peft_model(model, config)
 
 
-@pytest.mark.parametrize("codec", ["heads", "evict"])
+@in_turn("codec", ["heads", "evict"])
 def test_what_hides_tokens_is_refused_under_another_attention(vlm, codec):
     inputs = one(vlm)
     capsule = fitted(vlm.name, 0.4, "heads").with_codec(codec)
@@ -119,7 +119,7 @@ def test_what_hides_tokens_is_refused_under_another_attention(vlm, codec):
         vlm.model(input_ids=inputs["input_ids"][:, :1], past_key_values=loop)
 
 
-@pytest.mark.parametrize("codec", ["heads", "evict", "adaptive"])
+@in_turn("codec", ["adaptive", "heads", "evict"])
 def test_one_attention_for_good_needs_no_context(vlm, codec):
     model = copy.deepcopy(vlm.model)
     inputs = mixed_batch(vlm)
@@ -133,6 +133,7 @@ def test_one_attention_for_good_needs_no_context(vlm, codec):
     assert_same(greedy(model.generate, **inputs), before)
 
 
+@few
 def test_no_cache_is_refused(vlm):
     inputs = one(vlm)
     config = copy.deepcopy(vlm.model.generation_config)

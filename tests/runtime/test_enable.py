@@ -8,7 +8,7 @@ import torch
 import capsight
 from capsight.errors import ModelMismatchError, OptionError
 from capsight.layout import build_layout
-from tiny import FAMILIES
+from tiny import FAMILIES, in_turn
 
 from .conftest import fitted
 
@@ -38,7 +38,7 @@ def assert_same(ours, theirs):
         assert (a - b).abs().max() <= 1e-4
 
 
-@both_codecs
+@in_turn("codec", ["heads", "adaptive"])
 def test_all_retained_is_the_full_cache(vlm, codec):
     inputs = mixed_batch(vlm)
     full = greedy(vlm.model.generate, **inputs)
@@ -47,7 +47,7 @@ def test_all_retained_is_the_full_cache(vlm, codec):
     assert_same(ours, full)
 
 
-@both_codecs
+@in_turn("codec", ["adaptive", "heads"])
 def test_encapsulated_images_then_question(vlm, codec):
     inputs = mixed_batch(vlm)
     full = greedy(vlm.model.generate, **inputs)

@@ -9,6 +9,7 @@ import capsight
 from capsight import KVCapsule
 from capsight.baselines import METHODS
 from capsight.errors import OptionError
+from tiny import in_turn
 
 from .conftest import fitted
 from .test_enable import assert_same, greedy, mixed_batch
@@ -25,7 +26,7 @@ def both_ways(vlm, capsule, **inputs):
     return found
 
 
-@pytest.mark.parametrize("codec", ["heads", "adaptive"])
+@in_turn("codec", ["heads", "adaptive"])
 def test_equals_materialise(vlm, codec):
     a, b = both_ways(vlm, fitted(vlm.name, 0.4, codec).for_latent(), **mixed_batch(vlm))
     assert_same(b, a)
@@ -39,7 +40,7 @@ def test_baselines_that_evict(qwen, name):
     assert a.nbytes == b.nbytes
 
 
-@pytest.mark.parametrize("codec", ["heads", "adaptive"])
+@in_turn("codec", ["adaptive", "heads"])
 def test_all_retained_is_the_full_cache(vlm, codec):
     inputs = mixed_batch(vlm)
     full = greedy(vlm.model.generate, **inputs)

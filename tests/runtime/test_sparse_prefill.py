@@ -8,6 +8,7 @@ from capsight.blindsight import Category, HeadMap, MaskOptions, sparse_attention
 from capsight.blindsight.calibrate.capture import watching
 from capsight.errors import ModelMismatchError
 from capsight.layout import build_layout
+from tiny import in_turn
 
 from .conftest import fitted
 from .test_enable import assert_same, greedy, mixed_batch
@@ -27,7 +28,7 @@ def test_all_dense_map_is_the_untouched_model(vlm):
     assert all(torch.equal(a, b) for a, b in zip(ours.logits, full.logits, strict=True))
 
 
-@pytest.mark.parametrize("category", [Category.SINK, Category.INTRA_IMAGE_SINK])
+@in_turn("category", [Category.SINK, Category.INTRA_IMAGE_SINK])
 def test_sparse_map_changes_only_rows_with_several_images(vlm, category):
     inputs = mixed_batch(vlm)
     full = greedy(vlm.model.generate, **inputs)

@@ -14,12 +14,10 @@ import torch
 import capsight
 from capsight.cache_argument import CACHE
 from capsight.errors import CapsightError
-from tiny import FAMILIES
+from tiny import CACHES, FAMILIES, in_turn
 
-from .conftest import fitted
+from .conftest import few, fitted
 from .test_enable import assert_same, greedy
-
-codecs = pytest.mark.parametrize("codec", ["joint", "heads"])
 
 
 def prompt(vlm, seed):
@@ -47,7 +45,7 @@ def conversation(vlm, capsule, seed, turns=3, barrier=None, fault=None):
     return found
 
 
-@codecs
+@in_turn("codec", ["joint", "heads"], CACHES)
 def test_threads_with_contexts_of_their_own(vlm, codec):
     capsules = [fitted(vlm.name, 0.4, codec), fitted(vlm.name, 1.0, codec)]
     before = implementation(vlm.model)
@@ -62,7 +60,7 @@ def test_threads_with_contexts_of_their_own(vlm, codec):
             assert_same(answer, theirs[index % 2])
 
 
-@pytest.mark.parametrize("codec", ["joint", "heads"])
+@in_turn("codec", ["heads", "joint"], CACHES)
 def test_an_error_in_one_thread_leaves_the_others_alone(vlm, codec):
     capsule, barrier = fitted(vlm.name, 0.4, codec), threading.Barrier(2)
     before = implementation(vlm.model)
@@ -77,6 +75,7 @@ def test_an_error_in_one_thread_leaves_the_others_alone(vlm, codec):
     assert implementation(vlm.model) == before
 
 
+@few
 def test_tasks(vlm):
     capsule = fitted(vlm.name, 0.4)
     alone = [conversation(vlm, capsule, seed, 1)[0] for seed in range(3)]

@@ -3,8 +3,11 @@
 `FAMILIES[name]()` builds one (cached: treat it as read-only, or deep-copy the model).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
+from typing import Any
+
+import pytest
 
 from tiny import (
     cohere2_vision,
@@ -64,8 +67,22 @@ FAMILIES: dict[str, Callable[[], TinyVLM]] = {name: cache(build) for name, build
 LIKE_LLAVA = ("lighton_ocr", "video_llama_3", "ovis2", "deepseek_vl", "qianfan_ocr")
 KINDS = [name for name in FAMILIES if name not in LIKE_LLAVA]
 """Families without those that cache and number tokens as LLaVA does; layouts, plans and the kit take all."""
+CACHES = ["qwen2_5_vl", "gemma3", "gemma4", "lfm3_vl", "minicpmv4_7", "qwen3_5", "cohere2_vision", "internvl"]
+"""One family of each kind of cache and positions, for what the families' own code has no part in."""
 UNPLANNED = ("minicpmv4_6", "minicpmv4_7")
 PLANNED = [name for name in FAMILIES if name not in UNPLANNED]
 """Families that `capsight plan` knows."""
 
-__all__ = ["FAMILIES", "KINDS", "PLANNED", "TinyVLM", "clip", "picture"]
+
+def in_turn(names: str, options: Sequence[Any], families: Sequence[str] = KINDS) -> pytest.MarkDecorator:
+    """Runs a test for every family with one of the options, taken in turn; `names` are as in `parametrize`.
+
+    Tests that list the options in another order give a family another one.
+    """
+    several = "," in names
+    taken = [options[i % len(options)] for i in range(len(families))]
+    cases = [(f, *(o if several else (o,))) for f, o in zip(families, taken, strict=True)]
+    return pytest.mark.parametrize(f"vlm,{names}", cases, indirect=["vlm"])
+
+
+__all__ = ["CACHES", "FAMILIES", "KINDS", "PLANNED", "TinyVLM", "clip", "in_turn", "picture"]
