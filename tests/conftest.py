@@ -1,4 +1,4 @@
-"""Which examples hypothesis tries, and how many threads tests have."""
+"""Which examples hypothesis tries (a busy machine fails none), and how many threads tests have."""
 
 import os
 from collections.abc import Iterator

@@ -43,14 +43,14 @@ def check(layout, categories, chosen, rule, implementation, prefix=0, kv_heads=2
     assert found.requires_grad == grad
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layouts(), st.lists(st.sampled_from(CATEGORIES), min_size=4, max_size=4), options(), RULES, st.data())
 def test_segments_equal_the_reference(layout, categories, chosen, rule, data):
     prefix = data.draw(st.integers(0, layout.length - 1))
     check(layout, categories, chosen, rule, "segments", prefix, forget=data.draw(st.integers(0, prefix)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layouts(), st.lists(st.sampled_from(CATEGORIES), min_size=4, max_size=4), options(), RULES, st.data())
 def test_calls_without_a_mask_for_keys_that_all_see(layout, categories, chosen, rule, data):
     """Sizes from which a segment is cut in two are thousands of tokens; here they are small."""
@@ -91,7 +91,7 @@ def test_a_question_after_long_context_has_a_mask_for_itself_only():
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(layouts(), st.lists(st.sampled_from(CATEGORIES), min_size=4, max_size=4), options(), RULES, st.data())
 def test_flex_equals_the_reference(layout, categories, chosen, rule, data):
     prefix = data.draw(st.integers(0, layout.length - 1))
@@ -123,7 +123,7 @@ def test_flex_in_bfloat16_is_as_near_as_plain_attention():
     assert (found.float() - exact).abs().max() < 0.03
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(layouts(), st.integers(0, 2))
 def test_all_dense_is_plain_causal_attention(layout, extra):
     layout = layout.extended(extra)
@@ -137,7 +137,7 @@ def test_all_dense_is_plain_causal_attention(layout, extra):
         assert not found[index, :, : row.pad_left].any()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(layouts(most_rows=2), options(), st.data())
 def test_a_prefill_in_chunks_is_the_prefill_in_one(layout, chosen, data):
     q, k, v = qkv(layout.batch_size, 4, 2, layout.length, layout.length)

@@ -37,7 +37,7 @@ def calls(monkeypatch):
     return shapes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SIZES, SIZES, st.integers(4, 70), st.integers(1, 4), st.booleans())
 def test_parts_add_up_to_the_whole(kv_heads, each, count, parts, grad):
     query, key, value = qkv(kv_heads, each, count)

@@ -26,7 +26,7 @@ def test_the_cheapest_category_that_is_good_enough():
     assert cheapest_within(lost, 0.0, ORDER).counts()[Category.DENSE] == 3
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 1000), st.floats(0, 1.1))
 def test_cost_is_met_by_one_head_at_the_utmost(seed, share):
     lost = torch.rand(3, 3, 4, generator=torch.Generator().manual_seed(seed))

@@ -24,7 +24,7 @@ from capsight.layout import PromptLayout, build_layout
 from tiny import FAMILIES
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     layouts(),
     st.sampled_from(CATEGORIES),

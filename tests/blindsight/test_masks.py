@@ -11,7 +11,7 @@ from capsight.blindsight.spans import Chunk, extents, intervals
 from capsight.errors import LayoutError, OptionError
 from capsight.layout import PromptLayout, RowLayout, VisionBlock
 
-SETTINGS = settings(max_examples=40, deadline=None)
+SETTINGS = settings(max_examples=40)
 RULES = st.builds(BaseRule, st.none() | st.integers(1, 12), st.booleans())
 
 

@@ -82,7 +82,7 @@ def test_recovery_wants_a_drop():
         recover(head_map, losses, lambda candidate: 0.9, tolerance=0.1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 6), st.integers(0, 99), st.tuples(*[st.sampled_from((0.1, 0.5, 0.9))] * 3))
 def test_maps_change_at_the_change_points_and_nowhere_else(count, seed, gammas):
     g = torch.Generator().manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -108,7 +109,14 @@ def qwen() -> TinyVLM:
     return FAMILIES["qwen2_5_vl"]()
 
 
-def fitted(tiny: TinyVLM, retained: float = 0.4, **options: Any) -> KVCapsule:
-    samples = [tiny.inputs([([tiny.picture(seed)], "hi")]) for seed in (90, 91)]
-    arguments = {"codec": "adaptive", "block_size": BLOCK, "progress": False, "budget": "uniform", **options}
-    return KVCapsule.fit(tiny.model, tiny.processor, samples, retained, **arguments)
+_FITTED: dict[Any, KVCapsule] = {}
+
+
+def fitted(tiny: TinyVLM, retained: float | None = 0.4, **options: Any) -> KVCapsule:
+    """A copy of a capsule that is fitted once for all tests."""
+    key = tiny.model, retained, repr(options)
+    if key not in _FITTED:
+        samples = [tiny.inputs([([tiny.picture(seed)], "hi")]) for seed in (90, 91)]
+        given = {"codec": "adaptive", "block_size": BLOCK, "progress": False, "budget": "uniform", **options}
+        _FITTED[key] = KVCapsule.fit(tiny.model, tiny.processor, samples, retained, **given)
+    return deepcopy(_FITTED[key])

@@ -31,7 +31,6 @@ def needs(draw: st.DrawFn, size: int | None = None) -> tuple[LayerNeeds, int]:
     return LayerNeeds(counts, errors, tuple(draw(unit) for _ in range(layers))), size
 
 
-@settings(deadline=None)
 @given(needs())
 def test_curves_are_convex_and_the_points_lie_on_or_above_them(case):
     found, size = case
@@ -50,7 +49,7 @@ def test_a_convex_curve_goes_through_its_points():
     assert error_curve([1, 2], [0.9, 0.2], 4) == pytest.approx([1, 0.6, 0.2, 0.1, 0])  # not above the chord
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(needs())
 def test_average_is_exact_within_bounds_and_no_layer_loses_when_it_grows(case):
     found, size = case
@@ -63,7 +62,7 @@ def test_average_is_exact_within_bounds_and_no_layer_loses_when_it_grows(case):
         before = counts
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(needs(size=6), st.integers(1, 6))
 def test_no_other_way_to_share_out_leaves_less_error(case, kept):
     found, size = case
@@ -78,7 +77,7 @@ def test_no_other_way_to_share_out_leaves_less_error(case, kept):
     assert error(water_fill(curves, weights, kept)) == pytest.approx(best, abs=1e-9)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(needs(), unit, st.data())
 def test_layers_alike_or_without_attention_keep_the_same(case, share, data):
     found, size = case

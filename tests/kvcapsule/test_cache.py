@@ -66,7 +66,7 @@ def real(layout: PromptLayout, length: int) -> torch.Tensor:
     return torch.arange(length) >= torch.tensor([[r.pad_left] for r in layout.rows])  # [B, S]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(layouts(), st.sampled_from(NAMES), st.sampled_from([3, 8]), st.data())
 def test_what_update_returns(layout, name, kept, data):
     cuts = data.draw(st.lists(st.integers(1, layout.length), max_size=4))
@@ -99,7 +99,7 @@ def test_what_update_returns(layout, name, kept, data):
         assert 0 <= cache.nbytes - stored <= 16 * (tokens + runs)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(layouts(), st.sampled_from(["adaptive", "heads"]), st.data())
 def test_moving_rows_equals_feeding_the_moved_rows(layout, name, data):
     rows = data.draw(st.lists(st.integers(0, layout.batch_size - 1), min_size=1, max_size=4))

@@ -86,7 +86,7 @@ def test_what_is_loaded_is_what_was_saved(made):
     again.reset()
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_damage_is_noticed(made, tmp_path_factory, data):
     path, capsule, _ = made

@@ -18,7 +18,7 @@ def pair(count: int = 5, heads: int = 2, size: int = 8, head_dim: int = 4, seed:
     return blocks(count, heads, size, head_dim, seed), blocks(count, heads, size, head_dim, seed + 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 3), st.integers(2, 12), st.integers(1, 5), st.booleans(), st.data())
 def test_adaptive_against_plain_kriging(heads, size, head_dim, joint, data):
     kept = data.draw(st.integers(1, size))
@@ -48,7 +48,7 @@ def test_adaptive_against_plain_kriging(heads, size, head_dim, joint, data):
                 assert torch.equal(found[block, head, s], x[block, head, s])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 3), st.integers(2, 12), st.integers(1, 5), st.booleans(), st.integers(0, 99))
 def test_kept_tokens_are_worst_predicted_by_mahalanobis_distance(heads, size, head_dim, joint, seed):
     kept = size // 2 + 1
@@ -72,7 +72,7 @@ def test_kept_tokens_are_worst_predicted_by_mahalanobis_distance(heads, size, he
         assert found[block].tolist() == sorted(chosen)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 3), st.integers(2, 12), st.integers(1, 5), st.data())
 def test_static_against_plain_ridge_and_pca(heads, size, head_dim, data):
     kept = data.draw(st.integers(1, size - 1))

@@ -11,7 +11,7 @@ from transformers import DynamicCache, TextStreamer
 from capsight.kvcapsule import CapsulePlan, KVCapsule
 from capsight.layout import build_layout
 from kvcapsule.conftest import BLOCK, fitted
-from tiny import FAMILIES, TinyVLM
+from tiny import FAMILIES, TinyVLM, in_turn
 
 NEW = 6
 
@@ -54,7 +54,7 @@ def asked(vlm: TinyVLM, sequences: torch.Tensor, text: str) -> torch.Tensor:
     return torch.cat([sequences, ids.expand(len(sequences), -1)], 1)
 
 
-@pytest.mark.parametrize("codec", ["adaptive", "static", "heads"])
+@in_turn("codec", ["adaptive", "static", "heads"])
 def test_retaining_everything_is_the_full_cache(vlm, codec):
     inputs = batch(vlm)
     capsule = fitted(vlm, 1.0, codec=codec)
@@ -77,7 +77,7 @@ def test_a_second_turn_on_the_same_cache(vlm):
     assert before >= inputs["input_ids"].shape[1] + NEW - 1
 
 
-@pytest.mark.parametrize("codec", ["adaptive", "static"])
+@in_turn("codec", ["static", "adaptive"])
 def test_fewer_tokens_change_logits_a_little_and_bytes_a_lot(vlm, codec):
     inputs = batch(vlm)
     capsule = fitted(vlm, 0.4, codec=codec)

@@ -66,7 +66,7 @@ def places(keep: Tensor) -> set[Place]:
 sizes = st.lists(st.integers(0, 4), min_size=1, max_size=3).filter(any)  # blocks of each row
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 3), st.integers(2, 9), st.integers(1, 5), st.booleans(), st.integers(0, 99))
 def test_scores_are_distances_from_the_mean_and_from_what_all_others_predict(
     heads, size, head_dim, joint, seed
@@ -89,7 +89,7 @@ def test_keys_and_values_are_predicted_with_their_own_second_moments(joint):
     assert torch.equal(found, swapped) == joint
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(1, 4), min_size=1, max_size=3),
     st.integers(1, 3),
@@ -114,7 +114,7 @@ def test_best_gives_tokens_one_at_a_time(blocks_of_rows, heads, size, levels, da
             assert places(kept_of_row) == expected
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sizes, st.integers(1, 3), st.integers(2, 9), st.booleans(), st.integers(0, 99), st.data())
 def test_capsules_hold_the_best_tokens_of_each_row_bit_for_bit(of_rows, heads, size, joint, seed, data):
     kept = data.draw(st.integers(1, size))

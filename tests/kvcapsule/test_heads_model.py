@@ -17,7 +17,7 @@ from capsight.layout import build_layout
 from kvcapsule.conftest import BLOCK, fitted
 from kvcapsule.test_cache_file import forge, parts
 from kvcapsule.test_generate import asked, batch, later_turn, run
-from tiny import FAMILIES, TinyVLM
+from tiny import CACHES, FAMILIES, TinyVLM, in_turn
 
 WAYS = ("materialise", "latent")
 GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -65,17 +65,17 @@ def check_bytes(capsule: KVCapsule, cache: CapsuleCache) -> None:
     assert cache.nbytes == expected
 
 
-def test_two_turns(vlm):
+@in_turn("decode", WAYS, CACHES)
+def test_two_turns(vlm, decode):
     """Left padding, images of different sizes, and a row without any."""
     inputs, everything = batch(vlm), fitted(vlm, 1.0, codec="heads")
     capsule = everything.with_retained(0.4)
     full = conversation(vlm, None, "materialise", inputs)
     rebuilt, latent = (conversation(vlm, capsule, decode, inputs) for decode in WAYS)
-    all_kept = [conversation(vlm, everything, decode, inputs) for decode in WAYS]
+    all_kept = conversation(vlm, everything, decode, inputs)
     for turn in (0, 1):
         close(latent[turn], rebuilt[turn], 1e-3)
-        for each in all_kept:
-            close(each[turn], full[turn], 1e-4)
+        close(all_kept[turn], full[turn], 1e-4)
     check_bytes(capsule, latent[2])
     assert latent[2].nbytes == rebuilt[2].nbytes
     assert (latent[0].logits[0][:2] - full[0].logits[0][:2]).abs().max() > 1e-2  # something was evicted
@@ -131,6 +131,7 @@ def test_beams_are_the_same_either_way(family):
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("vlm", CACHES, indirect=True)
 def test_without_capsight_attention_it_says_so(vlm):
     inputs, capsule = batch(vlm), fitted(vlm, codec="heads")
     before = vlm.config.get_text_config()._attn_implementation

@@ -73,7 +73,7 @@ def test_nothing_has_to_be_rebuilt(level):
     if [*build.LEVELS].index(level) < [*build.LEVELS].index(build.best_level()):
         pytest.skip("this machine has less")
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(problems())
     def check(problem):
         query, packed, levels, tokens, basis = problem
@@ -89,7 +89,7 @@ def test_nothing_has_to_be_rebuilt(level):
 
 
 @pytest.mark.skipif(bool(missing()), reason="no C++ compiler")
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(problems(), st.integers(0, 200), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_exact_tokens_are_attended_to_in_the_same_call(problem, most, dtype):
     query, packed, levels, tokens, basis = problem
@@ -113,7 +113,7 @@ def test_exact_tokens_are_attended_to_in_the_same_call(problem, most, dtype):
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(problems())
 def test_what_is_rebuilt_is_turned_as_the_codec_does(problem):
     query, packed, levels, tokens, basis = problem

@@ -33,7 +33,7 @@ WAYS = [(2**30, (1,)), (0, (4,)), (0, (2,)), (0, (1,)), (0, (50,))]  # 50: one r
 EITHER = st.sampled_from(WAYS)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(problems(), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), EITHER)
 def test_equals_plain_attention(given_problem, dtype, ways):
     task = given_problem.to(dtype)
@@ -59,7 +59,7 @@ def test_either_side_may_have_all_the_attention(factor, ways):
         close(found, each.plain())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(problems(), st.sampled_from([torch.float64, torch.float32]), EITHER)
 def test_gradients_of_the_query_are_those_of_plain_attention(given_problem, dtype, ways):
     task, grads = given_problem.to(dtype), []

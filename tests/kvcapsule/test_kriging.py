@@ -31,7 +31,7 @@ def predicted(c: torch.Tensor, kept: list[int], x: torch.Tensor) -> torch.Tensor
 sizes = st.tuples(st.integers(2, 9), st.integers(1, 2), st.integers(1, 4), st.integers(0, 999), st.data())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes)
 def test_greedy_selection_takes_the_worst_predicted_token_each_time(case):
     size, groups, count, seed, data = case
@@ -54,7 +54,7 @@ def test_greedy_selection_takes_the_worst_predicted_token_each_time(case):
         assert found[1, block].tolist() == chosen
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes)
 def test_prediction_weights_solve_the_normal_equations(case):
     size, groups, count, seed, data = case
@@ -67,7 +67,7 @@ def test_prediction_weights_solve_the_normal_equations(case):
             torch.testing.assert_close(weights[block, group], expected)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(sizes)
 def test_a_selection_knows_the_weights(case):
     size, groups, count, seed, data = case
@@ -83,7 +83,7 @@ def test_a_selection_knows_the_weights(case):
     torch.testing.assert_close(some, expected[:, :, 1:])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 9), st.integers(0, 999), st.data())
 def test_pivoted_cholesky_takes_the_largest_residual_variance_each_time(size, seed, data):
     c, kept = covariance(size, 1, seed)[0], data.draw(st.integers(1, size))

@@ -41,7 +41,7 @@ def tokens(slots: Tensor, tokens_of: TokenMap) -> Tensor:
     return torch.cat([slots, made], 1) if tokens_of.copied else made
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems())
 def test_the_pure_function(problem):
     query, keys, values, held, where, mask, _ = problem
@@ -102,7 +102,7 @@ def compare(caches: tuple[CapsuleCache, CapsuleCache], count: int, masked: bool 
     return left is not None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     layouts(),
     st.sampled_from(["adaptive", "static", "evict", "heads"]),

@@ -28,7 +28,7 @@ def check(problem: Problem, tolerance: float) -> None:
     torch.testing.assert_close(found, plain.attend(*problem), atol=tolerance, rtol=tolerance)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problems(), st.integers(1, 9))
 def test_random_layouts(problem, processors):
     with pytest.MonkeyPatch.context() as patch:

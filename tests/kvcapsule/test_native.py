@@ -116,7 +116,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, list[Source]]:
     return query.to(draw(st.sampled_from(list(TOLERANCE)))), sources
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problems())
 def test_equals_plain_attention(problem):
     query, sources = problem

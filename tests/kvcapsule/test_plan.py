@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from capsight.errors import OptionError
@@ -24,7 +24,6 @@ def test_runs_tails_and_neighbouring_images():
     assert plan.real_tokens(1) == 1
 
 
-@settings(deadline=None)
 @given(layouts(), st.integers(2, 9), st.data())
 def test_every_token_is_padding_exact_or_in_one_run(layout, size, data):
     plan = CapsulePlan.from_layout(layout, size)
@@ -43,7 +42,6 @@ def test_every_token_is_padding_exact_or_in_one_run(layout, size, data):
             assert marks[index, position] == expected
 
 
-@settings(deadline=None)
 @given(layouts(), st.data())
 def test_select_is_the_placement_of_the_selected_rows(layout, data):
     rows = data.draw(st.lists(st.integers(0, layout.batch_size - 1), min_size=1, max_size=5))

@@ -28,7 +28,7 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
     return x.to(dtype)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tensors(), st.sampled_from([8, 4]), st.sampled_from([1, 3]))
 def test_the_error_is_half_a_step_and_rounding(x, bits, axis):
     q = quantise(x, bits, axis)

@@ -45,7 +45,7 @@ def plain(keys: Tensor, values: Tensor, keep: Tensor) -> list:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases())
 def test_pack_and_where_entries_lie(given_case):
     keys, values, keep = given_case
@@ -64,7 +64,7 @@ def test_pack_and_where_entries_lie(given_case):
     assert payload.nbytes == keep.sum() * (2 * 3 * 4 + 1) + 4 * blocks * heads
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases(), st.data())
 def test_select_takes_blocks_in_any_order_also_twice_and_none(given_case, data):
     blocks = len(given_case[2])
@@ -76,7 +76,7 @@ def test_select_takes_blocks_in_any_order_also_twice_and_none(given_case, data):
     assert equal(found, RaggedPayload.pack(*(x[index] for x in given_case)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 3), st.integers(2, 7), st.data())
 def test_join_puts_blocks_of_one_after_those_of_the_other(heads, size, data):
     first, second, third = (data.draw(cases(heads, size)) for _ in range(3))

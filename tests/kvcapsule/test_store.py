@@ -170,7 +170,7 @@ def test_missing_truncated_and_tampered_files_are_refused(saved, tmp_path):
         KVCapsule.from_pretrained("not a repository name!")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_damage_gives_a_capsule_file_error_or_the_same_capsule(saved, data):
     path = data.draw(st.sampled_from(sorted(saved.iterdir())))

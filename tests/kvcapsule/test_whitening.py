@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from capsight.kvcapsule.codecs.whitening import RIDGE, deviation, is_whitening, whitened, whitening
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(0, 99))
 def test_whitened_channels_are_white(heads, size, seed):
     g = torch.Generator().manual_seed(seed)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from capsight.errors import LayoutError
 from capsight.layout import PromptLayout, RowLayout, VisionBlock
 
-SETTINGS = settings(max_examples=60, deadline=None)
+SETTINGS = settings(max_examples=60)
 
 
 @st.composite

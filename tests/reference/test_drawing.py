@@ -15,7 +15,7 @@ from capsight.reference.questions import CROSS_TASKS, TASKS, ask
 
 
 @given(st.sampled_from(KINDS), st.integers(0, 10**6), st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_scenes_repeat_from_their_seed(kind, seed, large):
     first, again = (draw_scene(random.Random(seed), kind, float(large)) for _ in range(2))
     assert first.image.tobytes() == again.image.tobytes()
@@ -25,7 +25,7 @@ def test_scenes_repeat_from_their_seed(kind, seed, large):
 
 
 @given(st.sampled_from(KINDS), st.integers(0, 10**6), st.floats(0, 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_all_text_and_marks_lie_inside_the_picture(kind, seed, large):
     scene = draw_scene(random.Random(seed), kind, large)
     assert scene.glyphs or scene.marks
@@ -40,7 +40,7 @@ def test_glyphs_spell_the_facts():
 
 
 @given(st.integers(0, 10**6), st.integers(1, 8))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_answers_follow_from_the_facts(seed, images):
     rng = random.Random(seed)
     scenes = [draw_scene(rng, None, 0.5) for _ in range(images)]

@@ -123,7 +123,7 @@ def saved(tmp_path_factory):
     return path, vlm, capsule
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_damage_is_noticed(saved, data):
     path, vlm, capsule = saved
