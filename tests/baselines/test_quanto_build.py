@@ -7,9 +7,8 @@ import time
 import pytest
 
 import capsight
-from capsight.baselines import quanto_build
-from capsight.baselines.quantized import QuantoInt4
-from capsight.baselines.quanto_build import ABANDONED_S, wait_for_kernels
+from capsight.baselines import quantized
+from capsight.baselines.quantized import ABANDONED_S, QuantoInt4, wait_for_kernels
 from capsight.errors import CapsightError
 
 
@@ -41,7 +40,7 @@ def test_a_build_that_was_cut_off_is_named(tmp_path):
 
 def test_the_method_looks_before_it_runs(qwen, monkeypatch):
     pytest.importorskip("optimum.quanto")
-    monkeypatch.setattr(quanto_build, "_age_s", lambda lock: ABANDONED_S + 1)
+    monkeypatch.setattr(quantized, "_age_s", lambda lock: ABANDONED_S + 1)
     monkeypatch.setattr("pathlib.Path.glob", lambda folder, pattern: [folder / pattern])
     with pytest.raises(CapsightError, match="cut off"), capsight.enable(qwen.model, capsule=QuantoInt4()):
         pass

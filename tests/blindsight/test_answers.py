@@ -5,9 +5,8 @@ import torch
 
 import capsight
 from capsight.blindsight import Category, HeadMap, MaskOptions, Prompt
-from capsight.blindsight.calibrate.answers import Answers, _until_end
+from capsight.blindsight.calibrate.answers import Answers, TextPart, _until_end
 from capsight.blindsight.calibrate.capture import shape_of
-from capsight.blindsight.calibrate.text_part import TextPart
 from capsight.layout import build_layout
 from tiny import FAMILIES, KINDS
 

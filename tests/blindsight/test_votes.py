@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capsight.blindsight import Category, HeadMap, MaskOptions, Thresholds
-from capsight.blindsight.calibrate.loosest import loosest
 from capsight.blindsight.calibrate.losses import Losses
 from capsight.blindsight.calibrate.recovery import recover
+from capsight.blindsight.calibrate.run import loosest
 from capsight.blindsight.calibrate.votes import Votes
 from capsight.errors import CalibrationError, OptionError
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from capsight.evaluation.bench import peak_bytes
 from capsight.evaluation.bench_row import BenchRow
-from capsight.evaluation.memory import peak_bytes
 
 FULL = BenchRow("full", None, 4, 8, 1000, 0.2, 100.0, 8000, 0, 0.001, 9000)
 OURS = BenchRow("adaptive", 0.4, 4, 8, 1000, 0.25, 80.0, 4000, 400, 0.01, None)

@@ -12,7 +12,7 @@ import capsight
 from capsight.kvcapsule import KVCapsule
 from capsight.kvcapsule.attention.native import missing
 from capsight.kvcapsule.cache import layer, layer_tokens
-from capsight.kvcapsule.cache.room import Room
+from capsight.kvcapsule.cache.buffers import Room
 from kvcapsule.conftest import fitted
 from kvcapsule.test_generate import batch
 from tiny import FAMILIES, TinyVLM

@@ -12,7 +12,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from capsight.reference.processor import IMAGE_PAD, VIDEO_PAD, ReferenceProcessor
+from capsight.reference.loader import IMAGE_PAD, VIDEO_PAD, ReferenceProcessor
 
 PAD, SYSTEM, USER, ASSISTANT, END = "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from capsight.reference.drawing import Canvas, Scene
 from capsight.reference.drawing.canvas import CELL, PITCH
+from capsight.reference.drawing.figures import SHAPES
 from capsight.reference.drawing.palette import (
     CODE_ALPHABET,
     COLORS,
@@ -24,7 +25,6 @@ from capsight.reference.drawing.palette import (
     light,
     random_font,
 )
-from capsight.reference.drawing.shapes import SHAPES
 
 SLOTS = 2
 CHARACTERS = string.ascii_uppercase + string.digits + "."

@@ -16,9 +16,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from capsight.reference.drawing.figures import SHAPES
 from capsight.reference.drawing.palette import COLORS, ITEMS, LABELS
 from capsight.reference.drawing.scene import KINDS
-from capsight.reference.drawing.shapes import SHAPES
 from capsight.reference.prompts import Prompt
 from capsight.reference.questions import PLURAL
 from reference_training.evidence import END, NUMBER, START, Place, bindings, content_cells, evidence

@@ -8,10 +8,9 @@ from capsight.baselines.cur import CUREviction
 from capsight.baselines.feature_pca import FeaturePCA
 from capsight.baselines.kvzip import KVzip
 from capsight.baselines.merge import TokenMerging
+from capsight.baselines.positional import StreamingLLM, UniformSubsample
 from capsight.baselines.quantized import QuantoInt2, QuantoInt4
 from capsight.baselines.snapkv import SnapKV
-from capsight.baselines.streaming_llm import StreamingLLM
-from capsight.baselines.uniform import UniformSubsample
 from capsight.baselines.vl_cache import VLCache
 
 METHODS: dict[str, type[Baseline]] = {

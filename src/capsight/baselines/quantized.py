@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +16,6 @@ from transformers.cache_utils import QuantizedCache, QuantoQuantizedLayer
 from transformers.utils import is_optimum_quanto_available
 
 from capsight.baselines.base import Baseline
-from capsight.baselines.quanto_build import wait_for_kernels
 from capsight.errors import CapsightError, OptionError, UnsupportedModelError
 from capsight.kvcapsule.cache import full_attention_layers
 from capsight.layout import PromptLayout
@@ -179,3 +181,38 @@ def _quantized_nbytes(x: Any) -> int:
     if not hasattr(x, "_scale"):
         return x.nbytes
     return x._data._data.nbytes + x._scale.nbytes + x._shift.nbytes
+
+
+ABANDONED_S = 300.0
+"""Seconds after which a build counts as cut off; that of the CPU kernels takes less than one minute."""
+
+
+def wait_for_kernels(folder: Path | None = None) -> None:
+    """Return once no other process builds kernels: while one does, a file named `lock` lies beside them.
+
+    Args:
+        folder: that of optimum-quanto's extensions; None to look it up.
+
+    Raises:
+        CapsightError: a lock is older than `ABANDONED_S`, so whoever made it was killed.
+    """
+    if folder is None:
+        spec = find_spec("optimum.quanto")
+        if spec is None or spec.origin is None:
+            return
+        folder = Path(spec.origin).parent / "library" / "extensions"
+    while ages := {lock: _age_s(lock) for lock in folder.glob("*/build/lock")}:
+        lock, age = max(ages.items(), key=lambda pair: pair[1])
+        if age > ABANDONED_S:
+            raise CapsightError(
+                f"a build of optimum-quanto's kernels was cut off {age:.0f} s ago and torch waits for it "
+                f"without end; if no other process builds them, delete {lock}"
+            )
+        time.sleep(0.5)
+
+
+def _age_s(lock: Path) -> float:
+    try:
+        return time.time() - lock.stat().st_mtime
+    except FileNotFoundError:  # the build ended
+        return 0.0

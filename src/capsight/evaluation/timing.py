@@ -55,21 +55,6 @@ def time_once(fast: FastModel, inputs: Mapping[str, Any], new_tokens: int) -> Ti
     return Timing(clock.ticks[0] - began, rows * (len(clock.ticks) - 1) / (clock.ticks[-1] - clock.ticks[0]))
 
 
-def time_generation(
-    fast: FastModel, inputs: Mapping[str, Any], new_tokens: int = 32, runs: int = 3, warmup: int = 1
-) -> Timing:
-    """Generate `new_tokens` for every row, `warmup + runs` times, and take medians of the counted runs.
-
-    Args:
-        fast: the model inside `enable`.
-        inputs: processor outputs.
-        new_tokens: tokens per row and run (two or more); the end token does not stop a run.
-        runs: counted runs.
-        warmup: runs before them.
-    """
-    return medians([time_once(fast, inputs, new_tokens) for _ in range(warmup + runs)][warmup:])
-
-
 def medians(timings: Sequence[Timing]) -> Timing:
     """Both medians, each on its own."""
     return Timing(median(t.ttft_s for t in timings), median(t.tokens_per_s for t in timings))

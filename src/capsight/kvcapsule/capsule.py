@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Self
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from capsight.errors import CapsuleFileError, ModelMismatchError, OptionError
+from capsight.errors import ModelMismatchError, OptionError
 from capsight.execution import inputs_device, own_precision
-from capsight.kvcapsule.break_even import break_even_tokens
 from capsight.kvcapsule.budget import Budget, check_budget, default_retained, share_out, share_to_keep
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.cache.conversation import Conversation
@@ -19,7 +18,7 @@ from capsight.kvcapsule.calibration.fit import kept_tokens
 from capsight.kvcapsule.calibration.fit_capsule import fit_capsule
 from capsight.kvcapsule.calibration.processes import Processes
 from capsight.kvcapsule.capsule_file import make_codec
-from capsight.kvcapsule.codecs import JointCodec, LayerCodec, QuantisedCodec
+from capsight.kvcapsule.codecs import JointCodec
 from capsight.kvcapsule.codecs.adaptive import Weights
 from capsight.kvcapsule.codecs.quantise import check_bits
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
@@ -112,29 +111,6 @@ class KVCapsule(PretrainedCapsule):
         if not isinstance(inputs, PromptLayout):
             cache.conversation = Conversation.of(inputs, layout)
         return cache
-
-    @property
-    def stored(self) -> Mapping[int, LayerCodec | QuantisedCodec]:
-        """What caches use for each layer: `codecs`, or those that quantise around them."""
-        bits = self.info.bits
-        if bits is None:
-            return self.codecs
-        return {index: QuantisedCodec(codec, bits) for index, codec in self.codecs.items()}
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        """Config of the model that the capsule was fitted to.
-
-        Raises:
-            CapsuleFileError: this transformers does not know it.
-        """
-        values = dict(self.info.model_config)
-        try:
-            return AutoConfig.for_model(values.pop("model_type"), **values)
-        except (KeyError, ValueError, TypeError) as error:
-            raise CapsuleFileError(
-                f"the capsule's model config cannot be read ({error}); pass config="
-            ) from error
 
     def check_model(self, model: Any) -> None:
         """Refuse a model other than the one the capsule was fitted to.
@@ -229,45 +205,3 @@ class KVCapsule(PretrainedCapsule):
             if self.info.share is not None:
                 raise OptionError("joint latents choose their bits by what is retained; use with_retained")
         return type(self)(self.codecs, replace(self.info, bits=bits))
-
-    def __repr__(self) -> str:
-        """Codec, what is retained, and the model's type."""
-        kind = self.info.model_config.get("model_type")
-        size = f"{self.retained:.3g} retained, {len(self.codecs)} layers"
-        return f"{type(self).__name__}({self.name}, {kind}, {size})"
-
-    @property
-    def name(self) -> str:
-        """Name of the codec, and stored bits: "heads", "heads-int8"."""
-        return self.info.codec + ("" if self.info.bits is None else f"-int{self.info.bits}")
-
-    @property
-    def needs_attention(self) -> bool:
-        """Whether evicted tokens have to be hidden by capsight's attention function."""
-        return self.info.codec in ("heads", "evict")
-
-    @property
-    def rebuilds(self) -> bool:
-        """Whether evicted tokens are rebuilt: else attention is best left to read the kept ones alone."""
-        return self.info.codec not in ("joint", "heads", "evict")
-
-    @property
-    def retained(self) -> float:
-        """Average retained fraction over the layers."""
-        return sum(codec.retained for codec in self.codecs.values()) / len(self.codecs)
-
-    @property
-    def module_nbytes(self) -> int:
-        """Bytes of the codecs' own tensors, resident once per model."""
-        return sum(codec.module_nbytes for codec in self.codecs.values())
-
-    def break_even_tokens(self, batch: int = 1) -> int | None:
-        """Vision tokens per row from which capsules and modules together are smaller than the full cache.
-
-        Args:
-            batch: rows that share the modules.
-
-        Returns:
-            The smallest such number of tokens, a multiple of the block size; None if capsules save nothing.
-        """
-        return break_even_tokens(self.info, self.stored, self.module_nbytes, batch)

@@ -1,4 +1,4 @@
-"""`PretrainedCapsule`: how a capsule is saved, loaded and shared."""
+"""`PretrainedCapsule`: what a fitted capsule is and weighs; how it is saved, loaded and shared."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import os
 from collections.abc import Mapping
 from typing import Any, Self, Unpack
 
+from transformers import AutoConfig, PreTrainedConfig
+
+from capsight.errors import CapsuleFileError
 from capsight.hub import HubOptions, push
 from capsight.kvcapsule.capsule_file import read_capsule, write_capsule
-from capsight.kvcapsule.codecs import LayerCodec
+from capsight.kvcapsule.codecs import LayerCodec, QuantisedCodec
 from capsight.kvcapsule.info import CapsuleInfo
+
+_INDEX_NBYTES = 16  # of a run in `Placement`: row and start, shared by all layers
 
 
 class PretrainedCapsule:
@@ -59,3 +64,74 @@ class PretrainedCapsule:
             CapsuleFileError: the hub does not take it.
         """
         return push(self.save_pretrained, repo_id, "a capsule", options)
+
+    def __repr__(self) -> str:
+        """Codec, what is retained, and the model's type."""
+        kind = self.info.model_config.get("model_type")
+        size = f"{self.retained:.3g} retained, {len(self.codecs)} layers"
+        return f"{type(self).__name__}({self.name}, {kind}, {size})"
+
+    @property
+    def stored(self) -> Mapping[int, LayerCodec | QuantisedCodec]:
+        """What caches use for each layer: `codecs`, or those that quantise around them."""
+        bits = self.info.bits
+        if bits is None:
+            return self.codecs
+        return {index: QuantisedCodec(codec, bits) for index, codec in self.codecs.items()}
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Config of the model that the capsule was fitted to.
+
+        Raises:
+            CapsuleFileError: this transformers does not know it.
+        """
+        values = dict(self.info.model_config)
+        try:
+            return AutoConfig.for_model(values.pop("model_type"), **values)
+        except (KeyError, ValueError, TypeError) as error:
+            raise CapsuleFileError(
+                f"the capsule's model config cannot be read ({error}); pass config="
+            ) from error
+
+    @property
+    def name(self) -> str:
+        """Name of the codec, and stored bits: "heads", "heads-int8"."""
+        return self.info.codec + ("" if self.info.bits is None else f"-int{self.info.bits}")
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether evicted tokens have to be hidden by capsight's attention function."""
+        return self.info.codec in ("heads", "evict")
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether evicted tokens are rebuilt: else attention is best left to read the kept ones alone."""
+        return self.info.codec not in ("joint", "heads", "evict")
+
+    @property
+    def retained(self) -> float:
+        """Average retained fraction over the layers."""
+        return sum(codec.retained for codec in self.codecs.values()) / len(self.codecs)
+
+    @property
+    def module_nbytes(self) -> int:
+        """Bytes of the codecs' own tensors, resident once per model."""
+        return sum(codec.module_nbytes for codec in self.codecs.values())
+
+    def break_even_tokens(self, batch: int = 1) -> int | None:
+        """Vision tokens per row from which capsules and modules together are smaller than the full cache.
+
+        Args:
+            batch: rows that share the modules.
+
+        Returns:
+            The smallest such number of tokens, a multiple of the block size; None if capsules save nothing.
+        """
+        info, stored = self.info, self.stored
+        size, item = info.block_size, info.itemsize
+        saved = 0.0 if size == 1 else -_INDEX_NBYTES  # a run of single tokens is a whole image
+        for layer in info.layers:
+            full = 2 * size * layer.heads * layer.head_dim * item
+            saved += full - stored[layer.index].payload_nbytes(layer.heads, layer.head_dim, item)
+        return size * int(self.module_nbytes // (saved * batch) + 1) if saved > 0 else None

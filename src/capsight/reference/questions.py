@@ -165,17 +165,6 @@ def _sum_of_prices(scene: Scene) -> float:
 _CROSS = (_find, _count, _same, _order, _odd, _compare)
 
 
-def counting_questions(scenes: list[Scene]) -> list[Question]:
-    """Every count that can be asked: of images of each kind, of the shapes on each page of them."""
-    kinds = Counter(s.kind for s in scenes)
-    found = [Question("count_images", f"How many images are {PLURAL[k]}?", str(kinds[k])) for k in KINDS]
-    for number, scene in enumerate(scenes, 1):
-        if scene.kind == "shapes":
-            count = str(len(scene.facts["shapes"]))
-            found.append(Question("count_shapes", f"Image {number}: how many shapes are there?", count))
-    return found if len(scenes) > 1 else found[len(KINDS) :]
-
-
 #: Every task name, single-image tasks first.
 TASKS = (
     "read_code", "small_print", "price", "total", "priciest", "cell", "bar_height", "bar_extreme",

@@ -1,6 +1,6 @@
 """One self-contained HTML page from the JSONs that `eval`, `demo` and `bench` write.
 
-inputs, picture_file (read and check) -> headline -> svg, charts_* (draw) -> sections, sections_layers
+inputs, picture_file (read and check) -> headline -> svg, charts (draw) -> sections, layers
 -> page.
 """
 

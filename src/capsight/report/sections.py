@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 
-from capsight.report import charts_accuracy, charts_speed
+from capsight.report import charts
 from capsight.report.headline import chosen_row
 from capsight.report.inputs import BenchFile, DemoCost, DemoFile, EvalFile
 from capsight.report.tables import folded, group_table, human_bytes, methods_table, table
@@ -48,10 +48,10 @@ def accuracy(file: EvalFile, ours: str, suffix: str) -> Iterator[Section]:
     questions = file.full.questions
     protocol = _PROTOCOLS.get(file.protocol, "")
     where = f" ({file.protocol})" if suffix else ""
-    rows = list(file.rows) if chosen is None else charts_accuracy.comparable(file, chosen)
+    rows = list(file.rows) if chosen is None else charts.comparable(file, chosen)
     body = methods_table(rows, chosen)
     if len(file.rows) > 1:
-        body = f"<figure>{charts_accuracy.curves(file, ours, f'curves{suffix}')}</figure>{body}"
+        body = f"<figure>{charts.curves(file, ours, f'curves{suffix}')}</figure>{body}"
     if len(file.rows) > len(rows):
         body += folded("every method at every budget", methods_table(file.rows, chosen))
     yield Section(
@@ -63,7 +63,7 @@ def accuracy(file: EvalFile, ours: str, suffix: str) -> Iterator[Section]:
     )
     for group, title, label in (("images", "image count", "image"), ("task", "task", "")):
         if file.full.by.get(group):
-            chart = charts_accuracy.by_group(file, rows, ours, group, title, f"{group}{suffix}")
+            chart = charts.by_group(file, rows, ours, group, title, f"{group}{suffix}")
             of = "" if chosen is None else f" The best methods at about the bytes of {chosen.name}."
             yield Section(
                 f"by-{group}{suffix}",
@@ -76,21 +76,21 @@ def accuracy(file: EvalFile, ours: str, suffix: str) -> Iterator[Section]:
 
 def speed(file: BenchFile) -> Iterator[Section]:
     """Decode speed, time to first token, and the memory of the runs."""
-    if charts_speed.speed_rows(file):
-        images = charts_speed.speed_rows(file)[0].images
+    if charts.speed_rows(file):
+        images = charts.speed_rows(file)[0].images
         yield Section(
             "speed",
             "Decode speed against batch",
             f"New tokens per second, of the whole batch; {images} images each; higher is better.",
-            f"<figure>{charts_speed.speed(file, 'speed')}</figure>",
+            f"<figure>{charts.speed(file, 'speed')}</figure>",
         )
-    if charts_speed.ttft_rows(file):
-        batch = charts_speed.ttft_rows(file)[0].batch
+    if charts.ttft_rows(file):
+        batch = charts.ttft_rows(file)[0].batch
         yield Section(
             "ttft",
             "Time to first token against prompt length",
             f"From the call to the first new token, batch {batch}; lower is better.",
-            f"<figure>{charts_speed.ttft(file, 'ttft')}</figure>",
+            f"<figure>{charts.ttft(file, 'ttft')}</figure>",
         )
     rows = [
         [

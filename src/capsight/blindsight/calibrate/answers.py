@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from capsight.attention_swap import unserved
-from capsight.blindsight.calibrate.capture import shape_of, untouched
+from capsight.blindsight.calibrate.capture import following, shape_of, untouched, watching
 from capsight.blindsight.calibrate.samples import Prompt
-from capsight.blindsight.calibrate.text_part import TextPart
 from capsight.blindsight.head_map import HeadMap
+from capsight.layout import PromptLayout
 
 NEW_TOKENS = 12
 """Tokens of an answer that are looked at, at most."""
@@ -89,3 +89,42 @@ def _continued(inputs: Mapping[str, Any], tokens: Tensor) -> dict[str, Any]:
         name: torch.cat([value, new[name].to(value.dtype)], -1) if name in new else value
         for name, value in inputs.items()
     }
+
+
+class TextPart:
+    """What a model hands to its text part for a batch of prompts; the vision tower runs once, here."""
+
+    def __init__(self, model: Any, inputs: Mapping[str, Any], layout: PromptLayout) -> None:
+        """Run the dense model once and note the arguments of its text part.
+
+        Args:
+            model: a transformers vision-language model.
+            inputs: processor outputs.
+            layout: theirs.
+        """
+        self._model, self._layout = model, layout
+        self._given: dict[str, Any] = {}
+        hook = model.get_decoder().register_forward_pre_hook(self._note, with_kwargs=True)
+        try:
+            with watching(model, following(layout, HeadMap.all_dense(*shape_of(model)))):
+                model(**inputs, use_cache=False, logits_to_keep=1)
+        finally:
+            hook.remove()
+
+    def _note(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self._given = dict(kwargs)
+
+    def log_probabilities(self, head_map: HeadMap, last: int) -> Tensor:
+        """Log-probabilities of the next token at the last positions.
+
+        Args:
+            head_map: what attention follows.
+            last: how many positions.
+
+        Returns:
+            float32 `[B, last, V]`.
+        """
+        with watching(self._model, following(self._layout, head_map)):
+            hidden = self._model.get_decoder()(**self._given).last_hidden_state
+            logits: Tensor = self._model.get_output_embeddings()(hidden[:, -last:])
+        return logits.float().log_softmax(-1)

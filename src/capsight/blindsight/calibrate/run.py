@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sized
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -12,9 +12,8 @@ from tqdm.auto import tqdm
 from capsight.blindsight.calibrate.capture import shape_of
 from capsight.blindsight.calibrate.criteria import CRITERIA, output
 from capsight.blindsight.calibrate.held_out import HeldOut
-from capsight.blindsight.calibrate.loosest import loosest
 from capsight.blindsight.calibrate.losses import Losses, check_finite
-from capsight.blindsight.calibrate.recovery import Evaluate, recover
+from capsight.blindsight.calibrate.recovery import Evaluate, check_dense, recover
 from capsight.blindsight.calibrate.samples import Digest, Prompt, Sample, prompts
 from capsight.blindsight.calibrate.votes import Thresholds, Votes
 from capsight.blindsight.categories import Category, MaskOptions
@@ -178,3 +177,56 @@ def _kv_heads(model: Any, heads: int) -> int:
 
 def _dense(head_map: HeadMap) -> int:
     return head_map.counts()[Category.DENSE]
+
+
+def loosest(
+    votes: Votes,
+    gammas: Thresholds,
+    options: MaskOptions,
+    evaluate: Evaluate,
+    tolerance: float,
+    on_step: Callable[[], None] = lambda: None,
+) -> tuple[HeadMap, float, Thresholds]:
+    """The map of the largest alpha, the same in all layers, that bisection finds within the tolerance.
+
+    The drop is taken to rise with alpha, and is measured about log2(3 L Hq) times; the map that is
+    returned has itself been measured.
+
+    Args:
+        votes: what was counted.
+        gammas: the other thresholds; its alpha is not used.
+        options: mask options of the map.
+        evaluate: measures a map; has to be within the tolerance for an all-Dense one.
+        tolerance: in the unit of `evaluate`.
+        on_step: called after each measurement.
+
+    Returns:
+        The map, its drop, and the thresholds it was found with.
+
+    Raises:
+        CalibrationError: even an all-Dense map is outside the tolerance.
+    """
+    alphas = votes.change_points(gammas)
+
+    def measured(place: int) -> tuple[HeadMap, float, Thresholds]:
+        chosen = replace(gammas, alpha=(alphas[place], alphas[place]))
+        head_map = HeadMap(votes.decide(chosen), options)
+        drop = float(evaluate(head_map))
+        on_step()
+        return head_map, drop, chosen
+
+    found = measured(len(alphas) - 1)
+    if found[1] <= tolerance:
+        return found
+    within, beyond, best = -1, len(alphas) - 1, None
+    while beyond - within > 1:
+        middle = (within + beyond) // 2
+        found = measured(middle)
+        if found[1] <= tolerance:
+            within, best = middle, found
+        else:
+            beyond = middle
+    if best is None:
+        dense = HeadMap.uniform(Category.DENSE, votes.layers, votes.heads, options)
+        best = dense, check_dense(evaluate, dense, tolerance), replace(gammas, alpha=(0.0, 0.0))
+    return best

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from capsight.kvcapsule.attention import BlockRows
+from capsight.kvcapsule.cache.buffers import Scratch
 from capsight.kvcapsule.cache.placement import Placement
-from capsight.kvcapsule.cache.scratch import Scratch
 
 
 @dataclass(slots=True, eq=False)

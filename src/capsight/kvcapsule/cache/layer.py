@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from capsight.errors import CapsightError
+from capsight.kvcapsule.cache.buffers import Room
 from capsight.kvcapsule.cache.layer_tokens import LayerTokens
 from capsight.kvcapsule.cache.ledger import Ledger
 from capsight.kvcapsule.cache.placement import Placement
-from capsight.kvcapsule.cache.room import Room
 from capsight.kvcapsule.cache.waiting import Waiting
 from capsight.kvcapsule.codecs import BlockCodec, Payload
 

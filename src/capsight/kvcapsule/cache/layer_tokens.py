@@ -12,8 +12,8 @@ from capsight.kvcapsule.attention import latent_attention
 from capsight.kvcapsule.attention.joint import JointTokens
 from capsight.kvcapsule.attention.latents import LatentTokens
 from capsight.kvcapsule.attention.native import Source, decode_attention, supports
+from capsight.kvcapsule.cache.buffers import Scratch
 from capsight.kvcapsule.cache.exact_rows import ExactRows
-from capsight.kvcapsule.cache.scratch import Scratch
 from capsight.kvcapsule.codecs import BlockCodec, Payload
 
 _FEW = 32

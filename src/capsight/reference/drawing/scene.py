@@ -1,26 +1,22 @@
 """A scene: one image, what is true of it, and where its glyphs and marks lie."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
-from capsight.reference.drawing import card, chart, plate, receipt, shapes, table
+from capsight.reference.drawing import figures, papers
 from capsight.reference.drawing.canvas import CELL, Canvas, Glyph, Mark, Word
 
-
-class _Painter(Protocol):
-    def paint(self, rng: random.Random, width: int, height: int) -> tuple[Canvas, dict[str, Any]]: ...
-
-
-_PAINTERS: dict[str, Any] = {
-    "card": card,
-    "receipt": receipt,
-    "table": table,
-    "chart": chart,
-    "shapes": shapes,
-    "plate": plate,
+_PAINTERS: dict[str, Callable[[random.Random, int, int], tuple[Canvas, dict[str, Any]]]] = {
+    "card": papers.card,
+    "receipt": papers.receipt,
+    "table": papers.table,
+    "chart": figures.chart,
+    "shapes": figures.shapes,
+    "plate": papers.plate,
 }
 
 #: The kinds of image, in a fixed order.
@@ -85,5 +81,5 @@ def draw_scene(rng: random.Random, kind: str | None = None, large: float = 0.5, 
         width, height = CELL * columns, CELL * rows
     else:
         width, height = rng.choice(_LARGE_SIZES[kind]) if rng.random() < large else SMALL
-    canvas, facts = _PAINTERS[kind].paint(rng, width, height)
+    canvas, facts = _PAINTERS[kind](rng, width, height)
     return Scene(kind, canvas.image, facts, tuple(canvas.glyphs), tuple(canvas.marks), tuple(canvas.words))

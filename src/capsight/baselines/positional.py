@@ -1,4 +1,4 @@
-"""StreamingLLM-style eviction: the first and the most recent vision tokens (arXiv 2309.17453)."""
+"""Tokens chosen by where they stand, whatever the image shows: at equal distances, or the first and last."""
 
 from __future__ import annotations
 
@@ -31,3 +31,15 @@ class StreamingLLM(ScoredBaseline):
         sinks = positions - torch.tensor([first[run.row] for run in runs], device=keys.device)[:, None]
         scores[sinks < SINKS] = torch.inf
         return scores[:, None].expand(keys.shape[:3])
+
+
+class UniformSubsample(ScoredBaseline):
+    """Keeps r positions of every run at equal distances, the same in all layers and heads (no paper)."""
+
+    name = "uniform"
+
+    def scores(self, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> Tensor:
+        """1 for the middle of each of r equal parts of a run, 0 for all other tokens."""
+        scores = keys.new_zeros(keys.shape[:3])
+        scores[:, :, ((torch.arange(self.kept) + 0.5) * self.block_size / self.kept).long()] = 1
+        return scores
