@@ -26,7 +26,7 @@ from capsight.cli.models import reference_head_map
 from capsight.cli.output import machine
 from capsight.evaluation import Ask, Item, reference_items
 from capsight.evaluation.asking import process
-from capsight.evaluation.timing import time_generation
+from capsight.evaluation.timing import time_once
 from capsight.layout import build_layout
 
 RESULT = Path(__file__).parent / "results" / "ttft.json"
@@ -87,7 +87,7 @@ def measured(
     for run in range(runs + 1):
         for name, head_map in maps.items():
             with enable(model, head_map=head_map) as fast, torch.no_grad():
-                timing = time_generation(fast, inputs, new_tokens=2, runs=1, warmup=0)
+                timing = time_once(fast, inputs, 2)
             if run:
                 times[name].append(timing.ttft_s)
     layout, text = build_layout(inputs, model.config), model.config.get_text_config()

@@ -1,12 +1,13 @@
 """The lessons: see (dense labels), read (one or two pages), compare (one to eight), finish, count, drill."""
 
 import random
+from collections import Counter
 from dataclasses import dataclass
 
-from capsight.reference.drawing import draw_scene
+from capsight.reference.drawing import KINDS, draw_scene
 from capsight.reference.drawing.scene import Scene
 from capsight.reference.prompts import Prompt, ask_about, draw_kinds, draw_prompt, split_rng
-from capsight.reference.questions import counting_questions
+from capsight.reference.questions import PLURAL, Question
 from reference_training.dense import text_page
 
 
@@ -77,3 +78,14 @@ def _prompt(stage: Stage, rng: random.Random, images: int) -> Prompt:
     asked = [*counts, *(q for q in others if q not in counts)]
     rng.shuffle(asked)
     return Prompt(tuple(scenes), tuple(asked))
+
+
+def counting_questions(scenes: list[Scene]) -> list[Question]:
+    """Every count that can be asked: of images of each kind, of the shapes on each page of them."""
+    kinds = Counter(s.kind for s in scenes)
+    found = [Question("count_images", f"How many images are {PLURAL[k]}?", str(kinds[k])) for k in KINDS]
+    for number, scene in enumerate(scenes, 1):
+        if scene.kind == "shapes":
+            count = str(len(scene.facts["shapes"]))
+            found.append(Question("count_shapes", f"Image {number}: how many shapes are there?", count))
+    return found if len(scenes) > 1 else found[len(KINDS) :]
