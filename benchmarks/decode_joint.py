@@ -50,12 +50,13 @@ def latents_of(tokens: int, batch: int, rank: int, kv_heads: int, head_dim: int)
     axes = torch.arange(3).repeat_interleave(torch.tensor(SECTIONS))
     turning = Rotary(1e6 ** -(torch.arange(len(axes)).double() / len(axes)), axes, False, 1.0)
     counts = torch.full((batch,), tokens)
-    own = torch.randn(2, kv_heads, head_dim, rank, generator=g).bfloat16() / rank**0.5
+    own = torch.randint(-127, 128, (2, kv_heads, head_dim, rank), generator=g, dtype=torch.int8)
+    steps = torch.full((rank,), rank**-0.5 / 73)  # numbers of size 1 / sqrt(R)
     mean = torch.randn(2, kv_heads, head_dim, generator=g)
     return JointTokens(
         PackedLatents(codes, scales, levels.counts, POINTS),
         LatentTokens(counts.cumsum(0) - counts, counts, positions, turning),
-        LayerBasis(own[0], mean[0], own[1], mean[1]),
+        LayerBasis(own[0], steps, mean[0], own[1], steps, mean[1]),
     ), levels.nbytes
 
 

@@ -20,6 +20,7 @@ from capsight.evaluation.prefill import Prefill
 from capsight.kvcapsule import KVCapsule
 from capsight.kvcapsule.cache import full_attention_layers
 from capsight.kvcapsule.calibration.joint_fit import token_vectors
+from capsight.kvcapsule.codecs.joint_axes import numbers
 from capsight.layout import build_layout
 from capsight.layout.positions import rope_positions
 from capsight.runtime import enable
@@ -36,7 +37,8 @@ def curve(judge: str) -> dict[str, Any]:
     capsule = KVCapsule.fit(source.model, None, seen, codec="joint", progress=False)
     layers = list(full_attention_layers(source.model.config))
     codecs = [capsule.codecs[layer] for layer in layers]
-    axes = torch.cat([c.axes.float().flatten(1) for c in codecs], 1)  # [K, F]
+    learnt = [codec.learnt() for codec in codecs]
+    axes = torch.cat([numbers(own["axes"], own["steps"], torch.float32).flatten(1) for own in learnt], 1)
     mean = torch.cat([c.mean.flatten() for c in codecs])
     size = codecs[0].mean[0].numel()
     weight = torch.cat([c.weight.repeat_interleave(size) for c in codecs])

@@ -122,6 +122,11 @@ def test_one_picture_twice_has_the_same_keys_before_rope(vlm):
     torch.testing.assert_close(first, second, atol=2e-4, rtol=1e-3)
 
 
+def axes_of(codec: JointCodec) -> torch.Tensor:
+    """The axes that get bits, float64 [R, 2, H, D]."""
+    return codec.axes.double() * codec.steps.double().T[:, :, None, None]
+
+
 def test_retaining_everything_is_the_full_cache(vlm):
     inputs = batch(vlm)
     cache = fitted(vlm, 1.0, codec="joint").cache(inputs)
@@ -144,14 +149,14 @@ def test_what_is_rebuilt_is_mean_and_axes(vlm):
         )
         x = torch.stack((k, full.layers[i].values.transpose(1, 2)[seen]), 1) - codec.mean
         x = x.double() * codec.weight.double().view(2, 1, 1) ** 2
-        z = z + torch.einsum("tkhd,rkhd->tr", x, codec.axes.double())
+        z = z + torch.einsum("tkhd,rkhd->tr", x, axes_of(codec))
     first = next(iter(codecs.values()))
     z = unpack(*pack(z.float(), first.levels), first.levels, torch.float32).double()
     some = next(iter(cache.capsule_layers))
     empty = full.layers[some].keys[:, :, :0]
     for i, codec in codecs.items():
         keys, values = cache.layers[i]._rebuilt(cache.layers[i].placement, empty, empty)
-        x = torch.einsum("tr,rkhd->tkhd", z, codec.axes.double()[: first.levels.rank]) + codec.mean
+        x = torch.einsum("tr,rkhd->tkhd", z, axes_of(codec)) + codec.mean
         k = codec.rotary.turn(x[:, 0].float().transpose(0, 1), *codec.rotary.tables(places)).transpose(0, 1)
         torch.testing.assert_close(keys.transpose(1, 2)[seen], k, atol=0.02, rtol=0.02)
         torch.testing.assert_close(values.transpose(1, 2)[seen], x[:, 1].float(), atol=0.02, rtol=0.02)
@@ -214,7 +219,7 @@ def test_fractions_bits_budgets_and_options(qwen, tmp_path):
     capsule.with_retained(0.25).save_pretrained(tmp_path)
     loaded = KVCapsule.from_pretrained(tmp_path)
     assert loaded.retained == capsule.with_retained(0.25).retained
-    assert torch.equal(loaded.codecs[0].axes, capsule.codecs[0].axes)
+    assert torch.equal(loaded.whole_codecs()[0].learnt()["axes"], capsule.codecs[0].learnt()["axes"])
     for refused in (
         lambda: capsule.with_bits(4),
         lambda: capsule.with_budget("water-filled"),
@@ -268,9 +273,9 @@ def test_more_axes_where_the_usual_ones_lose_too_much(monkeypatch, spectrum):
     rotary = Rotary(torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.int64), False, 1.0)
     fit = partial(joint_fit.solve_joint, tokens.mean(0), tokens.half(), (0, 1), (4, 8), rotary)
     codecs = fit(None)
-    assert len(codecs[0].axes) == (32 if spectrum == "short" else 96)
+    assert len(codecs[0].learnt()["axes"]) == (32 if spectrum == "short" else 96)
     assert (float(codecs[0].typical) <= joint_fit.LOST) == (spectrum == "short")
-    assert len(fit(64)[0].axes) == 64
+    assert len(fit(64)[0].learnt()["axes"]) == 64
 
 
 def test_what_images_usually_lose_is_not_measured_on_the_few_tokens_of_the_fit():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -50,21 +51,22 @@ def problems(draw: st.DrawFn):
     thw = torch.cat([torch.zeros(3, 0, dtype=torch.int64), *positions], 1)
     ends = torch.tensor(counts).cumsum(0)
     tokens = LatentTokens(ends - torch.tensor(counts), torch.tensor(counts), thw, rotary)
-    axes = torch.randn(2, heads, size, rank, generator=g) / rank**0.5
+    axes = torch.randint(-127, 128, (2, heads, size, rank), generator=g, dtype=torch.int8)
+    steps = torch.rand(2, rank, generator=g) / rank**0.5 / 36
     mean = torch.randn(2, heads, size, generator=g)
-    axes = axes.to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])))
-    basis = LayerBasis(axes[0], mean[0], axes[1], mean[1])
+    basis = LayerBasis(axes[0], steps[0], mean[0], axes[1], steps[1], mean[1])
     query = torch.randn(batch, heads * group, queries, size, generator=g)
     return query, pack(torch.randn(thw.shape[1], rank, generator=g), levels), levels, tokens, basis
 
 
-def as_read(packed, levels: Levels, basis: LayerBasis, level: str) -> tuple[torch.Tensor, float]:
-    """Latents as native code of a level takes them, float64, and how close it comes."""
+def as_read(packed, levels: Levels, basis: LayerBasis, level: str) -> tuple[torch.Tensor, LayerBasis, float]:
+    """Latents, float64, and the basis as native code of a level takes them, and how close it comes."""
     opened = unpack(*packed, levels, torch.float32)
-    tiles = basis.key_axes.dtype == torch.bfloat16 and basis.key_mean.numel() % 32 == 0
-    if level == "AMX" and tiles:  # which also rounds probabilities
-        return opened.bfloat16().double(), 1e-2
-    return opened.double(), 1e-4
+    if level == "AMX" and basis.key_mean.numel() % 32 == 0:  # which also rounds probabilities
+        keys = (basis.key_axes * basis.key_steps).bfloat16()
+        basis = replace(basis, key_axes=keys, key_steps=torch.ones_like(basis.key_steps))
+        return opened.bfloat16().double(), basis, 1e-2
+    return opened.double(), basis, 1e-4
 
 
 @pytest.mark.skipif(bool(missing()), reason="no C++ compiler")
@@ -77,9 +79,9 @@ def test_nothing_has_to_be_rebuilt(level):
     @given(problems())
     def check(problem):
         query, packed, levels, tokens, basis = problem
-        opened, close = as_read(packed, levels, basis, level)
         latents = PackedLatents(*packed, levels.counts, POINTS)
         found = JointTokens(latents, tokens, basis).attend(query, [], 0.2)
+        opened, basis, close = as_read(packed, levels, basis, level)
         expected = plain_joint_attention(query.double(), opened, tokens, basis, 0.2)
         torch.testing.assert_close(found[0].double(), expected[0], atol=close, rtol=close)
         torch.testing.assert_close(found[1].double(), expected[1], atol=1e-4, rtol=1e-4)
@@ -102,7 +104,7 @@ def test_exact_tokens_are_attended_to_in_the_same_call(problem, most, dtype):
     latents = PackedLatents(*packed, levels.counts, POINTS)
     out, lse = JointTokens(latents, tokens, basis).attend(query, [exact], 0.2)
     assert out.dtype == dtype
-    opened, close = as_read(packed, levels, basis, build.best_level())
+    opened, basis, close = as_read(packed, levels, basis, build.best_level())
     far, far_lse = plain_joint_attention(query.double(), opened, tokens, basis, 0.2)
     near, near_lse = plain_attention(query.double(), [exact], 0.2)
     total = torch.logaddexp(far_lse, near_lse.double())
@@ -118,11 +120,8 @@ def test_exact_tokens_are_attended_to_in_the_same_call(problem, most, dtype):
 def test_what_is_rebuilt_is_turned_as_the_codec_does(problem):
     query, packed, levels, tokens, basis = problem
     latents = unpack(*packed, levels, torch.float32)
-    basis = LayerBasis(
-        *(getattr(basis, name).float() for name in ("key_axes", "key_mean", "value_axes", "value_mean"))
-    )
     rotary, group = tokens.turning, query.shape[1] // len(basis.key_mean)
-    keys = (latents @ basis.key_axes.mT) + basis.key_mean[:, None]
+    keys = (latents * basis.key_steps) @ basis.key_axes.float().mT + basis.key_mean[:, None]
     keys = rotary.turn(keys, *rotary.tables(tokens.positions)).repeat_interleave(group, 0)
     _, lse = plain_joint_attention(query, latents, tokens, basis, 0.2)
     for row, (start, count) in enumerate(zip(tokens.starts, tokens.counts, strict=True)):

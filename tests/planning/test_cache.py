@@ -110,7 +110,7 @@ def test_joint_capsules_take_no_more_than_planned(vlm, retained):
     inputs, shape = prompt(vlm), ModelShape.of(vlm.config)
     fitted = KVCapsule.fit(vlm.model, vlm.processor, [inputs], retained, "joint", progress=False)
     planned, layout = planned_capsule(shape, retained, 4), build_layout(inputs, vlm.config)
-    assert planned.module_nbytes == fitted.module_nbytes
+    assert planned.module_nbytes >= fitted.module_nbytes
     with capsight.enable(vlm.model, capsule=fitted) as fast:
         fill(fast, None, inputs)
     real = fast.cache.nbytes - fast.cache.state_nbytes

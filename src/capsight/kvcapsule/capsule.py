@@ -131,14 +131,15 @@ class KVCapsule(PretrainedCapsule):
         be given as `compression_ratio`, which is 1 - retained.
 
         Raises:
+            CapsuleFileError: a joint capsule's file is gone, from which its axes are read again.
             OptionError: out of range, given twice, or the codec has to be fitted for it.
         """
         retained = share_to_keep(retained, compression_ratio)
         if self.info.share is not None:
-            codecs = {
-                i: codec.at(retained) for i, codec in self.codecs.items() if isinstance(codec, JointCodec)
-            }
-            return type(self)(codecs, replace(self.info, share=retained))
+            lean = self.origin is not None
+            found = self.whole_codecs().items()
+            codecs = {i: codec.at(retained, lean) for i, codec in found if isinstance(codec, JointCodec)}
+            return type(self)(codecs, replace(self.info, share=retained), self.origin)
         return self._resized(kept_tokens(retained, self.info.block_size), self.info.budget)
 
     def with_budget(self, budget: Budget) -> Self:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +17,19 @@ from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
 from capsight.kvcapsule.store import locate, read_folder, write_folder
 
 KIND = "capsight.kvcapsule"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The file that a capsule was read from; what its fraction has no use for stayed there.
+
+    Attributes:
+        folder: where it lies.
+        sha256: of its tensors.
+    """
+
+    folder: Path
+    sha256: str
 
 
 def write_capsule(
@@ -28,7 +43,7 @@ def write_capsule(
     tensors = {
         f"layers.{index}.{name}": tensor
         for index, codec in codecs.items()
-        for name, tensor in codec.state_dict().items()
+        for name, tensor in codec.learnt().items()
     }
     constants = dict(ALL_CODECS[info.codec].constants)
     write_folder(Path(folder), KIND, info.to_header() | {"constants": constants}, tensors)
@@ -36,8 +51,8 @@ def write_capsule(
 
 def read_capsule(
     source: str | os.PathLike[str], hub: HubOptions | None = None
-) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
-    """Codecs by layer index, and what is known of them.
+) -> tuple[dict[int, LayerCodec], CapsuleInfo, Origin]:
+    """Codecs by layer index, with no more than their fraction needs; what is known of them, and their file.
 
     Args:
         source: "reference" for the one shipped with capsight, a folder, or a hub repository id.
@@ -48,13 +63,35 @@ def read_capsule(
     """
     folder = locate(source, hub or {})
     header, tensors = read_folder(folder, KIND)
+    codecs, info = _codecs(folder, header, tensors, lean=True)
+    return codecs, info, Origin(folder, header["sha256"])
+
+
+def read_again(origin: Origin) -> dict[int, LayerCodec]:
+    """Codecs with all that they learnt.
+
+    Raises:
+        CapsuleFileError: the file is missing, or is another one by now.
+    """
+    header, tensors = read_folder(origin.folder, KIND)
+    if header["sha256"] != origin.sha256:
+        raise CapsuleFileError(
+            f"{origin.folder} holds another capsule than the one that was loaded; load it again"
+        )
+    return _codecs(origin.folder, header, tensors, lean=False)[0]
+
+
+def _codecs(
+    folder: Path, header: Mapping[str, Any], tensors: dict[str, Tensor], lean: bool
+) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
     info = CapsuleInfo.from_header(header)
     if info.codec not in ALL_CODECS:
         raise CapsuleFileError(
             f"{folder} uses the codec {info.codec!r}, this capsight knows {sorted(ALL_CODECS)}"
         )
     ours = dict(ALL_CODECS[info.codec].constants)
-    if header.get("constants", ours) != ours:
+    named = header.get("constants", ours)
+    if not isinstance(named, dict) or ours | named != ours:
         raise CapsuleFileError(
             f"{folder} was fitted where the {info.codec} codec had the constants {header['constants']}, here "
             f"it has {ours}; use the capsight that wrote it, or fit again"
@@ -65,7 +102,7 @@ def read_capsule(
         names = [name for name in tensors if name.startswith(prefix)]
         try:
             own = {name.removeprefix(prefix): tensors.pop(name) for name in names}
-            codecs[layer.index] = make_codec(own, info, layer)
+            codecs[layer.index] = make_codec(own, info, layer, lean)
         except OptionError as error:
             raise CapsuleFileError(
                 f"{folder}, layer {layer.index}: {error}; fit the capsule again"
@@ -75,8 +112,10 @@ def read_capsule(
     return codecs, info
 
 
-def make_codec(tensors: Mapping[str, Tensor], info: CapsuleInfo, layer: LayerInfo) -> LayerCodec:
-    """The codec of one layer, whose `state_dict()` gave `tensors`.
+def make_codec(
+    tensors: Mapping[str, Tensor], info: CapsuleInfo, layer: LayerInfo, lean: bool = False
+) -> LayerCodec:
+    """The codec of one layer, whose `learnt()` gave `tensors`; `lean` as in `JointCodec`.
 
     Raises:
         OptionError: they are not those of such a codec.
@@ -84,7 +123,7 @@ def make_codec(tensors: Mapping[str, Tensor], info: CapsuleInfo, layer: LayerInf
     shape = (layer.heads, info.block_size, layer.head_dim)
     codec = ALL_CODECS[info.codec].from_tensors(tensors, shape, layer.kept)
     if info.share is not None and isinstance(codec, JointCodec):
-        return codec.at(info.share)
+        return codec.at(info.share, lean)
     if "weights" in info.options:
         return codec.with_weights(info.options["weights"])
     return codec

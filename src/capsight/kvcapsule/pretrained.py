@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from capsight.errors import CapsuleFileError
 from capsight.hub import HubOptions, push
-from capsight.kvcapsule.capsule_file import read_capsule, write_capsule
+from capsight.kvcapsule.capsule_file import Origin, read_again, read_capsule, write_capsule
 from capsight.kvcapsule.codecs import LayerCodec, QuantisedCodec
 from capsight.kvcapsule.info import CapsuleInfo
 
@@ -23,19 +23,30 @@ class PretrainedCapsule:
     Attributes:
         codecs: codec of each layer, by layer index.
         info: sizes, options, and the model it belongs to.
+        origin: the file that it was read from, or None.
     """
 
-    def __init__(self, codecs: Mapping[int, LayerCodec], info: CapsuleInfo) -> None:
+    def __init__(
+        self, codecs: Mapping[int, LayerCodec], info: CapsuleInfo, origin: Origin | None = None
+    ) -> None:
         """Join codecs and what is known of them; use `fit` or `from_pretrained` to get a capsule."""
-        self.codecs, self.info = dict(codecs), info
+        self.codecs, self.info, self.origin = dict(codecs), info, origin
+
+    def whole_codecs(self) -> Mapping[int, LayerCodec]:
+        """Codecs with all that was learnt: `joint` axes that get no bits are read from the file again.
+
+        Raises:
+            CapsuleFileError: the capsule was read from a file that is missing, or another one, by now.
+        """
+        return self.codecs if self.origin is None else read_again(self.origin)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the capsule to a folder (safetensors + JSON), atomically.
 
         Raises:
-            CapsuleFileError: the folder cannot be written.
+            CapsuleFileError: the folder cannot be written, or a joint capsule's own file is gone.
         """
-        write_capsule(folder, self.codecs, self.info)
+        write_capsule(folder, self.whole_codecs(), self.info)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str], **hub: Unpack[HubOptions]) -> Self:
@@ -116,7 +127,11 @@ class PretrainedCapsule:
 
     @property
     def module_nbytes(self) -> int:
-        """Bytes of the codecs' own tensors, resident once per model."""
+        """Bytes of the codecs' own tensors, resident once per model.
+
+        Of the joint codec, axes that get bits at this fraction. The others lie in its file; those of a
+        capsule that was fitted just now wait in host memory, and are not counted.
+        """
         return sum(codec.module_nbytes for codec in self.codecs.values())
 
     def break_even_tokens(self, batch: int = 1) -> int | None:

@@ -79,8 +79,7 @@ class JointTokens:
     def _native(self) -> tuple[Any, tuple[Tensor, ...]]:
         """This as native code has it, and what has to live as long."""
         latents, basis = self.latents, self.basis
-        keys, values = basis.axes
-        size = keys.shape[1]
+        size = basis.key_mean.shape[1]
         places, order, cosines, sines = self.tokens.native(size)
         codes, scales = latents.codes.contiguous(), latents.scales.contiguous()
         made = _Joint(
@@ -99,14 +98,13 @@ class JointTokens:
             widths=(ctypes.c_int64 * 3)(*map(len, order)),
             cosines=_addresses(cosines),
             sines=_addresses(sines),
-            key_axes=keys.data_ptr(),
-            value_axes=values.data_ptr(),
+            key_axes=basis.key_axes.data_ptr(),
+            value_axes=basis.value_axes.data_ptr(),
+            key_steps=basis.key_steps.data_ptr(),
+            value_steps=basis.value_steps.data_ptr(),
             key_mean=basis.key_mean.data_ptr(),
             value_mean=basis.value_mean.data_ptr(),
-            head_stride=keys.stride(0),
-            channel_stride=keys.stride(1),
             channels=size,
-            format=FORMATS[keys.dtype],
         )
         return ctypes.byref(made), (codes, scales)
 
@@ -130,9 +128,12 @@ class _Joint(ctypes.Structure):
         ("widths", ctypes.c_int64 * 3),
         ("cosines", ctypes.c_void_p * 3),
         ("sines", ctypes.c_void_p * 3),
-        *((name, ctypes.c_void_p) for name in ("key_axes", "value_axes", "key_mean", "value_mean")),
-        *((name, ctypes.c_int64) for name in ("head_stride", "channel_stride", "channels")),
-        ("format", ctypes.c_int32),
+        *(
+            (f"{kind}_{name}", ctypes.c_void_p)
+            for name in ("axes", "steps", "mean")
+            for kind in ("key", "value")
+        ),
+        ("channels", ctypes.c_int64),
     )
 
 

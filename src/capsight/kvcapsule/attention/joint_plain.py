@@ -34,8 +34,11 @@ def plain_joint_attention(
         own = slice(start, start + count)
         z = latents[own].to(work)
         keys, values = (  # [H, n, D]
-            (z @ axes.to(work).mT) + mean[:, None].to(work)
-            for axes, mean in ((basis.key_axes, basis.key_mean), (basis.value_axes, basis.value_mean))
+            (z * steps.to(work)) @ axes.to(work).mT + mean[:, None].to(work)
+            for axes, steps, mean in (
+                (basis.key_axes, basis.key_steps, basis.key_mean),
+                (basis.value_axes, basis.value_steps, basis.value_mean),
+            )
         )
         pairs = torch.arange(len(turning.axes))
         first, second = (2 * pairs, 2 * pairs + 1) if turning.interleaved else (pairs, pairs + len(pairs))

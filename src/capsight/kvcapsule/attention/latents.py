@@ -9,8 +9,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from capsight.kvcapsule.attention.native.source import FORMATS
-
 PAD = 16
 """Channels of tables are a multiple of it."""
 
@@ -102,23 +100,17 @@ class LayerBasis:
     """What makes one layer's keys and values of latents.
 
     Attributes:
-        key_axes: `[H, D, R]`; the R lie together, if nothing is to be copied.
+        key_axes: int8 `[H, D, R]`, contiguous; times the steps they are numbers.
+        key_steps: float32 `[R]`, contiguous.
         key_mean: float32 `[H, D]`, contiguous.
-        value_axes: like `key_axes`, and with the same strides.
-        value_mean: float32 `[H, D]`, contiguous.
+        value_axes: like `key_axes`.
+        value_steps: like `key_steps`.
+        value_mean: like `key_mean`.
     """
 
     key_axes: Tensor
+    key_steps: Tensor
     key_mean: Tensor
     value_axes: Tensor
+    value_steps: Tensor
     value_mean: Tensor
-
-    @cached_property
-    def axes(self) -> tuple[Tensor, Tensor]:
-        """Both axes as native code takes them."""
-        own = self.key_axes, self.value_axes
-        alike = own[0].dtype == own[1].dtype and own[0].stride() == own[1].stride()
-        if alike and own[0].stride(2) == 1 and own[0].dtype in FORMATS:
-            return own
-        keys, values = (x.float().contiguous() for x in own)
-        return keys, values

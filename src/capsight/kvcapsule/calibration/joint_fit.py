@@ -16,6 +16,7 @@ from capsight.kvcapsule.calibration.processes import Processes
 from capsight.kvcapsule.calibration.samples import calibration_inputs
 from capsight.kvcapsule.calibration.token_sample import TokenSample
 from capsight.kvcapsule.codecs.joint import JointCodec
+from capsight.kvcapsule.codecs.joint_axes import in_steps
 from capsight.kvcapsule.codecs.levels import GROUP, distortions
 from capsight.kvcapsule.codecs.rotary import Rotary, find_rotary
 from capsight.layout import build_layout
@@ -174,7 +175,7 @@ def solve_joint(
         axes = principal_axes(x, _whole_groups(min(MOST_RANK, x.shape[1])))
         axes = axes[:, : _whole_groups(int((_lost(x @ axes, x) > LOST).sum()) + 1)]
         latents = x @ axes
-    rows = (axes / scale[:, None]).bfloat16().T.unflatten(1, parts)  # [K, L, 2, H, D]
+    rows = (axes / scale[:, None]).T.unflatten(1, parts)  # [K, L, 2, H, D]
     shared = {
         "lost": distortions(latents),
         "typical": _typical(latents, x),
@@ -187,7 +188,7 @@ def solve_joint(
         layer: JointCodec(
             {
                 "mean": means[i],
-                "axes": rows[:, i].contiguous(),
+                **dict(zip(("axes", "steps"), in_steps(rows[:, i]), strict=True)),
                 "weight": weight[i],
                 **{name: x.clone() for name, x in shared.items()},
             }

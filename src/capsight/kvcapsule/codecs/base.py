@@ -29,7 +29,8 @@ class LayerCodec(BlockCodec):
         block_size: tokens in a block (N).
         kept: tokens' worth of numbers kept of it (r).
         keys_by_token: whether stored keys are quantised token by token, not channel by channel.
-        constants: JSON-ready numbers that stored numbers take their meaning from; files name them.
+        constants: JSON-ready numbers that stored numbers take their meaning from; files name them, and those
+            that a file does not name are as `from_tensors` finds them.
     """
 
     keys_by_token: ClassVar[bool] = False
@@ -58,6 +59,10 @@ class LayerCodec(BlockCodec):
         Raises:
             OptionError: a tensor is missing, of the wrong shape or dtype, or one too many.
         """
+
+    def learnt(self) -> dict[str, Tensor]:
+        """Tensors that files hold, by name."""
+        return self.state_dict()
 
     @abstractmethod
     def encode(self, keys: Tensor, values: Tensor) -> Payload:

@@ -8,20 +8,21 @@ mean + W^-1 U z, and keys are turned to their positions. W makes keys and values
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from capsight.errors import CapsightError, OptionError, UnlikeCalibrationWarning
+from capsight.errors import CapsightError, OptionError
 from capsight.kvcapsule.attention.latents import LayerBasis, PackedLatents
 from capsight.kvcapsule.attention.native import supports
 from capsight.kvcapsule.budget import check_share
 from capsight.kvcapsule.codecs.base import LayerCodec, take_tensors
 from capsight.kvcapsule.codecs.block import Payload
+from capsight.kvcapsule.codecs.gathered import Gathered
+from capsight.kvcapsule.codecs.joint_axes import AXIS_BITS, coordinates_together, in_steps, numbers
 from capsight.kvcapsule.codecs.joint_payload import JointPayload, OpenLatents
 from capsight.kvcapsule.codecs.levels import BITS, GROUP, POINTS, pack, share_bits, unpack
 from capsight.kvcapsule.codecs.moments import LayerMoments
@@ -30,7 +31,6 @@ from capsight.kvcapsule.codecs.rotary import Rotary
 from capsight.kvcapsule.plan import Run
 
 _WHOLE = 2**31  # block size of a codec that stores nothing: no image is as long
-_UNLIKE = 4.0  # times the loss on calibration images from which on images are said to be unlike them
 _FEW = 4  # new tokens of a row up to which attention reads latents as they are
 _SHAPES: dict[str, tuple[int | None, ...]] = {
     "lost": (None, 4),
@@ -39,29 +39,18 @@ _SHAPES: dict[str, tuple[int | None, ...]] = {
     "pairs": (None,),
     "turning": (3,),
 }
-_DTYPES = {"axes": torch.bfloat16, "lost": torch.float64, "frequencies": torch.float64, "pairs": torch.int64}
-
-
-class Gathered(NamedTuple):
-    """What layers have added up of T tokens.
-
-    Attributes:
-        latents: float32 `[T, R]`.
-        energy: float32 `[]`, sum of the squares of W (x - mean).
-        layers: how many have.
-    """
-
-    latents: Tensor
-    energy: Tensor
-    layers: int
+_DTYPES = {"axes": torch.int8, "lost": torch.float64, "frequencies": torch.float64, "pairs": torch.int64}
 
 
 class JointCodec(LayerCodec):
     """One layer's share of the joint codec; a block is one token.
 
+    Of K axes the buffers have the R that get bits; `learnt` gives all.
+
     Buffers:
         mean: float32 `[2, H, D]`, of keys before RoPE and of values.
-        axes: bfloat16 `[K, 2, H, D]`, this layer's columns of U^T W^-1, most variance first.
+        axes: int8 `[R, 2, H, D]`, this layer's columns of U^T W^-1 in steps, most variance first.
+        steps: float32 `[2, R]`, of each axis in keys and in values.
         weight: float32 `[2]`, this layer's entries of W for keys and values.
         lost: float64 `[K / GROUP, 4]`, see `levels.distortions`; it and what follows is alike in all layers.
         typical: float32 `[1]`, share of the variance that K coordinates lose on calibration images.
@@ -71,16 +60,27 @@ class JointCodec(LayerCodec):
 
     name: ClassVar[str] = "joint"
     needs_positions: ClassVar[bool] = True
-    constants: ClassVar[Mapping[str, Any]] = {"group": GROUP, "bits": [*BITS], "points": [*POINTS]}
+    constants: ClassVar[Mapping[str, Any]] = {
+        "group": GROUP,
+        "bits": [*BITS],
+        "points": [*POINTS],
+        "axis_bits": AXIS_BITS,
+    }
     mean: Tensor
     axes: Tensor
+    steps: Tensor
     weight: Tensor
     lost: Tensor
     typical: Tensor
     turning: Tensor
 
-    def __init__(self, tensors: Mapping[str, Tensor], retained: float = 1.0) -> None:
-        """Take buffers by name, and the share of the bytes to keep.
+    def __init__(self, tensors: Mapping[str, Tensor], retained: float = 1.0, lean: bool = False) -> None:
+        """Take what was learnt by name, all K axes, and the share of the bytes to keep.
+
+        Args:
+            tensors: the buffers.
+            retained: that share.
+            lean: whether axes that get no bits are let go; else they stay in host memory for `at`.
 
         Raises:
             OptionError: `retained` is not in (0, 1], or holds not a single group.
@@ -89,7 +89,6 @@ class JointCodec(LayerCodec):
         super().__init__(_WHOLE if retained == 1 else 1, 1)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
-        self.axes = self.axes.movedim(0, -1).contiguous().movedim(-1, 0)  # the K of a channel lie together
         interleaved, scaling, layers = tensors["turning"].tolist()
         self.rotary = Rotary(tensors["frequencies"], tensors["pairs"], bool(interleaved), scaling)
         self.layers_together = self.sharing = int(layers)
@@ -97,6 +96,9 @@ class JointCodec(LayerCodec):
         self._dtype = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
         self.full_nbytes = 2 * self.mean.numel() * self.layers_together  # of a token in 16 bits
         self.levels = share_bits(self.lost, retained * self.full_nbytes)
+        rank = self.levels.rank
+        self._others = None if lean else (self.axes[rank:].clone(), self.steps[:, rank:].clone())
+        self.axes, self.steps = coordinates_together(self.axes[:rank]), self.steps[:, :rank].clone()
 
     @classmethod
     def fit(cls, moments: LayerMoments, kept: int, **options: Any) -> Self:
@@ -105,25 +107,41 @@ class JointCodec(LayerCodec):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int, int], kept: int) -> Self:
-        """The codec whose `state_dict()` gave `tensors`, at `retained` 1."""
+        """The codec whose `learnt()` gave `tensors`, at `retained` 1; axes may be in 16 bits, as once."""
         heads, _, head_dim = shape
-        shapes = {"mean": (2, heads, head_dim), "axes": (None, 2, heads, head_dim), "weight": (2,), **_SHAPES}
+        shapes = {"mean": (2, heads, head_dim), "axes": (None, 2, heads, head_dim), "steps": (2, None)}
+        shapes |= {"weight": (2,), **_SHAPES}
+        if "steps" not in tensors and (axes := tensors.get("axes")) is not None and axes.ndim == 4:
+            tensors = dict(tensors, **dict(zip(("axes", "steps"), in_steps(axes), strict=True)))
         taken = dict(zip(shapes, take_tensors(tensors, shapes, _DTYPES), strict=True))
-        sizes = taken["axes"].shape[0], len(taken["lost"]) * GROUP
+        sizes = {len(taken["axes"]), taken["steps"].shape[1], len(taken["lost"]) * GROUP}
         pairs = len(taken["pairs"])
-        fits = sizes[0] == sizes[1] and pairs == len(taken["frequencies"]) and 2 * pairs <= head_dim
+        fits = len(sizes) == 1 and pairs == len(taken["frequencies"]) and 2 * pairs <= head_dim
         known = ((taken["pairs"] >= 0) & (taken["pairs"] < 3)).all() and (taken["turning"][1:] > 0).all()
         if not fits or not known or not (taken["weight"] > 0).all():
             raise OptionError("the tensors of the joint codec do not fit together")
         return cls(taken)
 
-    def at(self, retained: float) -> Self:
-        """This codec at another share of the bytes; buffers are shared.
+    def at(self, retained: float, lean: bool = False) -> Self:
+        """This codec at another share of the bytes.
+
+        Args:
+            retained: that share.
+            lean: whether axes that get no bits then are let go.
 
         Raises:
+            CapsightError: this codec has let its own go.
             OptionError: `retained` is not in (0, 1], or too small.
         """
-        return type(self)(dict(self.named_buffers()), retained)
+        return type(self)(self.learnt(), retained, lean)
+
+    def learnt(self) -> dict[str, Tensor]:
+        """All that was learnt, by name: `state_dict()` with all K axes."""
+        if self._others is None:
+            raise CapsightError("axes that get no bits were left in the file; load the capsule again")
+        held = self.axes.cpu(), self.steps.cpu()
+        axes, steps = (torch.cat(x, dim) for dim, x in enumerate(zip(held, self._others, strict=True)))
+        return self.state_dict() | {"axes": axes, "steps": steps}
 
     @property
     def coding(self) -> list[int]:
@@ -150,23 +168,18 @@ class JointCodec(LayerCodec):
         turned, tables = keys[:, :, 0].transpose(0, 1), positions.tables(self.rotary)
         k = self.rotary.unturn(turned, *tables).transpose(0, 1).sub_(self.mean[0])  # [T, H, D], float32
         v = values[:, :, 0] - self.mean[1]
-        if held is None:
-            held = Gathered(k.new_zeros(len(k), self.levels.rank), k.new_zeros(()), 0)
-        latents, energy, layers = held
-        part = latents if latents.device == k.device else torch.zeros_like(latents, device=k.device)
-        axes = self.axes[: self.levels.rank].float()  # [R, 2, H, D]
+        held = Gathered.none(k, self.levels.rank) if held is None else held
+        axes = numbers(self.axes, self.steps, torch.float32)  # [R, 2, H, D]
         for kind, (x, square) in enumerate(zip((k, v), self.weight.square().tolist(), strict=True)):
-            part.addmm_(x.flatten(1), axes[:, kind].flatten(1).T, alpha=square)  # W^2 (x - mean) U
-            energy = energy + square * x.flatten().dot(x.flatten()).to(latents.device)
-        if part is not latents:
-            latents.add_(part.to(latents.device))
-        return Gathered(latents, energy, layers + 1)
+            held = held.plus(x, axes[:, kind], square)
+        return held
 
     @classmethod
     def encode_gathered(cls, codecs: Sequence[Any], held: Gathered, runs: Sequence[Run]) -> list[Payload]:
         """Store latents that all layers have added to."""
         first = codecs[0]
-        first._compare(held)
+        left_out = first.lost[first.levels.rank // GROUP :, 0].sum() / first.lost[:, 0].sum()
+        held.compare(float(first.typical) + float(left_out))
         codes, scales = pack(held.latents, first.levels)
         return [JointPayload({"codes": codes, "scales": scales})] * len(codecs)
 
@@ -191,8 +204,8 @@ class JointCodec(LayerCodec):
     @cached_property
     def basis(self) -> LayerBasis:
         """This layer's axes as attention over latents takes them."""
-        keys, values = self.axes[: self.levels.rank].permute(1, 2, 3, 0)  # [H, D, R] each
-        return LayerBasis(keys, self.mean[0], values, self.mean[1])
+        both = (self.axes.permute(1, 2, 3, 0), self.steps, self.mean)  # [2, H, D, R], [2, R], [2, H, D]
+        return LayerBasis(*(x[kind] for kind in range(2) for x in both))
 
     def stored_latents(self, payload: Payload) -> PackedLatents:
         """Latents as they are stored."""
@@ -225,23 +238,10 @@ class JointCodec(LayerCodec):
 
     def expand(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values float32 `[T, H, D]` of latents `[T, R]`."""
-        axes = self.axes[: self.levels.rank].flatten(1).to(latents.dtype)  # [R, F]
+        axes = numbers(self.axes, self.steps, latents.dtype).flatten(1)  # [R, 2 H D]
         both = (latents.to(axes.device) @ axes).view(-1, *self.mean.shape) + self.mean
         return both[:, 0], both[:, 1]
 
     def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> float:
         """Bytes of a token, shared out over the layers."""
         return self.levels.nbytes / self.layers_together
-
-    def _compare(self, held: Gathered) -> None:
-        """Say so where images lose far more than those of calibration did."""
-        left_out = self.lost[self.levels.rank // GROUP :, 0].sum() / self.lost[:, 0].sum()
-        typical = float(self.typical) + float(left_out)
-        lost = float(1 - held.latents.square().sum() / held.energy.clamp_min(1e-30))
-        if lost > max(_UNLIKE * typical, 0.02):
-            warnings.warn(
-                f"these images are unlike those the capsule was fitted to: latents lose {lost:.0%} of "
-                f"their variance, {typical:.1%} in calibration; fit with such samples, or retain more",
-                UnlikeCalibrationWarning,
-                stacklevel=2,
-            )

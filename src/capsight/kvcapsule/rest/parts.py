@@ -12,7 +12,7 @@ from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.codecs import JointCodec, Payload
 from capsight.kvcapsule.codecs.joint_payload import JointPayload
-from capsight.kvcapsule.codecs.levels import pack, unpack
+from capsight.kvcapsule.codecs.levels import GROUP, pack, unpack
 from capsight.kvcapsule.fingerprint import tensors_fingerprint
 from capsight.layout import PromptLayout
 
@@ -20,11 +20,16 @@ _LEARNT: WeakKeyDictionary[KVCapsule, str] = WeakKeyDictionary()
 
 
 def learnt_fingerprint(capsule: KVCapsule) -> str:
-    """Hash of what a joint capsule learnt; the same at every retained fraction. Worked out once a capsule."""
+    """Hash of what a joint capsule learnt; the same at every retained fraction. Worked out once a capsule.
+
+    Of axes the first group stands for all: what bits cost in every group was measured with the others.
+    """
     if (known := _LEARNT.get(capsule)) is None:
-        tensors = {
-            f"{i}.{k}": t for i, codec in capsule.codecs.items() for k, t in codec.state_dict().items()
-        }
+        tensors: dict[str, Tensor] = {}
+        for i, codec in capsule.codecs.items():
+            own = codec.state_dict()
+            own |= {"axes": own["axes"][:GROUP], "steps": own["steps"][:, :GROUP]}
+            tensors |= {f"{i}.{name}": tensor for name, tensor in own.items()}
         known = _LEARNT[capsule] = tensors_fingerprint(tensors, [capsule.info.codec])
     return known
 

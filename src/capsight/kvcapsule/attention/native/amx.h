@@ -21,7 +21,7 @@ struct AmxRoom {
   Floats scales, keys, p;  // [SPAN, R / GROUP], [spans, H D, SPAN], [tiles, H C, TILE]
   Floats cosines, sines;   // [pairs, SPAN]
   std::vector<uint32_t, Lines<uint32_t>> across, along;  // two numbers each: [spans, 2, R / 2, SIDE] and [tokens / 2, R]
-  std::vector<uint16_t, Lines<uint16_t>> shares;         // p in bfloat16 [H C, tokens]
+  std::vector<uint16_t, Lines<uint16_t>> shares, axes;   // in bfloat16: p [H C, tokens]; [2 SIDE, coordinates at a time]
 };
 inline thread_local AmxRoom amx_room;
 
@@ -56,10 +56,10 @@ INLINE void transpose(__m512i* x) {
 
 class AmxChunk {
  public:
-  // Whether it can: axes in bfloat16, heads end to end, whole tiles, and the system lets this process.
+  // Whether it can: whole tiles, and the system lets this process.
   static bool takes(const Joint& s, int64_t heads) {
     static const bool allowed = !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */);
-    return allowed && s.format == BF16 && s.head_stride == s.channels * s.channel_stride && heads * s.channels % (2 * SIDE) == 0;
+    return allowed && heads * s.channels % (2 * SIDE) == 0;
   }
 
   // Queries [H, C, D], scaled.
@@ -189,15 +189,32 @@ class AmxChunk {
     open_groups<2>(first, tokens, span, (z.eight + z.four) / GROUP, z.two / GROUP, z.eight + z.four / 2);
   }
 
+  // Axes of two tiles' rows, so many groups of coordinates from one on, to room.axes.
+  void open_axes(int64_t row, int64_t from, int64_t groups) {
+    const float* steps = s.key_steps + from * GROUP;
+    settle();
+    for (int64_t i = 0; i < 2 * SIDE; i++) {
+      const char* given = (const char*)s.key_axes + (row + i) * rank + from * GROUP;
+      uint16_t* to = &room.axes[i * groups * GROUP];
+      for (int64_t r = 0; r < groups * GROUP; r += GROUP) {
+        vf x[2];
+        Stored<I8>::load(given + r, x), Stored<I8>::load(given + r + W, x + 1);
+        _mm512_storeu_si512(to + r, both((__m512)(x[0] * get<vf>(steps + r)), (__m512)(x[1] * get<vf>(steps + r + W))));
+      }
+    }
+    settle();
+  }
+
   // Keys [spans, H D, SPAN] before RoPE, less their means; so many coordinates at a time that axes stay in cache.
   void make_keys(int64_t spans) {
-    int64_t step = s.channel_stride * 2, groups = rank / GROUP, most = std::max<int64_t>(1, AMX_AXES / rows / 64);
-    settle();
+    int64_t groups = rank / GROUP, most = std::max<int64_t>(1, std::min(groups, AMX_AXES / rows / 64));
+    room.axes.resize(2 * SIDE * most * GROUP);
     for (int64_t from = 0, here; from < groups; from += here) {
       here = std::min(most, groups - from);
-      for (int64_t row = 0; row < rows; row += 2 * SIDE)
+      for (int64_t row = 0, step = here * 64; row < rows; row += 2 * SIDE) {
+        open_axes(row, from, here);
         for (int64_t span = 0; span < spans; span++) {
-          const char* axes = s.key_axes + row * step + from * 64;
+          const char* axes = (const char*)room.axes.data();
           const uint32_t *z = &room.across[span * rank * SIDE + from * SIDE * SIDE], *more = z + rank / 2 * SIDE;
           float *to = &room.keys[(span * rows + row) * SPAN], *below = to + SIDE * SPAN;
           if (from) {
@@ -226,6 +243,7 @@ class AmxChunk {
           _tile_stored(2, below, SPAN * 4);
           _tile_stored(3, below + SIDE, SPAN * 4);
         }
+      }
     }
     settle();
   }

@@ -19,13 +19,13 @@ struct Joint {
   const int64_t* order[3];
   int64_t pairs[3], widths[3];
   const float *cosines[3], *sines[3];  // [places, widths, filled up with 0 to PAD]; of second halves -sines
-  const char *key_axes, *value_axes;   // [H, D, R], coordinates side by side
-  const float *key_mean, *value_mean;  // [H, D]
-  int64_t head_stride, channel_stride, channels;  // numbers; D
-  int32_t format;                                 // of axes
+  const int8_t *key_axes, *value_axes;   // [H, D, R], in steps
+  const float *key_steps, *value_steps;  // [R], of each coordinate
+  const float *key_mean, *value_mean;    // [H, D]
+  int64_t channels;                      // D
 
-  const char* axis(const char* of, int64_t head, int64_t channel) const {
-    return of + (head * head_stride + channel * channel_stride) * (format == F32 ? 4 : 2);
+  const char* axis(const int8_t* of, int64_t head, int64_t channel) const {
+    return (const char*)of + (head * channels + channel) * latents.rank();
   }
   int64_t padded(int axis) const { return (widths[axis] + PAD - 1) / PAD * PAD; }
   int64_t partner(int axis, int64_t i) const {
@@ -33,23 +33,18 @@ struct Joint {
   }
 };
 
-template <Format F>
-void widen(const char* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += W) Stored<F>::load(from + i * Stored<F>::bytes, (vf*)(to + i));
-}
-// Numbers from a row of axes, a multiple of W, to aligned floats.
-inline void widen(const char* from, int32_t format, int64_t first, int64_t count, float* to) {
-  if (format == F32) widen<F32>(from + first * 4, count, to);
-  else if (format == BF16) widen<BF16>(from + first * 2, count, to);
-  else widen<F16>(from + first * 2, count, to);
+// Numbers of a row of axes, a multiple of W, as they are stored, to aligned floats.
+inline void widen(const char* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += W) Stored<I8>::load(from + i, (vf*)(to + i));
 }
 
 constexpr int BLOCK = W == 16 ? 4 : 2;  // vectors of coordinates at a time; GROUP is a multiple of two of them or of half
 constexpr int ROWS = 6;                 // sums of each that registers hold
 
-// to[m] = sum of weights[m, i] * x[i], M rows of N vectors.
+// to[m] = steps * sum of weights[m, i] * x[i], M rows of N vectors.
 template <int M, int N>
-INLINE void some_folds(const float* weights, int64_t stride, int64_t count, const float* x, int64_t rank, float* to) {
+INLINE void some_folds(
+    const float* weights, int64_t stride, int64_t count, const float* x, const float* steps, int64_t rank, float* to) {
   vf sum[M][N] = {};
   for (int64_t i = 0; i < count; i++) {
     vf own[N];
@@ -60,14 +55,15 @@ INLINE void some_folds(const float* weights, int64_t stride, int64_t count, cons
     }
   }
   for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) put(to + m * rank + n * W, sum[m][n]);
+    for (int n = 0; n < N; n++) put(to + m * rank + n * W, sum[m][n] * get<vf>(steps + n * W));
 }
 template <int N>
 void folds(
-    const float* weights, int64_t rows, int64_t stride, int64_t count, const float* x, int64_t rank, float* to) {
+    const float* weights, int64_t rows, int64_t stride, int64_t count, const float* x, const float* steps, int64_t rank,
+    float* to) {
   int64_t m = 0;
   auto some = [&](auto by, int64_t step) {
-    for (; m + step <= rows; m += step) by(weights + m * stride, stride, count, x, rank, to + m * rank);
+    for (; m + step <= rows; m += step) by(weights + m * stride, stride, count, x, steps, rank, to + m * rank);
   };
   some(some_folds<ROWS, N>, ROWS), some(some_folds<2, N>, 2), some(some_folds<1, N>, 1);
 }
@@ -157,9 +153,9 @@ struct Folded {
       int64_t here = std::min<int64_t>(BLOCK * W, rank - first);
       float* x = part.data();
       for (int64_t i = 0; i < width; i++)
-        widen(s.axis(s.key_axes, head, s.order[axis][i]), s.format, first, here, x + i * BLOCK * W);
+        widen(s.axis(s.key_axes, head, s.order[axis][i]) + first, here, x + i * BLOCK * W);
       auto run = here == BLOCK * W ? folds<BLOCK> : folds<2>;
-      run(weights.data(), rows, padded, width, x, rank, &u[first]);
+      run(weights.data(), rows, padded, width, x, s.key_steps + first, rank, &u[first]);
     }
   }
 

@@ -42,15 +42,16 @@ void attend(const Joint& s, const Stretch& of, const float* query, int64_t heads
 
 // Values [C, D] of latents [C, R].
 void values_of(const Joint& s, const float* latents, int64_t count, int64_t head, float* out) {
-  auto by = kernels(count, s.format);
+  auto by = kernels(count, I8);
   int64_t rank = s.latents.rank(), taken = std::min<int64_t>(count, by.queries);
   Floats q(by.queries * rank);
-  std::copy_n(latents, taken * rank, q.data());
+  for (int64_t c = 0; c < taken; c++)
+    for (int64_t i = 0; i < rank; i++) q[c * rank + i] = latents[c * rank + i] * s.value_steps[i];
   alignas(64) float found[MOST * TILE];
   for (int64_t first = 0; first < s.channels; first += TILE) {
     int here = std::min<int64_t>(TILE, s.channels - first);
     const char* axes = s.axis(s.value_axes, head, first);
-    by.dots({axes, s.channel_stride * by.bytes, here, int(rank / W), int(rank), axes, 0}, q.data(), found);
+    by.dots({axes, rank, here, int(rank / W), int(rank), axes, 0}, q.data(), found);
     for (int64_t c = 0; c < taken; c++)
       for (int i = 0; i < here; i++)
         out[c * s.channels + first + i] = found[c * TILE + i] + s.value_mean[head * s.channels + first + i];

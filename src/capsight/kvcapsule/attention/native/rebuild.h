@@ -15,8 +15,11 @@ class Rebuilt {
     Tile tile{(const char*)z, rank * 4, count, int(rank / W), int(rank), (const char*)z, 0};
     for (int64_t i = 0; i < s.channels; i += SOME) {
       int here = std::min<int64_t>(SOME, s.channels - i);
-      for (int n = 0; n < here; n++)
-        widen(s.axis(s.key_axes, head, i + n), s.format, 0, rank, some.data() + n * rank);
+      for (int n = 0; n < here; n++) {
+        float* own = some.data() + n * rank;
+        widen(s.axis(s.key_axes, head, i + n), rank, own);
+        for (int64_t r = 0; r < rank; r += W) put(own + r, get<vf>(own + r) * get<vf>(s.key_steps + r));
+      }
       by.dots(tile, some.data(), &keys[i * TILE]);
     }
     for (int64_t i = 0; i < s.channels; i++) {

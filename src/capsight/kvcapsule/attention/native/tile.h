@@ -103,6 +103,7 @@ Kernels kernels(int32_t format) {
     case BF16: return kernels<C, Stored<BF16>>();
     case F16: return kernels<C, Stored<F16>>();
     case U8: return kernels<C, Stored<U8>>();
+    case I8: return kernels<C, Stored<I8>>();
     default: return kernels<C, Stored<U4>>();
   }
 }

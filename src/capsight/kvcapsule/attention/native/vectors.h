@@ -25,8 +25,9 @@ typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 typedef uint8_t vb __attribute__((vector_size(W)));
+typedef int8_t vc __attribute__((vector_size(W)));
 
-enum Format : int32_t { F32, BF16, F16, U8, U4 };
+enum Format : int32_t { F32, BF16, F16, U8, U4, I8 };
 
 // Numbers from the start of a cache line on, so that no vector lies in two.
 template <class T>
@@ -98,12 +99,15 @@ INLINE float number(const void* p, int64_t i, int32_t format) {
 #if LANES == 16
 INLINE vi wide16(const char* p) { return (vi)_mm512_cvtepu16_epi32(get<__m256i>(p)); }
 INLINE vi wide8(const char* p) { return (vi)_mm512_cvtepu8_epi32(get<__m128i>(p)); }
+INLINE vi signed8(const char* p) { return (vi)_mm512_cvtepi8_epi32(get<__m128i>(p)); }
 #elif LANES == 8
 INLINE vi wide16(const char* p) { return (vi)_mm256_cvtepu16_epi32(get<__m128i>(p)); }
 INLINE vi wide8(const char* p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
+INLINE vi signed8(const char* p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)); }
 #else
 INLINE vi wide16(const char* p) { return __builtin_convertvector(get<vh>(p), vi); }
 INLINE vi wide8(const char* p) { return __builtin_convertvector(get<vb>(p), vi); }
+INLINE vi signed8(const char* p) { return __builtin_convertvector(get<vc>(p), vi); }
 #endif
 
 // W numbers as float; 4 bits give two vectors, since channel c shares a byte with channel c + half.
@@ -138,6 +142,11 @@ struct Stored<U8> {
   static INLINE void load(const char* p, vf* x) {
     x[0] = __builtin_convertvector(wide8(p), vf);
   }
+};
+template <>
+struct Stored<I8> {
+  static constexpr int parts = 1, bytes = 1;
+  static INLINE void load(const char* p, vf* x) { x[0] = __builtin_convertvector(signed8(p), vf); }
 };
 template <>
 struct Stored<U4> {

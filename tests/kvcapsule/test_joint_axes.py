@@ -1,0 +1,88 @@
+"""Axes of the joint codec: in 8 bits, those that get bits in memory, all of them in the file."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from capsight.errors import CapsightError, CapsuleFileError
+from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.capsule_file import KIND
+from capsight.kvcapsule.codecs.joint_axes import in_steps, numbers
+from capsight.kvcapsule.rest.parts import learnt_fingerprint
+from capsight.kvcapsule.store import read_folder, write_folder
+from kvcapsule.conftest import fitted
+
+
+@given(st.integers(0, 99), st.integers(1, 40), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_steps_are_as_plain_rounding_gives_them(seed, count, dtype):
+    axes = torch.randn(count, 2, 3, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    axes[0, 1] = 0
+    whole, steps = in_steps(axes)
+    assert whole.dtype == torch.int8
+    for k in range(count):
+        for kind in range(2):
+            own = axes[k, kind].float()
+            assert float(steps[kind, k]) == pytest.approx(float(own.abs().max()) / 127)
+            expected = (own / steps[kind, k]).round() if steps[kind, k] > 0 else own
+            assert torch.equal(whole[k, kind].float(), expected)
+    error = (numbers(whole, steps, torch.float32) - axes.float()).abs().amax((2, 3))
+    assert (error <= steps.T * 0.501).all()
+
+
+def test_memory_holds_the_axes_that_get_bits_and_the_file_all(qwen, tmp_path):
+    made = fitted(qwen, 0.9, codec="joint")
+    few = made.with_retained(0.2)
+    few.save_pretrained(tmp_path / "few")
+    loaded = KVCapsule.from_pretrained(tmp_path / "few")
+    codec = loaded.codecs[0]
+    assert len(codec.axes) == codec.levels.rank < made.codecs[0].levels.rank
+    assert loaded.module_nbytes == few.module_nbytes < made.module_nbytes
+    with pytest.raises(CapsightError, match="load the capsule again"):
+        codec.at(0.9)
+    more = loaded.with_retained(0.9)
+    for index, own in more.codecs.items():
+        for name, tensor in made.codecs[index].state_dict().items():
+            assert torch.equal(own.state_dict()[name], tensor)
+    copy.deepcopy(more).with_retained(0.2).save_pretrained(tmp_path / "again")
+    first, second = (next((tmp_path / name).glob("*.safetensors")) for name in ("few", "again"))
+    assert first.read_bytes() == second.read_bytes()
+    assert len({learnt_fingerprint(each) for each in (made, few, loaded, more)}) == 1
+
+
+def test_a_file_that_is_gone_or_another_one_is_named(qwen, tmp_path):
+    fitted(qwen, 0.5, codec="joint").save_pretrained(tmp_path / "x")
+    loaded = KVCapsule.from_pretrained(tmp_path / "x")
+    fitted(qwen, 0.5, codec="joint", rank=64).save_pretrained(tmp_path / "x")
+    with pytest.raises(CapsuleFileError, match="another capsule"):
+        loaded.with_retained(0.9)
+    shutil.rmtree(tmp_path / "x")
+    with pytest.raises(CapsuleFileError, match="missing"):
+        loaded.with_retained(0.9)
+    with pytest.raises(CapsuleFileError, match="missing"):
+        loaded.save_pretrained(tmp_path / "y")
+
+
+def test_files_with_axes_in_16_bits_are_read(qwen, tmp_path):
+    capsule = fitted(qwen, 0.5, codec="joint")
+    capsule.save_pretrained(tmp_path)
+    header, tensors = read_folder(tmp_path, KIND)
+    constants = {name: x for name, x in header["constants"].items() if name != "axis_bits"}
+    held = [name.removesuffix("axes") for name in tensors if name.endswith("axes")]
+    old = {name: x for name, x in tensors.items() if not name.endswith("steps")}
+    for name in held:
+        old[f"{name}axes"] = numbers(tensors[f"{name}axes"], tensors[f"{name}steps"], torch.bfloat16)
+    header = {name: x for name, x in header.items() if name not in ("sha256", "tensors", "header_sha256")}
+    write_folder(tmp_path, KIND, header | {"constants": constants}, old)
+    for index, codec in KVCapsule.from_pretrained(tmp_path).whole_codecs().items():
+        own = in_steps(old[f"layers.{index}.axes"])
+        assert torch.equal(codec.learnt()["axes"], own[0])
+        assert torch.equal(codec.learnt()["steps"], own[1])
+    write_folder(tmp_path, KIND, header | {"constants": constants | {"axis_bits": 4}}, tensors)
+    with pytest.raises(CapsuleFileError, match="constants"):
+        KVCapsule.from_pretrained(tmp_path)
