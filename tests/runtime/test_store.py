@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 import capsight
 from capsight.errors import CapsuleFileError, CapsuleStoreWarning, OptionError
@@ -241,7 +243,10 @@ def test_places_that_are_no_folders(vlm):
         CapsuleStore("nowhere://x")
 
 
-@pytest.mark.parametrize("wrong", [{"reuse": "x"}, {"max_bytes": 0}, {"quality": 2}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"reuse": "x"}, {"quality": 2}, *({"max_bytes": n} for n in (0, -1, True, "10GB", 1.5, float("nan")))],
+)
 def test_options_that_are_none_are_refused(tmp_path, wrong):
     with pytest.raises(OptionError):
         CapsuleStore(tmp_path, **wrong)
@@ -262,3 +267,132 @@ def test_batches_are_read_as_without_a_store(vlm, tmp_path):
         with_store = greedy(fast.generate, **inputs)
     assert with_store.sequences.shape[0] == 2
     assert not store.files()
+
+
+@pytest.mark.parametrize("url", ["", None, 5, b"/tmp", "zip://nothing"])
+def test_places_that_are_none_are_refused(url):
+    with pytest.raises(OptionError, match="store"):
+        CapsuleStore(url)
+
+
+@pytest.mark.parametrize("name", ["a[x]b", "st*r", "a?b", "ünï cöde", "{x}"])
+def test_images_are_found_in_folders_of_any_name(name, tmp_path):
+    store, other = CapsuleStore(tmp_path / name, reuse="anywhere"), CapsuleStore(tmp_path / "other")
+    for one in (store, other):
+        one.put(KEY, torch.randn(4, 32), joint(QWEN), torch.float32)
+        assert one.get(KEY, joint(QWEN), torch.float32) is not None
+        assert len(one.files()) == 1
+
+
+def test_only_a_stores_own_files_are_removed(tmp_path):
+    mine = [tmp_path / "mine.capsule", tmp_path / "a" / "mine.capsule", tmp_path / "a" / ".mine.capsule"]
+    (tmp_path / "a").mkdir()
+    for path in mine:
+        path.write_bytes(b"precious")
+    inner, store = CapsuleStore(tmp_path / "a"), CapsuleStore(tmp_path, max_bytes=1)
+    inner.put(KEY, torch.randn(4, 32), joint(QWEN), torch.float32)
+    store.put(KEY, torch.randn(4, 32), joint(QWEN), torch.float32)
+    assert store.evict(0) == 0  # it took more than it may: gone at once
+    assert len(inner.files()) == 1
+    assert all(path.read_bytes() == b"precious" for path in mine)
+
+
+def test_what_a_killed_writer_left_goes(tmp_path):
+    store = CapsuleStore(tmp_path, max_bytes=1 << 20)
+    store.put(KEY, torch.randn(4, 32), joint(QWEN), torch.float32)
+    (folder,) = tmp_path.iterdir()
+    left = [folder / f".{'a' * 32}-{'b' * 31}.{end}" for end in ("0old_x2z", "new_4y1z")]
+    for path in left:
+        path.write_bytes(b"half")
+    os.utime(left[0], (1000, 1000))
+    store.put(KEY, torch.randn(4, 32), joint(QWEN), torch.float32)
+    assert [path.exists() for path in left] == [False, True]
+
+
+@pytest.mark.parametrize("reuse", ["prefix", "anywhere"])
+def test_files_that_lie_under_another_name_are_read_anew(reuse, tmp_path):
+    """The same picture after other words, and of another capsule: good files, in the wrong place."""
+    store, latents = CapsuleStore(tmp_path, reuse=reuse), torch.randn(4, 32)
+    others = [(ImageKey(KEY.image, "c" * 32, True), joint(QWEN)), (KEY, joint(QWEN, seed=80))]
+    store.put(KEY, latents, joint(QWEN), torch.float32)
+    (good,) = store.files()
+    for key, capsule in others:
+        store.put(key, latents, capsule, torch.float32)
+        for file in store.files():
+            if file.path != good.path:
+                Path(file.path).write_bytes(Path(good.path).read_bytes())
+        with pytest.warns(CapsuleStoreWarning, match="something else than its name"):
+            store.get(key, capsule, torch.float32)
+    assert store.files()[0].path == good.path
+
+
+def test_of_a_picture_after_several_prefixes_its_own_is_taken(tmp_path):
+    store = CapsuleStore(tmp_path, reuse="anywhere", quality=0.999)
+    for before, value in (("b", 1.0), ("c", 2.0)):
+        key = ImageKey(KEY.image, before * 32, True)
+        store.put(key, torch.full((4, 32), value), joint(QWEN), torch.float32)
+    for before, value in (("b", 1.0), ("c", 2.0), ("d", 1.0)):
+        found = store.get(ImageKey(KEY.image, before * 32, True), joint(QWEN), torch.float32)
+        assert torch.allclose(found[:, :32], torch.tensor(value), atol=0.3)
+
+
+def test_other_places_may_fail_in_any_way(vlm, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("the bucket is gone")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", fails)
+    monkeypatch.setattr(MemoryFileSystem, "ls", fails)
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", fails)
+    for reuse in ("prefix", "anywhere"):
+        store = CapsuleStore("memory://gone", reuse=reuse, max_bytes=1)
+        with (
+            pytest.warns(CapsuleStoreWarning, match="the bucket is gone"),
+            capsight.enable(vlm.model, capsule=joint(QWEN), store=store) as fast,
+        ):
+            assert len(fast.generate(**prompt(vlm, 1), max_new_tokens=2)) == 1
+
+
+def test_what_no_store_can_keep_costs_no_answer(vlm, tmp_path):
+    store = CapsuleStore(tmp_path, quality=1 - 1e-13)  # steps that no latents can be counted in
+    with (
+        pytest.warns(CapsuleStoreWarning, match="quality"),
+        capsight.enable(vlm.model, capsule=joint(QWEN), store=store) as fast,
+    ):
+        assert len(fast.generate(**prompt(vlm, 1), max_new_tokens=2)) == 1
+
+
+def test_stores_are_checked_before_anything_is_read(vlm, tmp_path, monkeypatch):
+    for store in ("folder", tmp_path, 5):
+        with (
+            pytest.raises(OptionError, match="CapsuleStore"),
+            capsight.enable(vlm.model, capsule=joint(QWEN), store=store),
+        ):
+            pass
+    monkeypatch.setitem(__import__("sys").modules, "constriction", None)
+    with (
+        pytest.raises(OptionError, match=r"capsight\[rest\]"),
+        capsight.enable(vlm.model, capsule=joint(QWEN), store=CapsuleStore(tmp_path)),
+    ):
+        pass
+
+
+def test_images_that_are_read_in_a_way_of_their_own_go_past_the_store(tmp_path, vlm):
+    told = {"vision_feature_layer": -1}
+    llava, store = tiny("llava"), CapsuleStore(tmp_path)
+    inputs = prompt(llava, 1)
+    assert llava.config.vision_feature_layer != -1
+    with capsight.enable(llava.model, capsule=joint("llava")) as fast:
+        cache = fast.encapsulate(**inputs, **told)
+        expected = greedy(fast.generate, past_key_values=cache, **inputs)
+    with capsight.enable(llava.model, capsule=joint("llava"), store=store) as fast:
+        fast.encapsulate(**inputs)
+        for _ in range(2):
+            found = greedy(fast.generate, **inputs, **told)
+            assert torch.allclose(found.logits[0], expected.logits[0], atol=1e-5)
+        assert len(store.files()) == 1
+    inputs = prompt(vlm, 1)
+    positions = torch.arange(inputs["input_ids"].shape[1]).expand(3, 1, -1)
+    with Counted(vlm.model) as seen, capsight.enable(vlm.model, capsule=joint(QWEN), store=store) as fast:
+        for _ in range(2):
+            fast.encapsulate(**inputs, position_ids=positions)
+        assert seen.since() == 2

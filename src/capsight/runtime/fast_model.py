@@ -18,7 +18,7 @@ from capsight.runtime.enabled_model import EnabledModel
 from capsight.runtime.options import beams, check_options, check_rows, repeats
 from capsight.runtime.prefill import SparsePrefill
 from capsight.runtime.reading import read_images
-from capsight.runtime.split import PIXEL_PREFIXES, TOKEN_ENTRIES, first_tokens, sequence_length
+from capsight.runtime.split import first_tokens, prompt_entries, sequence_length
 from capsight.runtime.state import RuntimeState, running
 from capsight.runtime.stored import images_first, read_with_store
 from capsight.runtime.turn import Turn
@@ -134,9 +134,7 @@ class FastModel(EnabledModel):
         layout = build_layout(inputs, self.model.config)
         if not 0 < layout.last_vision_end < layout.length:
             return cache
-        return self.encapsulate(
-            **{k: v for k, v in inputs.items() if k in TOKEN_ENTRIES or k.startswith(PIXEL_PREFIXES)}
-        )
+        return self.encapsulate(**prompt_entries(inputs, self.model))
 
     @contextmanager
     def _running(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from capsight.errors import LayoutError
 from capsight.layout import build_layout
+from capsight.runtime.wrapped import inner_model
 
 #: Entries that describe images and are not needed once the cache holds them.
 PIXEL_PREFIXES = (
@@ -17,6 +19,19 @@ PIXEL_PREFIXES = (
 )
 #: Entries with one column per token; all others of a processor's outputs belong to the images.
 TOKEN_ENTRIES = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "position_ids")
+_OF_ALL = ("past_key_values", "cache", "use_cache", "inputs_embeds", "labels", "logits_to_keep", "kwargs")
+
+
+def prompt_entries(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Tokens and pixels, and what else a model is told of how to read them; no options of `generate`."""
+    told = inspect.signature(inner_model(model).forward).parameters
+    return {
+        name: value
+        for name, value in inputs.items()
+        if name in TOKEN_ENTRIES
+        or name.startswith(PIXEL_PREFIXES)
+        or (name in told and name not in _OF_ALL and not name.startswith("output_"))
+    }
 
 
 def first_tokens(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from capsight.kvcapsule import CapsuleCache, KVCapsule
 from capsight.kvcapsule.cache.conversation import Conversation
 from capsight.kvcapsule.cache_parts import put_together
 from capsight.kvcapsule.rest import CapsuleStore, ImageKey
+from capsight.kvcapsule.rest.entropy import check_coder
 from capsight.kvcapsule.rest.parts import can_reread, image_sizes, joint_codec, open_latents, packed
 from capsight.layout import PromptLayout, build_layout
-from capsight.layout.pixels import select_images
+from capsight.layout.pixels import VISION_PREFIXES, select_images
 from capsight.runtime.options import check_options
-from capsight.runtime.split import PIXEL_PREFIXES, TOKEN_ENTRIES
+from capsight.runtime.split import PIXEL_PREFIXES, TOKEN_ENTRIES, prompt_entries
 from capsight.runtime.text_pass import can_read_text, read_text
 
 Read = Callable[..., CapsuleCache]
@@ -30,11 +31,15 @@ def check_store(store: CapsuleStore, capsule: Any, config: Any) -> None:
     """Refuse what a store cannot serve, before anything is read.
 
     Raises:
-        OptionError: the capsule is not a joint one, or the model's text cannot be read without pixels.
+        OptionError: it is no store, the capsule is not a joint one, the entropy coder is not installed, or
+            the model's text cannot be read without pixels.
     """
+    if not isinstance(store, CapsuleStore):
+        raise OptionError(f"store= takes a CapsuleStore, such as CapsuleStore('folder'), not {store!r}")
     if not isinstance(capsule, KVCapsule):
         raise OptionError("a store holds images of a KVCapsule; pass capsule=")
     joint_codec(capsule)
+    check_coder()
     if not can_read_text(config):
         raise OptionError(
             "text of this model cannot be read without its images: layers with states or sliding windows, or "
@@ -45,8 +50,8 @@ def check_store(store: CapsuleStore, capsule: Any, config: Any) -> None:
 def read_with_store(fast: Any, store: CapsuleStore, inputs: Mapping[str, Any], read: Read) -> CapsuleCache:
     """A cache of the images of a prompt, as far as may be from the store; what it did not have is put there.
 
-    Prompts that a store cannot serve (batches of several rows, image tokens outside images) are read as
-    without one.
+    Prompts that a store cannot serve are read as without one: batches of several rows, image tokens outside
+    images, and whatever is given beside what a processor writes, such as positions of one's own.
 
     Args:
         fast: a `FastModel`, whose capsule is as `check_store` says.
@@ -56,7 +61,7 @@ def read_with_store(fast: Any, store: CapsuleStore, inputs: Mapping[str, Any], r
     """
     layout = build_layout(inputs, fast.model.config)
     ids = inputs["input_ids"].detach().cpu()
-    if not layout.vision_tokens or not can_reread(layout, ids):
+    if not layout.vision_tokens or not can_reread(layout, ids) or _more_than_prompts(inputs):
         return read(**inputs)
     pages = _Pages(fast, store, dict(inputs), layout, ids)
     return pages.anywhere(read) if store.reuse == "anywhere" else pages.prefix(read)
@@ -128,14 +133,9 @@ class _Pages:
         tokens = {
             name: value[..., kept.to(value.device)]
             for name, value in self._inputs.items()
-            if name in TOKEN_ENTRIES and name != "position_ids"
+            if name in TOKEN_ENTRIES
         }
-        others = {
-            name: value
-            for name, value in self._inputs.items()
-            if name not in TOKEN_ENTRIES and not name.startswith(PIXEL_PREFIXES)
-        }
-        return {**others, **tokens, **select_images(self._inputs, self._layout, {(0, index)})}
+        return {**tokens, **select_images(self._inputs, self._layout, {(0, index)})}
 
     def _key_alone(self, index: int) -> ImageKey:
         return ImageKey(self._keys[index].image, self._keys[0].before, True)
@@ -163,8 +163,17 @@ class _Pages:
     def _put(self, key: ImageKey, latents: Tensor) -> None:
         try:
             self._store.put(key, latents, self._capsule, self._model.dtype)
-        except CapsuleFileError as error:
+        except (CapsuleFileError, OptionError) as error:
             warnings.warn(f"an image was not stored: {error}", CapsuleStoreWarning, stacklevel=5)
+
+
+def _more_than_prompts(inputs: Mapping[str, Any]) -> bool:
+    """Whether inputs say anything of how images are read that neither their tokens nor their pixels do."""
+    prompt = {*TOKEN_ENTRIES, "use_cache"} - {"position_ids"}
+    return any(
+        value is not None and name not in prompt and not name.startswith(VISION_PREFIXES)
+        for name, value in inputs.items()
+    )
 
 
 def _spans(layout: PromptLayout) -> list[tuple[int, int]]:
@@ -209,6 +218,5 @@ def images_first(fast: Any, inputs: dict[str, Any]) -> tuple[CapsuleCache | None
     if not 0 < layout.last_vision_end < layout.length:
         return None, inputs
     check_options(inputs, layout.last_vision_end)
-    pixels = {name: value for name, value in inputs.items() if name.startswith(PIXEL_PREFIXES)}
-    tokens = {name: value for name, value in inputs.items() if name in TOKEN_ENTRIES}
-    return fast.encapsulate(**tokens, **pixels), {k: v for k, v in inputs.items() if k not in pixels}
+    cache = fast.encapsulate(**prompt_entries(inputs, fast.model))
+    return cache, {k: v for k, v in inputs.items() if not k.startswith(PIXEL_PREFIXES)}

@@ -65,6 +65,15 @@ def decode(data: bytes, tokens: int, rank: int, top: int) -> Integers:
     return columns
 
 
+def check_coder() -> None:
+    """Refuse to go on without the coder.
+
+    Raises:
+        OptionError: it is not installed.
+    """
+    _library()
+
+
 def _column_model(kind: int, top: int) -> Any:
     """Of integers from -top to top whose magnitudes have the mean of a class."""
     mean = 2.0 ** (kind - _FINEST)

@@ -9,28 +9,23 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import fsspec
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from capsight.errors import CapsuleFileError, CapsuleStoreWarning, OptionError
-from capsight.files import only_writer, replace_file
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.rest.container import Container, write_container
 from capsight.kvcapsule.rest.latents import DEFAULT_QUALITY, check_quality, code, decode, step_of
 from capsight.kvcapsule.rest.parts import joint_codec, learnt_fingerprint
+from capsight.kvcapsule.rest.place import SUFFIX, Place, StoredFile
 
 Reuse = Literal["prefix", "anywhere"]
-_KIND, _SUFFIX, _ALONE = "image", ".capsule", "-first"
+_KIND, _ALONE = "image", "-first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +41,6 @@ class ImageKey:
     image: str
     before: str
     first: bool
-
-
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """A file of a store.
-
-    Attributes:
-        path: as its file system names it.
-        nbytes: its length.
-        used: when it was last read or written, in seconds; written only, where files are not local.
-    """
-
-    path: str
-    nbytes: int
-    used: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,15 +87,11 @@ class CapsuleStore:
         """
         if reuse not in ("prefix", "anywhere"):
             raise OptionError(f"reuse is 'prefix' or 'anywhere', not {reuse!r}")
-        if max_bytes is not None and (isinstance(max_bytes, bool) or max_bytes < 1):
-            raise OptionError(f"max_bytes is a positive number of bytes, not {max_bytes!r}")
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(os.fspath(url))
-        except (ValueError, ImportError) as error:
-            raise OptionError(f"there is no store at {os.fspath(url)!r}: {error}") from error
-        self.url, self.quality, self.max_bytes = os.fspath(url), check_quality(quality), max_bytes
+        self._place = Place(url)
+        self.url, self.quality, self.max_bytes = self._place.url, check_quality(quality), max_bytes
         self.reuse: Reuse = reuse
-        self._local = isinstance(self._fs, LocalFileSystem)
+        if max_bytes is not None:
+            _check_size(max_bytes, 1)
 
     def get(self, key: ImageKey, capsule: KVCapsule, dtype: torch.dtype) -> Tensor | None:
         """Latents float32 `[T, R]` of an image; None where the store does not have it.
@@ -126,27 +102,22 @@ class CapsuleStore:
             OptionError: the capsule is not of the joint codec, or the entropy coder is not installed.
         """
         rank = joint_codec(capsule).levels.rank
-        for path in self._candidates(key, self._folder(capsule, dtype)):
+        for path in self._candidates(key, _folder(capsule, dtype)):
             try:
-                data = self._fs.cat_file(path)
-            except FileNotFoundError:  # another process has removed it
+                data = self._place.read(path)
+            except CapsuleFileError as error:
+                self._warn(str(error))
                 continue
-            except OSError as error:
-                self._warn(f"cannot read {path} ({error.strerror or error})")
+            if data is None:  # another process has removed it
                 continue
             try:
                 opened = Container(BytesIO(data), path)
-                if opened.header.get("kind") != _KIND or opened.header.get("image") != key.image:
+                if (opened.header.get("kind"), opened.header.get("name")) != (_KIND, _name_of(path)):
                     raise CapsuleFileError(f"{path} holds something else than its name says")
-                latents = decode(opened.piece(0), int(opened.header["tokens"]), rank)
+                return decode(opened.piece(0), int(opened.header["tokens"]), rank)
             except (CapsuleFileError, KeyError, TypeError, ValueError) as error:
-                self._warn(f"{error}; it is removed")
-                self._remove(path)
-                continue
-            if self._local:
-                with suppress(OSError):  # read-only, or removed meanwhile: it was read all the same
-                    os.utime(path)
-            return latents
+                gone = self._place.remove(path)
+                self._warn(f"{error}; it {'is removed' if gone else 'cannot be removed'}")
         return None
 
     def put(self, key: ImageKey, latents: Tensor, capsule: KVCapsule, dtype: torch.dtype) -> int:
@@ -160,27 +131,18 @@ class CapsuleStore:
             OptionError: the capsule is not of the joint codec, or the entropy coder is not installed.
         """
         piece = code(latents, step_of(joint_codec(capsule).lost, self.quality))
-        header = {"kind": _KIND, "image": key.image, "tokens": len(latents), "quality": self.quality}
+        path = self._place.path(f"{_folder(capsule, dtype)}/{_name(key)}")
+        header = {"kind": _KIND, "name": _name_of(path), "tokens": len(latents), "quality": self.quality}
         file = BytesIO()
         write_container(file, header, [piece])
-        folder = self._folder(capsule, dtype)
-        path = f"{folder}/{_name(key)}"
-        try:
-            if self._local:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                replace_file(Path(path), file.getvalue())
-            else:
-                self._fs.makedirs(folder, exist_ok=True)
-                self._fs.pipe_file(path, file.getvalue())
-        except OSError as error:
-            raise CapsuleFileError(f"cannot write {path}: {error.strerror or error}") from error
+        self._place.write(path, file.getvalue())
         if self.max_bytes is not None:
             self.evict(self.max_bytes)
         return len(file.getvalue())
 
     def files(self) -> list[StoredFile]:
         """All images, those that were not used for longest first."""
-        return sorted(self._files(), key=lambda file: (file.used, file.path))
+        return self._place.files()
 
     def about(self, file: StoredFile) -> StoredImage:
         """What a file says of its image, its header checked.
@@ -189,9 +151,9 @@ class CapsuleStore:
             CapsuleFileError: it was removed, truncated or changed.
         """
         try:
-            header = Container(BytesIO(self._fs.cat_file(file.path)), file.path).header
+            header = Container(BytesIO(self._place.read(file.path) or b""), file.path).header
             return StoredImage(file.path, file.nbytes, int(header["tokens"]), float(header["quality"]))
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise CapsuleFileError(f"{file.path} cannot be read: {error!r}") from error
 
     def evict(self, max_bytes: int) -> int:
@@ -199,46 +161,53 @@ class CapsuleStore:
 
         Returns:
             How many went.
+
+        Raises:
+            OptionError: that is no number of bytes.
         """
-        lock = only_writer(Path(self._root)) if self._local and Path(self._root).is_dir() else nullcontext()
-        with lock:
+        _check_size(max_bytes, 0)
+        with self._place.alone():
+            self._place.tidy()
             found = self.files()
             left, gone = sum(file.nbytes for file in found), 0
             for file in found:
                 if left <= max_bytes:
                     break
-                self._remove(file.path)
-                left, gone = left - file.nbytes, gone + 1
+                if self._place.remove(file.path):
+                    left, gone = left - file.nbytes, gone + 1
         return gone
 
     def _candidates(self, key: ImageKey, folder: str) -> list[str]:
         """Files that may hold an image, best first."""
+        own = self._place.path(f"{folder}/{_name(key)}")
         if self.reuse == "prefix":
-            return [f"{folder}/{_name(key)}"]
-        return sorted(self._fs.glob(f"{folder}/{key.image}-*{_ALONE}{_SUFFIX}"))
-
-    def _files(self) -> Iterator[StoredFile]:
+            return [own]
         try:
-            found: list[Any] = list(self._fs.find(self._root, detail=True).values())
-        except OSError:
-            return
-        for about in found:
-            if str(about["name"]).endswith(_SUFFIX):
-                used = about.get("mtime") or about.get("LastModified") or about.get("created") or 0.0
-                used = used.timestamp() if hasattr(used, "timestamp") else used
-                yield StoredFile(str(about["name"]), int(about["size"]), float(used))
-
-    def _folder(self, capsule: KVCapsule, dtype: torch.dtype) -> str:
-        scope = f"{capsule.info.fingerprint} {learnt_fingerprint(capsule)} {dtype}"
-        return f"{self._root.rstrip('/')}/{sha256(scope.encode()).hexdigest()[:32]}"
-
-    def _remove(self, path: str) -> None:
-        with suppress(OSError):  # another process was faster, or the place is read-only
-            self._fs.rm_file(path)
+            found = self._place.beginning(f"{folder}/{key.image}-")
+        except CapsuleFileError as error:
+            self._warn(str(error))
+            return []
+        alone = [path for path in found if path.endswith(f"{_ALONE}{SUFFIX}")]
+        return sorted(alone, key=lambda path: path != own)
 
     def _warn(self, what: str) -> None:
         warnings.warn(f"store {self.url}: {what}; the image is read anew", CapsuleStoreWarning, stacklevel=4)
 
 
+def _check_size(max_bytes: int, least: int) -> None:
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < least:
+        raise OptionError(f"max_bytes is a positive number of bytes (10 << 30), not {max_bytes!r}")
+
+
+def _folder(capsule: KVCapsule, dtype: torch.dtype) -> str:
+    scope = f"{capsule.info.fingerprint} {learnt_fingerprint(capsule)} {dtype}"
+    return sha256(scope.encode()).hexdigest()[:32]
+
+
 def _name(key: ImageKey) -> str:
-    return f"{key.image}-{key.before}{_ALONE if key.first else ''}{_SUFFIX}"
+    return f"{key.image}-{key.before}{_ALONE if key.first else ''}{SUFFIX}"
+
+
+def _name_of(path: str) -> str:
+    """Folder and name of a file, wherever the store lies."""
+    return "/".join(path.split("/")[-2:])
