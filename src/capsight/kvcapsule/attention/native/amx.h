@@ -1,76 +1,34 @@
 // A chunk of one row's latents on machines that multiply tiles of matrices (Intel AMX): keys are rebuilt.
 //
-// Latents and probabilities are rounded to bfloat16, the axes are stored so; sums are float.
+// Latents, axes and probabilities are rounded to bfloat16; sums are float.
 #pragma once
-#include "fold.h"
+#include "amx_open.h"
 #include "softmax.h"
 
 #ifdef __AMX_BF16__
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 namespace capsight {
 
-constexpr int64_t AMX_STRETCH = 1 << 18;    // numbers of latents that are at hand
-constexpr int64_t AMX_AXES = 3 << 18;       // bytes of axes that stay in cache
-constexpr int SIDE = 16, SPAN = 2 * SIDE;  // rows of a tile, or its numbers of 32 bits; tokens at a time
+constexpr int64_t AMX_AXES = 1 << 19;  // numbers of axes that are soon at hand again
+constexpr int64_t AMX_KEYS = 1 << 12;  // numbers of keys that are looked at at once
 
 // What a chunk needs room for, kept for the next one of the same thread.
 struct AmxRoom {
-  Floats scales, keys, p;  // [SPAN, R / GROUP], [spans, H D, SPAN], [tiles, H C, TILE]
-  Floats cosines, sines;   // [pairs, SPAN]
-  std::vector<uint32_t, Lines<uint32_t>> across, along;  // two numbers each: [spans, 2, R / 2, SIDE] and [tokens / 2, R]
-  std::vector<uint16_t, Lines<uint16_t>> shares, axes;   // in bfloat16: p [H C, tokens]; [2 SIDE, coordinates at a time]
+  Floats keys, p, query;   // [heads at a time, SPAN, wide], [tiles, H C, TILE], [H, C, wide]
+  Floats cosines, sines;   // [tokens, half], and a vector more
+  Halves shares;           // p in bfloat16 [H C, tokens]
 };
-inline thread_local AmxRoom amx_room;
-
-// Tile instructions do not tell compilers what memory they read and write.
-INLINE void settle() { __asm__ volatile("" ::: "memory"); }
-
-// Rows of 16 numbers of 32 bits: rows become columns.
-INLINE void transpose(__m512i* x) {
-  __m512i y[SIDE];
-#pragma GCC unroll 8
-  for (int i = 0; i < SIDE; i += 2) y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]), y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-#pragma GCC unroll 4
-  for (int i = 0; i < SIDE; i += 4)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; j++) {
-      x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
-      x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
-    }
-#pragma GCC unroll 2
-  for (int i = 0; i < SIDE; i += 8)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-      y[i + j] = _mm512_shuffle_i32x4(x[i + j], x[i + j + 4], 0x88);
-      y[i + j + 4] = _mm512_shuffle_i32x4(x[i + j], x[i + j + 4], 0xdd);
-    }
-#pragma GCC unroll 8
-  for (int j = 0; j < 8; j++) {
-    x[j] = _mm512_shuffle_i32x4(y[j], y[j + 8], 0x88);
-    x[j + 8] = _mm512_shuffle_i32x4(y[j], y[j + 8], 0xdd);
-  }
-}
+static thread_local AmxRoom amx_room;
 
 class AmxChunk {
  public:
-  // Whether it can: whole tiles, and the system lets this process.
-  static bool takes(const Joint& s, int64_t heads) {
-    static const bool allowed = !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */);
-    return allowed && heads * s.channels % (2 * SIDE) == 0;
-  }
-
   // Queries [H, C, D], scaled.
-  AmxChunk(const Joint& s, const float* query, int64_t heads, int64_t count)
-      : s(s), rank(s.latents.rank()), count(count), all(heads * count), rows(heads * s.channels),
-        padded((all + SIDE - 1) / SIDE * SIDE), query(query), out(padded * rank), run((all + MOST - 1) / MOST) {
-    float number[SIDE];
-    for (int n = 0; n < SIDE; n++) number[n] = (n & 2 ? 1 : -1) * (n & 1 ? s.latents.outer : s.latents.inner);
-    two = _mm512_loadu_ps(number);
-    for (int n = 0; n < SIDE; n++) number[n] = n - 7;
-    four = _mm512_loadu_ps(number);
+  AmxChunk(const Joint& s, const AmxLayer& layer, const float* query, int64_t heads, int64_t count)
+      : s(s), layer(layer), rank(layer.rank), heads(heads), count(count), all(heads * count), padded(AmxLayer::up(all, SIDE)),
+        out(padded * rank), run((all + MOST - 1) / MOST), z(s.latents) {
+    room.query.resize(all * layer.wide);
+    float* to = room.query.data();
+    for (int64_t c = 0; c < all; c++)
+      for (int64_t channel : layer.channel) *to++ = channel < 0 ? 0 : query[c * s.channels + channel];
   }
 
   void attend(int64_t start, int64_t tokens) {
@@ -81,25 +39,33 @@ class AmxChunk {
     } shapes;
     settle();
     _tile_loadconfig(&shapes);
-    int64_t most = std::max<int64_t>(4, AMX_STRETCH / rank / TILE) * TILE;
+    int64_t together = std::max<int64_t>(1, AMX_KEYS / SPAN / layer.wide), most = heads * layer.wide * rank > AMX_AXES ? 8 * SPAN : 4 * SPAN;
     for (int64_t first = start, end = start + tokens, here; first < end; first += here) {
       here = std::min(most, end - first);
-      int64_t tiles = (here + TILE - 1) / TILE, spans = tiles * TILE / SPAN;
-      room.across.resize(spans * rank * SIDE), room.along.resize(spans * rank * SIDE), room.keys.resize(spans * rows * SPAN);
-      room.p.resize(tiles * all * TILE), room.shares.assign(padded * tiles * TILE, 0);
-      auto some = [&](int64_t span) { return std::max<int64_t>(0, std::min<int64_t>(SPAN, here - span * SPAN)); };
-      for (int64_t i = 0; i < spans; i++) open_span(first + i * SPAN, some(i), i);
-      make_keys(spans);
-      for (int64_t i = 0; i < spans; i++)
-        score(first + i * SPAN, some(i), &room.keys[i * rows * SPAN], &room.p[i * SPAN / TILE * all * TILE + i * SPAN % TILE]);
+      int64_t tiles = (here + TILE - 1) / TILE, spans = (here + SPAN - 1) / SPAN;
+      z.open(first, here);
+      look_up(first, here);
+      room.p.resize(tiles * all * TILE), room.shares.assign(padded * spans * SPAN, 0), room.keys.resize(SPAN * layer.wide * together);
+      for (int64_t head = 0, end; head < heads; head = end) {
+        end = std::min(heads, head + together);
+        for (int64_t i = 0; i < spans; i++) {
+          for (int64_t h = head; h < end; h++) make_keys(i, h, &room.keys[(h - head) * SPAN * layer.wide]);
+          float* p = &room.p[i * SPAN / TILE * all * TILE + i * SPAN % TILE];
+          for (int64_t c = head * count, taken; c < end * count; c += taken) {  // queries of one head
+            taken = std::min<int64_t>((c / count + 1) * count - c, MOST);
+            some_scores(taken)(*this, &room.keys[(c / count - head) * SPAN * layer.wide], i * SPAN, &room.query[c * layer.wide], p + c * TILE);
+          }
+        }
+      }
       for (int64_t c = 0; c < all; c++) {
         float* p = &room.p[c * TILE];
         multiply(&out[c * rank], rank, run[c / MOST].take(c % MOST, p, here, all * TILE));
-        for (int64_t i = 0; i < tiles; i++)
-          for (int t = 0; t < TILE; t += 2 * SIDE)
-            _mm512_storeu_si512(&room.shares[(c * tiles + i) * TILE + t], both(_mm512_loadu_ps(p + i * all * TILE + t), _mm512_loadu_ps(p + i * all * TILE + t + SIDE)));
+        for (int64_t i = 0; i < spans; i++) {
+          const float* from = p + i * SPAN / TILE * all * TILE + i * SPAN % TILE;
+          _mm512_store_si512(&room.shares[(c * spans + i) * SPAN], both(_mm512_load_ps(from), _mm512_load_ps(from + SIDE)));
+        }
       }
-      gather(tiles);
+      gather(spans);
     }
     _tile_release();
   }
@@ -118,205 +84,107 @@ class AmxChunk {
 
  private:
   const Joint& s;
-  const int64_t rank, count, all, rows, padded;
-  const float* query;
+  const AmxLayer& layer;
+  const int64_t rank, heads, count, all, padded;
   Floats out;  // [H C, R]
   std::vector<Softmax> run;
-  __m512 two, four;  // what codes stand for
+  AmxLatents z;
   AmxRoom& room = amx_room;
 
-  // Numbers 0 to 15 and 16 to 31 in bfloat16.
-  static INLINE __m512i both(__m512 first, __m512 second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
-
-  // 32 numbers of one token.
-  template <int BITS>
-  INLINE __m512i group(const uint8_t* p, float scale) const {
-    __m512 x[2], size = _mm512_set1_ps(scale);
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++, p += SIDE * BITS / 8) {
-      if constexpr (BITS == 8)
-        x[i] = _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)wide8((const char*)p), _mm512_set1_epi32(127)));
-      else if constexpr (BITS == 4) {
-        const __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-        const __m512i shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-        __m512i code = _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i*)p));
-        code = _mm512_srlv_epi32(_mm512_permutexvar_epi32(half, code), shift);
-        x[i] = _mm512_permutexvar_ps(code, four);
-      } else {
-        const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        x[i] = _mm512_permutexvar_ps(_mm512_srlv_epi32(_mm512_set1_epi32(get<int32_t>(p)), shift), two);
+  // Cosines and sines of tokens from one on.
+  void look_up(int64_t first, int64_t tokens) {
+    int64_t all = AmxLayer::up(tokens, SPAN), size = all * layer.half + SIDE;
+    room.cosines.resize(size), room.sines.resize(size);
+    for (int64_t t = 0; t < all; t++) {
+      float *cosine = &room.cosines[t * layer.half], *sine = &room.sines[t * layer.half];
+      for (int axis = 0; axis < 3; axis++) {  // what a vector leaves beyond its end is written over
+        int64_t at = s.places[axis * s.tokens + first + std::min(t, tokens - 1)] * s.padded(axis), pairs = s.pairs[axis];
+        for (int64_t i = 0; i < pairs; i += SIDE) {
+          _mm512_storeu_ps(cosine + i, _mm512_loadu_ps(s.cosines[axis] + at + i));
+          _mm512_storeu_ps(sine + i, _mm512_loadu_ps(s.sines[axis] + at + i));
+        }
+        cosine += pairs, sine += pairs;
       }
     }
-    return both(_mm512_mul_ps(x[0], size), _mm512_mul_ps(x[1], size));
   }
 
-  // Groups of the tokens of a span: pairs of numbers `across`, pairs of tokens `along`.
-  template <int BITS>
-  void open_groups(int64_t first, int tokens, int64_t span, int64_t from, int64_t groups, int64_t at) {
-    int64_t each = rank / GROUP, width = s.latents.width, size = rank;
-    const uint8_t* codes = s.latents.codes + first * width + at;
-    const float* scales = room.scales.data() + from;
-    uint32_t *across = &room.across[span * rank * SIDE + from * SIDE * SIDE], *along = &room.along[span * rank * SIDE + from * GROUP];
-    for (int64_t g = 0; g < groups; g++)
-      for (int t = 0; t < SPAN; t += SIDE) {
-        __m512i x[SIDE];
-#pragma GCC unroll 16
-        for (int n = 0; n < SIDE; n++) {
-          int token = std::max(0, std::min(t + n, tokens - 1));
-          x[n] = group<BITS>(codes + token * width + g * GROUP * BITS / 8, t + n < tokens ? scales[token * each + g] : 0);
-        }
-#pragma GCC unroll 8
-        for (int n = 0; n < SIDE; n += 2) {
-          uint32_t* to = along + (t + n) / 2 * size + g * GROUP;
-          _mm512_storeu_si512(to, _mm512_unpacklo_epi16(x[n], x[n + 1]));
-          _mm512_storeu_si512(to + SIDE, _mm512_unpackhi_epi16(x[n], x[n + 1]));
-        }
-        transpose(x);
-#pragma GCC unroll 16
-        for (int n = 0; n < SIDE; n++) _mm512_storeu_si512(across + t * size / 2 + (g * SIDE + n) * SIDE, x[n]);
-      }
-  }
-  void open_span(int64_t first, int tokens, int64_t span) {
-    const Latents& z = s.latents;
-    int64_t each = rank / GROUP;
-    room.scales.resize(SPAN * each);
-    const uint16_t* scales = z.scales + first * each;
-    int64_t i = 0, many = tokens * each;
-    for (; i + W <= many; i += W) Stored<F16>::load((const char*)(scales + i), (vf*)&room.scales[i]);
-    for (; i < many; i++) room.scales[i] = of_half(scales[i]);
-    open_groups<8>(first, tokens, span, 0, z.eight / GROUP, 0);
-    open_groups<4>(first, tokens, span, z.eight / GROUP, z.four / GROUP, z.eight);
-    open_groups<2>(first, tokens, span, (z.eight + z.four) / GROUP, z.two / GROUP, z.eight + z.four / 2);
-  }
-
-  // Axes of two tiles' rows, so many groups of coordinates from one on, to room.axes.
-  void open_axes(int64_t row, int64_t from, int64_t groups) {
-    const float* steps = s.key_steps + from * GROUP;
+  // Keys of a head [SPAN, wide] before RoPE.
+  void make_keys(int64_t span, int64_t head, float* keys) {
+    int64_t groups = rank / GROUP, step = layer.wide * 4;
+    const uint32_t* axes = &layer.axes[head * layer.wide * rank / 2];
     settle();
-    for (int64_t i = 0; i < 2 * SIDE; i++) {
-      const char* given = (const char*)s.key_axes + (row + i) * rank + from * GROUP;
-      uint16_t* to = &room.axes[i * groups * GROUP];
-      for (int64_t r = 0; r < groups * GROUP; r += GROUP) {
-        vf x[2];
-        Stored<I8>::load(given + r, x), Stored<I8>::load(given + r + W, x + 1);
-        _mm512_storeu_si512(to + r, both((__m512)(x[0] * get<vf>(steps + r)), (__m512)(x[1] * get<vf>(steps + r + W))));
+    for (int64_t i = 0; i < layer.wide; i += 2 * SIDE, axes += SIDE * rank) {
+      const float* mean = &layer.means[head * layer.wide + i];
+      const uint32_t *x = z.plain(span), *y = axes, *more = axes + SIDE * rank / 2;
+      _tile_loadd(0, mean, 0);
+      _tile_loadd(1, mean + SIDE, 0);
+      _tile_loadd(2, mean, 0);
+      _tile_loadd(3, mean + SIDE, 0);
+      for (int64_t k = 0; k < groups; k++, x += 2 * SIDE * SIDE, y += SIDE * SIDE, more += SIDE * SIDE) {
+        _tile_loadd(4, x, 64);
+        _tile_loadd(5, x + SIDE * SIDE, 64);
+        _tile_loadd(6, y, 64);
+        _tile_loadd(7, more, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
       }
+      float *to = keys + i, *below = to + SIDE * layer.wide;
+      _tile_stored(0, to, step);
+      _tile_stored(1, to + SIDE, step);
+      _tile_stored(2, below, step);
+      _tile_stored(3, below + SIDE, step);
     }
     settle();
   }
 
-  // Keys [spans, H D, SPAN] before RoPE, less their means; so many coordinates at a time that axes stay in cache.
-  void make_keys(int64_t spans) {
-    int64_t groups = rank / GROUP, most = std::max<int64_t>(1, std::min(groups, AMX_AXES / rows / 64));
-    room.axes.resize(2 * SIDE * most * GROUP);
-    for (int64_t from = 0, here; from < groups; from += here) {
-      here = std::min(most, groups - from);
-      for (int64_t row = 0, step = here * 64; row < rows; row += 2 * SIDE) {
-        open_axes(row, from, here);
-        for (int64_t span = 0; span < spans; span++) {
-          const char* axes = (const char*)room.axes.data();
-          const uint32_t *z = &room.across[span * rank * SIDE + from * SIDE * SIDE], *more = z + rank / 2 * SIDE;
-          float *to = &room.keys[(span * rows + row) * SPAN], *below = to + SIDE * SPAN;
-          if (from) {
-            _tile_loadd(0, to, SPAN * 4);
-            _tile_loadd(1, to + SIDE, SPAN * 4);
-            _tile_loadd(2, below, SPAN * 4);
-            _tile_loadd(3, below + SIDE, SPAN * 4);
-          } else {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-          }
-          for (int64_t k = 0; k < here; k++, axes += 64, z += SIDE * SIDE, more += SIDE * SIDE) {
-            _tile_loadd(4, axes, step);
-            _tile_loadd(5, axes + SIDE * step, step);
-            _tile_loadd(6, z, 64);
-            _tile_loadd(7, more, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-          }
-          _tile_stored(0, to, SPAN * 4);
-          _tile_stored(1, to + SIDE, SPAN * 4);
-          _tile_stored(2, below, SPAN * 4);
-          _tile_stored(3, below + SIDE, SPAN * 4);
-        }
-      }
-    }
-    settle();
-  }
-
-  // Scores of the keys, turned to the places of tokens from one on: p [H C, TILE].
-  void score(int64_t first, int tokens, const float* keys, float* p) {
-    int64_t pairs = s.pairs[0] + s.pairs[1] + s.pairs[2];
-    room.cosines.resize(pairs * SPAN), room.sines.resize(pairs * SPAN);
-    float *cosine = room.cosines.data(), *sine = room.sines.data();
-    for (int axis = 0; axis < 3; axis++) {
-      int32_t at[SPAN] = {};
-      for (int t = 0; t < tokens; t++) at[t] = s.places[axis * s.tokens + first + t] * s.padded(axis);
-      for (int64_t i = 0; i < s.pairs[axis]; i++, cosine += SPAN, sine += SPAN)
-        for (int t = 0; t < SPAN; t += SIDE) {
-          __m512i index = _mm512_loadu_si512(at + t);
-          _mm512_storeu_ps(cosine + t, _mm512_i32gather_ps(index, s.cosines[axis] + i, 4));
-          _mm512_storeu_ps(sine + t, _mm512_i32gather_ps(index, s.sines[axis] + i, 4));
-        }
-    }
-    for (int64_t c = 0; c < all;) {
-      int64_t taken = std::min<int64_t>((c / count + 1) * count - c, MOST);
-      some_scores(taken)(*this, c, keys, p);
-      c += taken;
-    }
-  }
-
-  typedef void (*Some)(const AmxChunk&, int64_t, const float*, float*);
+  typedef void (*Some)(const AmxChunk&, const float*, int64_t, const float*, float*);
   template <int C = MOST>
   static Some some_scores(int64_t queries) {
     if constexpr (C > 1) {
       if (queries < C) return some_scores<C - 1>(queries);
     }
-    return [](const AmxChunk& own, int64_t c, const float* keys, float* p) { own.head_scores<C>(c, keys, p); };
+    return [](const AmxChunk& own, const float* keys, int64_t first, const float* query, float* p) { own.scores<C>(keys, first, query, p); };
   }
 
-  // Queries c to c + C of one head.
+  // Scores [C, TILE] of C queries of a head over the keys of a span, turned as tokens from one of the stretch on.
   template <int C>
-  void head_scores(int64_t c, const float* all_keys, float* p) const {
-    int64_t head = c / count;
-    const float *q = query + c * s.channels, *keys = all_keys + head * s.channels * SPAN, *mean = s.key_mean + head * s.channels;
+  void scores(const float* keys, int64_t first, const float* query, float* p) const {
+    const int64_t half = layer.half, wide = layer.wide;
     for (int t = 0; t < SPAN; t += SIDE) {
-      __m512 sum[C] = {};
-      const float *cosine = &room.cosines[t], *sine = &room.sines[t];
-      auto key = [&](int64_t i) { return _mm512_loadu_ps(keys + i * SPAN + t) + _mm512_set1_ps(mean[i]); };
-      for (int axis = 0; axis < 3; axis++) {
-        const int64_t *order = s.order[axis], half = s.pairs[axis];
-        for (int64_t i = 0; i < half; i++, cosine += SPAN, sine += SPAN) {
-          int64_t x = order[i], y = order[half + i];
-          __m512 a = key(x), b = key(y), cosines = _mm512_loadu_ps(cosine), sines = _mm512_loadu_ps(sine);
-          __m512 first = a * cosines - b * sines, second = b * cosines + a * sines;
-          for (int n = 0; n < C; n++)
-            sum[n] += first * _mm512_set1_ps(q[n * s.channels + x]) + second * _mm512_set1_ps(q[n * s.channels + y]);
+      vf found[C][SIDE];
+      for (int n = 0; n < SIDE; n++) {
+        const float *key = keys + (t + n) * wide, *cosine = &room.cosines[(first + t + n) * half], *sine = &room.sines[(first + t + n) * half];
+        vf sum[C] = {};
+        for (int64_t i = 0; i < half; i += SIDE) {
+          vf a = get<vf>(key + i), b = get<vf>(key + half + i), cosines = get<vf>(cosine + i), sines = get<vf>(sine + i);
+          vf x = a * cosines - b * sines, y = b * cosines + a * sines;
+          for (int c = 0; c < C; c++)
+            sum[c] += x * get<vf>(query + c * wide + i) + y * get<vf>(query + c * wide + half + i);
         }
-        for (int64_t i = 2 * half; i < s.widths[axis]; i++)
-          for (int n = 0; n < C; n++) sum[n] += key(order[i]) * _mm512_set1_ps(q[n * s.channels + order[i]]);
+        for (int64_t i = 2 * half; i < wide; i += SIDE)
+          for (int c = 0; c < C; c++) sum[c] += get<vf>(key + i) * get<vf>(query + c * wide + i);
+        for (int c = 0; c < C; c++) found[c][n] = sum[c];
       }
-      for (int n = 0; n < C; n++) _mm512_storeu_ps(p + (c + n) * TILE + t, sum[n]);
+      for (int c = 0; c < C; c++) put(p + c * TILE + t, sums<SIDE>(found[c], 1));
     }
   }
 
   // Sums of latents by probability.
-  void gather(int64_t tiles) {
+  void gather(int64_t spans) {
     settle();
-    for (int64_t c = 0; c < padded; c += SIDE)
-      for (int64_t r = 0; r < rank; r += 2 * SIDE) {
+    for (int64_t r = 0; r < rank; r += GROUP)
+      for (int64_t c = 0; c < padded; c += SIDE) {
         float* to = &out[c * rank + r];
         _tile_loadd(0, to, rank * 4);
         _tile_loadd(1, to + SIDE, rank * 4);
-        const uint32_t* z = &room.along[r];
-        for (int64_t k = 0; k < tiles * 2; k++, z += SIDE * rank) {
-          _tile_loadd(2, &room.shares[c * tiles * TILE + k * 2 * SIDE], tiles * TILE * 2);
-          _tile_loadd(3, z, rank * 4);
-          _tile_loadd(4, z + SIDE, rank * 4);
+        for (int64_t i = 0; i < spans; i++) {
+          if (c == 0) z.put_along(i, r);
+          const uint32_t* x = z.along(i);
+          _tile_loadd(2, &room.shares[(c * spans + i) * SPAN], spans * SPAN * 2);
+          _tile_loadd(3, x, 64);
+          _tile_loadd(4, x + SIDE * SIDE, 64);
           _tile_dpbf16ps(0, 2, 3);
           _tile_dpbf16ps(1, 2, 4);
         }

@@ -31,13 +31,13 @@ SWITCH = "CAPSIGHT_NATIVE"
 INTERFACE = 2
 UNITS = ("decode.cpp", "joint.cpp")
 HEADERS = (
-    *("amx.h", "chunk.h", "fold.h", "joint_chunk.h", "latents.h", "rebuild.h", "softmax.h", "tile.h"),
-    "vectors.h",
+    *("amx.h", "amx_open.h", "chunk.h", "fold.h", "joint_chunk.h", "latents.h", "rebuild.h", "softmax.h"),
+    *("tile.h", "vectors.h"),
 )
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-w")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 LEVELS = {
-    "AMX": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "AMX": (*_AVX512, "-mavx512vbmi", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     "AVX512": _AVX512,
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
     "DEFAULT": (),

@@ -12,18 +12,19 @@
 
 namespace capsight {
 
-constexpr int64_t JOINT_CHUNK = 256;  // tokens at least that a thread takes at a time, if there are as many
+constexpr int64_t JOINT_CHUNK = 256;  // tokens at least that one of several threads takes at a time
 
 struct Stretch {
   int64_t row, first, count;
 };
-std::vector<Stretch> stretches(const Joint& s, int64_t batch, std::vector<int64_t>& ends) {
+std::vector<Stretch> stretches(const Joint& s, int64_t batch, int64_t threads, std::vector<int64_t>& ends) {
   std::vector<Stretch> found;
+  int64_t least = threads > 1 ? JOINT_CHUNK : s.tokens;
   for (int64_t row = 0; row < batch; row++) {
     int64_t end = s.starts[row] + s.counts[row];
     for (int64_t first = s.starts[row], next; first < end; first = next) {
-      next = std::min(end, first + JOINT_CHUNK);  // where an image ends, if that is near
-      while (next < end && next < first + 2 * JOINT_CHUNK && s.places[next] == s.places[next - 1]) next++;
+      next = std::min(end, first + least);  // where an image ends, if that is near
+      while (next < end && next < first + 2 * least && s.places[next] == s.places[next - 1]) next++;
       found.push_back({row, first, next - first});
     }
     ends.push_back(found.size());
@@ -31,14 +32,31 @@ std::vector<Stretch> stretches(const Joint& s, int64_t batch, std::vector<int64_
   return found;
 }
 
-// Queries [H, C, D] of a row over a chunk of it: [H, C] times [most, total, R numbers].
-void attend(const Joint& s, const Stretch& of, const float* query, int64_t heads, int64_t count, float* results) {
-  auto run = [&](auto chunk) { chunk.attend(of.first, of.count), chunk.results(results); };
+// How chunks of one layer are attended.
+class Layer {
+ public:
+  Layer(const Joint& s, int64_t heads) : s(s), heads(heads) {
 #ifdef __AMX_BF16__
-  if (AmxChunk::takes(s, heads)) return run(AmxChunk(s, query, heads, count));
+    if (AmxLayer::allowed()) tiles = &amx_layer, amx_layer.take(s, heads);
 #endif
-  run(JointChunk(s, query, heads, count));
-}
+  }
+
+  // Queries [H, C, D] of a row over a chunk of it: [H, C] times [most, total, R numbers].
+  void attend(const Stretch& of, const float* query, int64_t count, float* results) const {
+    auto run = [&](auto chunk) { chunk.attend(of.first, of.count), chunk.results(results); };
+#ifdef __AMX_BF16__
+    if (tiles) return run(AmxChunk(s, *tiles, query, heads, count));
+#endif
+    run(JointChunk(s, query, heads, count));
+  }
+
+ private:
+  const Joint& s;
+  const int64_t heads;
+#ifdef __AMX_BF16__
+  const AmxLayer* tiles = nullptr;
+#endif
+};
 
 // Values [C, D] of latents [C, R].
 void values_of(const Joint& s, const float* latents, int64_t count, int64_t head, float* out) {
@@ -70,12 +88,13 @@ extern "C" void capsight_joint(
   const Joint& s = *given;
   int64_t rank = s.latents.rank(), channels = s.channels, own = count * channels, wide = count * (rank + 2);
   std::vector<int64_t> ends, near_ends;
-  auto far = stretches(s, batch, ends);
+  auto far = stretches(s, batch, threads, ends);
   auto near = tasks_of(sources, source_count, batch * heads, near_ends);
   int64_t many = far.size(), all = many + near.size(), narrow = count * (channels + 2);
   std::vector<float> scaled(batch * heads * own), parts(many * heads * wide), near_parts(near.size() * narrow);
   read(query, format, 0, scaled.size(), scaled.data());
   for (float& x : scaled) x *= scaling;
+  const Layer layer(s, heads);
 #pragma omp parallel num_threads(threads) if (threads > 1 && all > 1)
   {
 #pragma omp for schedule(dynamic)
@@ -85,7 +104,7 @@ extern "C" void capsight_joint(
         attend(t, &scaled[t.piece * own], count, channels, t.piece % heads, &near_parts[(i - many) * narrow]);
         continue;
       }
-      attend(s, far[i], &scaled[far[i].row * heads * own], heads, count, &parts[i * heads * wide]);
+      layer.attend(far[i], &scaled[far[i].row * heads * own], count, &parts[i * heads * wide]);
     }
 #pragma omp for schedule(static)
     for (int64_t piece = 0; piece < batch * heads; piece++) {

@@ -12,7 +12,7 @@ struct Room {
   Floats z, scales, line, p;  // [tokens, R], [tokens, R / GROUP], [C, R] and [tiles, H C + MOST, TILE]
   Folded axes[3];
 };
-inline thread_local Room room;
+static thread_local Room room;
 
 // Queries of all KV heads over a chunk of one row's tokens.
 class JointChunk {
