@@ -15,9 +15,11 @@ from capsight.kvcapsule.codecs.learnt import LearntCodec
 from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.plan import Run
 from capsight.layout import PromptLayout, RowLayout, VisionBlock
-from tiny import FAMILIES, KINDS, TinyVLM
+from tiny import CACHES, FAMILIES, KINDS, TinyVLM
 
 BLOCK = 16  # tokens in a block of the tiny models' capsules
+few = pytest.mark.parametrize("vlm", CACHES, indirect=True)
+"""Run with one family of each kind of cache; `tests/checking` runs the same with every family."""
 
 
 def blocks(

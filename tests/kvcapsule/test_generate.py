@@ -10,8 +10,8 @@ from transformers import DynamicCache, TextStreamer
 
 from capsight.kvcapsule import CapsulePlan, KVCapsule
 from capsight.layout import build_layout
-from kvcapsule.conftest import BLOCK, fitted
-from tiny import FAMILIES, TinyVLM, in_turn
+from kvcapsule.conftest import BLOCK, few, fitted
+from tiny import CACHES, FAMILIES, TinyVLM, in_turn
 
 NEW = 6
 
@@ -54,7 +54,7 @@ def asked(vlm: TinyVLM, sequences: torch.Tensor, text: str) -> torch.Tensor:
     return torch.cat([sequences, ids.expand(len(sequences), -1)], 1)
 
 
-@in_turn("codec", ["adaptive", "static", "heads"])
+@in_turn("codec", ["adaptive", "static", "heads"], [*CACHES, "idefics3", "llava"])
 def test_retaining_everything_is_the_full_cache(vlm, codec):
     inputs = batch(vlm)
     capsule = fitted(vlm, 1.0, codec=codec)
@@ -66,6 +66,7 @@ def test_retaining_everything_is_the_full_cache(vlm, codec):
         assert layer.placement.runs == plan.runs
 
 
+@few
 def test_a_second_turn_on_the_same_cache(vlm):
     inputs = batch(vlm)
     full, cache = full_cache(vlm), fitted(vlm, 1.0).cache(inputs)
@@ -213,6 +214,7 @@ def test_chunked_prefill(qwen):
     assert cache.nbytes > 0
 
 
+@few
 def test_text_only_prompts_cost_no_capsules(vlm):
     inputs = vlm.inputs([([], "just words"), ([], "and fewer")])
     cache = fitted(vlm, 0.4).cache(inputs)

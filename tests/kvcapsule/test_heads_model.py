@@ -14,7 +14,7 @@ from capsight.kvcapsule.cache.layer import CapsuleLayer
 from capsight.kvcapsule.cache.stock import stock_nbytes
 from capsight.kvcapsule.cache_file import load_cache, save_cache
 from capsight.layout import build_layout
-from kvcapsule.conftest import BLOCK, fitted
+from kvcapsule.conftest import BLOCK, few, fitted
 from kvcapsule.test_cache_file import forge, parts
 from kvcapsule.test_generate import asked, batch, later_turn, run
 from tiny import CACHES, FAMILIES, TinyVLM, in_turn
@@ -131,7 +131,7 @@ def test_beams_are_the_same_either_way(family):
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("vlm", CACHES, indirect=True)
+@few
 def test_without_capsight_attention_it_says_so(vlm):
     inputs, capsule = batch(vlm), fitted(vlm, codec="heads")
     before = vlm.config.get_text_config()._attn_implementation

@@ -22,7 +22,7 @@ from capsight.kvcapsule.codecs.levels import GROUP, Levels, distortions, pack, s
 from capsight.kvcapsule.codecs.rotary import Rotary, find_rotary
 from capsight.layout import build_layout
 from capsight.layout.positions import rope_positions
-from kvcapsule.conftest import fitted
+from kvcapsule.conftest import few, fitted
 from kvcapsule.test_generate import asked, assert_same, batch, full_cache, later_turn, run
 from tiny import TinyVLM
 
@@ -127,6 +127,7 @@ def axes_of(codec: JointCodec) -> torch.Tensor:
     return codec.axes.double() * codec.steps.double().T[:, :, None, None]
 
 
+@few
 def test_retaining_everything_is_the_full_cache(vlm):
     inputs = batch(vlm)
     cache = fitted(vlm, 1.0, codec="joint").cache(inputs)
@@ -185,6 +186,7 @@ def test_layers_share_one_latent_whatever_happens_to_rows(qwen):
     assert torch.equal(latents(copied).tensors["codes"], before)
 
 
+@few
 def test_ask_crop_ask_save_and_load(vlm, tmp_path):
     inputs = batch(vlm)
     with enable(vlm.model, capsule=fitted(vlm, 0.6, codec="joint")) as fast:

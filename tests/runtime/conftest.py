@@ -10,7 +10,7 @@ from tiny import CACHES, FAMILIES, KINDS
 from tiny.base import TinyVLM
 
 few = pytest.mark.parametrize("vlm", CACHES, indirect=True)
-"""Run with one family of each kind of cache: the family has no part in what is tested."""
+"""Run with one family of each kind of cache: others change nothing, or `tests/checking` runs them all."""
 
 
 @cache

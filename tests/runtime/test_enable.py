@@ -8,7 +8,7 @@ import torch
 import capsight
 from capsight.errors import ModelMismatchError, OptionError
 from capsight.layout import build_layout
-from tiny import FAMILIES, in_turn
+from tiny import CACHES, FAMILIES, in_turn
 
 from .conftest import fitted
 
@@ -38,7 +38,7 @@ def assert_same(ours, theirs):
         assert (a - b).abs().max() <= 1e-4
 
 
-@in_turn("codec", ["heads", "adaptive"])
+@in_turn("codec", ["heads", "adaptive"], CACHES)
 def test_all_retained_is_the_full_cache(vlm, codec):
     inputs = mixed_batch(vlm)
     full = greedy(vlm.model.generate, **inputs)

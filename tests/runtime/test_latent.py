@@ -9,7 +9,7 @@ import capsight
 from capsight import KVCapsule
 from capsight.baselines import METHODS
 from capsight.errors import OptionError
-from tiny import in_turn
+from tiny import CACHES, in_turn
 
 from .conftest import fitted
 from .test_enable import assert_same, greedy, mixed_batch
@@ -40,7 +40,7 @@ def test_baselines_that_evict(qwen, name):
     assert a.nbytes == b.nbytes
 
 
-@in_turn("codec", ["adaptive", "heads"])
+@in_turn("codec", ["adaptive", "heads"], CACHES)
 def test_all_retained_is_the_full_cache(vlm, codec):
     inputs = mixed_batch(vlm)
     full = greedy(vlm.model.generate, **inputs)

@@ -13,7 +13,7 @@ from capsight.errors import CapsightError, LayoutError, OptionError
 from capsight.layout import build_layout
 from tiny import FAMILIES, clip, in_turn
 
-from .conftest import fitted
+from .conftest import few, fitted
 from .test_enable import assert_same, greedy
 
 VIDEOS = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision"]
@@ -97,6 +97,7 @@ def test_beams_and_several_sequences_over_images_that_are_capsules(vlm, options)
         assert torch.equal(fast.generate(past_key_values=cache, **inputs, **options, max_new_tokens=4), full)
 
 
+@few
 def test_ask_crop_ask(vlm):
     inputs = conversation(vlm, 2, 1)
     full = greedy(vlm.model.generate, **inputs)

@@ -10,7 +10,7 @@ from capsight.errors import ModelMismatchError
 from capsight.layout import build_layout
 from tiny import in_turn
 
-from .conftest import fitted
+from .conftest import few, fitted
 from .test_enable import assert_same, greedy, mixed_batch
 
 
@@ -19,6 +19,7 @@ def size_of(vlm):
     return text.num_hidden_layers, text.num_attention_heads
 
 
+@few
 def test_all_dense_map_is_the_untouched_model(vlm):
     inputs = mixed_batch(vlm)
     full = greedy(vlm.model.generate, **inputs)
