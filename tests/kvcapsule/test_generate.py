@@ -101,6 +101,7 @@ def test_fewer_tokens_change_logits_a_little_and_bytes_a_lot(vlm, codec):
     assert cache.nbytes == expected + 16 * (runs + exact - generated)
 
 
+@few
 def test_protocol_after_question_over_capsules_equals_one_prefill_at_full_retention(vlm):
     inputs = vlm.inputs([([vlm.picture(0), vlm.picture(1)], "how many?")])
     capsule, cut = fitted(vlm, 1.0), build_layout(inputs, vlm.config).last_vision_end

@@ -11,7 +11,7 @@ from capsight.kvcapsule.codecs import CODECS, QuantisedCodec
 from kvcapsule.conftest import BLOCK, blocks, codec, fitted, runs
 from kvcapsule.test_generate import batch, full_cache, run
 from kvcapsule.test_store import edit_header
-from tiny import in_turn
+from tiny import CACHES, in_turn
 
 NAMES = sorted(CODECS)
 RUNS = runs(5)
@@ -111,7 +111,7 @@ def test_bits_of_a_capsule_its_name_and_its_file(qwen, tmp_path):
             KVCapsule.from_pretrained(tmp_path)
 
 
-@in_turn("codec", ["adaptive", "heads"])
+@in_turn("codec", ["adaptive", "heads"], CACHES)
 def test_eight_bits_of_everything_are_close_to_the_full_cache(vlm, codec):
     inputs, options = batch(vlm), {"min_new_tokens": 3, "max_new_tokens": 3}
     full = run(vlm, inputs, full_cache(vlm), **options)

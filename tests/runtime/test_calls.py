@@ -42,7 +42,7 @@ def test_a_loop_of_ones_own_uses_the_capsule(vlm, codec):
             output = vlm.model(input_ids=token[None, None], **{CACHE: getattr(output, CACHE)})
 
 
-@in_turn("codec", ["adaptive", "joint", "heads"])
+@in_turn("codec", ["adaptive", "joint", "heads"], CACHES)
 def test_a_question_over_a_cache_by_the_models_own_generate(vlm, codec):
     inputs = mixed_batch(vlm)
     tokens = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}

@@ -55,6 +55,7 @@ def test_a_question_after_a_long_clip_is_where_one_prefill_puts_it(name, codec):
         assert_same(greedy(fast.generate, past_key_values=cache, **inputs), full)
 
 
+@few
 def test_an_edited_answer_is_refused_and_the_real_one_goes_on(vlm):
     inputs = mixed_batch(vlm)
     with capsight.enable(vlm.model, capsule=fitted(vlm.name, 0.4)) as fast:

@@ -47,7 +47,7 @@ def test_all_retained_is_the_full_cache(vlm, codec):
     assert_same(ours, full)
 
 
-@in_turn("codec", ["adaptive", "heads"])
+@in_turn("codec", ["adaptive", "heads"], CACHES)
 def test_encapsulated_images_then_question(vlm, codec):
     inputs = mixed_batch(vlm)
     full = greedy(vlm.model.generate, **inputs)

@@ -26,7 +26,7 @@ def both_ways(vlm, capsule, **inputs):
     return found
 
 
-@in_turn("codec", ["heads", "adaptive"])
+@in_turn("codec", ["heads", "adaptive"], CACHES)
 def test_equals_materialise(vlm, codec):
     a, b = both_ways(vlm, fitted(vlm.name, 0.4, codec).for_latent(), **mixed_batch(vlm))
     assert_same(b, a)

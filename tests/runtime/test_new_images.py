@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 import capsight
 from capsight.errors import CapsightError, LayoutError, OptionError
 from capsight.layout import build_layout
-from tiny import FAMILIES, clip, in_turn
+from tiny import CACHES, FAMILIES, clip, in_turn
 
 from .conftest import few, fitted
 from .test_enable import assert_same, greedy
@@ -85,12 +85,10 @@ def test_a_clip_in_a_later_turn(name):
         assert_same(greedy(fast.generate, past_key_values=cache, **two), full)
 
 
-@in_turn("options", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}])
+@in_turn("options", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}], CACHES)
 def test_beams_and_several_sequences_over_images_that_are_capsules(vlm, options):
     inputs = conversation(vlm, 2, 1)
     options = {"do_sample": False} | options
-    if vlm.name.startswith("glm"):
-        pytest.skip("transformers 5.23 repeats GLM's images wrongly: several rows of one prompt differ")
     full = vlm.model.generate(**inputs, **options, max_new_tokens=4)
     with capsight.enable(vlm.model, capsule=fitted(vlm.name, 1.0)) as fast:
         cache = fast.encapsulate(**inputs)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import capsight
 from capsight.errors import CapsightError, CapsuleFileError, LayoutError, ModelMismatchError, OptionError
 from capsight.layout import build_layout
-from tiny import FAMILIES, in_turn
+from tiny import CACHES, FAMILIES, in_turn
 
 from .conftest import fitted
 from .test_enable import greedy, mixed_batch
@@ -28,7 +28,7 @@ def text_after(inputs, vlm, cut, text):
     }
 
 
-@in_turn("codec,bits", [("heads", 8), ("adaptive", None), ("adaptive", 4)])
+@in_turn("codec,bits", [("heads", 8), ("adaptive", None), ("adaptive", 4)], CACHES)
 def test_a_loaded_cache_goes_on_with_the_same_logits(vlm, tmp_path, codec, bits):
     inputs = mixed_batch(vlm)  # left padding, and a row of text alone
     capsule = fitted(vlm.name, 0.4, codec).with_bits(bits)

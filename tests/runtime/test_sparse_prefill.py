@@ -42,7 +42,8 @@ def test_sparse_map_changes_only_rows_with_several_images(vlm, category):
         assert change[1] <= 1e-4 or vlm.name in ("internvl", "llava_onevision", "smolvlm", "idefics3")
 
 
-def test_every_family_follows_the_reference_masks(vlm):
+@few
+def test_a_model_follows_the_reference_masks(vlm):
     """A whole model under a map of all categories, against attention by the written-out masks."""
     inputs = mixed_batch(vlm)
     layout, (layers, heads) = build_layout(inputs, vlm.config), size_of(vlm)
