@@ -1,16 +1,19 @@
-"""The house rules that hold over all of `src/capsight`: no import circles, no long files."""
+"""The house rules: no import circles, no long files, few short ones; pages name what is there."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import capsight
 
 ROOT = Path(capsight.__file__).parent
+TREE = Path(__file__).resolve().parents[1]
 
 
 def module_of(path: Path) -> str:
@@ -21,6 +24,7 @@ def module_of(path: Path) -> str:
 FILES = {module_of(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
+@cache
 def imports(module: str) -> set[str]:
     """Modules of the package that `module` imports, at the top or inside a function."""
     nodes = list(ast.walk(ast.parse(FILES[module].read_text())))
@@ -50,9 +54,25 @@ def test_packages_import_each_other_in_one_direction() -> None:
     TopologicalSorter(rooms).prepare()
 
 
-def test_no_file_is_long() -> None:
+def test_no_file_is_long_and_few_are_short() -> None:
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES.values()}
     assert {name: count for name, count in lines.items() if count > 250} == {}
+    assert sum(count < 40 for name, count in lines.items() if not name.endswith("__init__.py")) <= 20
+
+
+def test_pages_for_contributors_name_what_is_there() -> None:
+    pages = ["CONTRIBUTING.md", "DESIGN.md", "docs/architecture.md", ".ci/run", ".pre-commit-config.yaml"]
+    pages += [str(path.relative_to(TREE)) for path in (TREE / ".github").rglob("*.*")]
+    text = "\n".join((TREE / page).read_text() for page in pages)
+    targets = re.findall(r"^([a-z-]+):", (TREE / "Makefile").read_text(), re.M)
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.M)) <= set(targets)
+    folders = ("src", "tests", "tools", "docs", "benchmarks", "findings")
+    there = [f"/{path.relative_to(TREE)}" for name in folders for path in (TREE / name).rglob("*.*")]
+    there += [f"/{path.name}" for path in TREE.iterdir()]
+    named = re.findall(r"[`(]((?:[\w-]+/)+(?:[\w.-]+\.\w+)?|[\w-]+\.(?:py|md|toml|txt|cff))[`)]", text)
+    missing = [name for name in named if not any(f"/{name}" in path for path in there)]
+    assert missing == []
+    assert len(named) > 20
 
 
 def test_only_commands_print() -> None:
