@@ -1,4 +1,4 @@
-"""The `adaptive` codec (default, ours): what to keep is chosen per image, the rest predicted from it."""
+"""The `adaptive` codec (ours): what to keep is chosen per image, the rest predicted from it."""
 
 from __future__ import annotations
 

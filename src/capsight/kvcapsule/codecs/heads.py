@@ -1,4 +1,4 @@
-"""The `heads` codec (default, ours): every KV head keeps tokens of its own, the others are evicted."""
+"""The `heads` codec (ours): every KV head keeps tokens of its own, the others are evicted."""
 
 from __future__ import annotations
 
