@@ -2,9 +2,10 @@
 
     python benchmarks/at_rest.py --judge mosaic --judge tiles --json benchmarks/results/at_rest.json
 
-Every row answers the same questions as the full cache. `tower-int4` stores what the vision tower gave, in so
-many bits with a 16-bit scale a token, and prefills the language model again: the rival at rest. Bytes are
-those of files: latents, token ids, layout and checksums; of the rival, its numbers and scales alone.
+Every row answers the same questions as the full cache. Images at rest are made and read with a capsule that
+has no more than their quality needs (`for_rest`). `tower-int4` stores what the vision tower gave, in so many
+bits with a 16-bit scale a token, and prefills the language model again: the rival at rest. Bytes are those of
+files: latents, token ids, layout and checksums; of the rival, its numbers and scales alone.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from capsight import KVCapsule, enable
 from capsight.cli.output import machine, write_json
 from capsight.evaluation.asking import split_questions
 from capsight.evaluation.sharing import Asking, _Prompt
+from capsight.kvcapsule.cache.conversation import Conversation
 from capsight.kvcapsule.codecs.positions import TokenPositions
-from capsight.kvcapsule.rest import load_rest, save_rest
-from capsight.kvcapsule.rest.latents import code, decode, step_of
+from capsight.kvcapsule.rest import for_rest, load_rest, save_rest
+from capsight.kvcapsule.rest.latents import code, decode
 from capsight.kvcapsule.rest.parts import joint_codec, open_latents, packed
 from capsight.layout import build_layout
 from capsight.layout.positions import rope_positions
@@ -53,11 +55,9 @@ class Prompt(_Prompt):
         self.layout = self._layout
         self.ids = self._prefill.tokens["input_ids"]
 
-    def joint(self) -> Any:
+    def joint(self, capsule: KVCapsule) -> Any:
         """The joint cache, with what it has read."""
-        from capsight.kvcapsule.cache.conversation import Conversation
-
-        cache = self._prefill.cache(self.capsule)
+        cache = self._prefill.cache(capsule)
         names = tuple("" for _ in range(self.layout.num_images))
         cache.conversation = Conversation(self.layout, self.ids, self.ids.shape[1], (names,))
         return cache
@@ -71,17 +71,17 @@ class Prompt(_Prompt):
             self._drafts = tokens
         return [t.strip() for t in self._processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
-    def rest(self, quality: float) -> tuple[Any, int, float, float]:
+    def rest(self, quality: float, capsule: KVCapsule) -> tuple[Any, int, float, float]:
         """A cache that was in a file; the file's bytes, seconds to write and to read."""
-        cache = self.joint()
+        cache = self.joint(capsule)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "x"
             start = time.perf_counter()
-            save_rest(path, cache, self.capsule, quality, True)
+            save_rest(path, cache, capsule, quality, True)
             wrote = time.perf_counter()
-            devices = {i: torch.device("cpu") for i in self.capsule.codecs}
-            reread = partial(read_text, self.model, self.capsule.codecs)
-            again = load_rest(path, self.capsule, self.model.config, devices, self.model.dtype, reread)
+            devices = {i: torch.device("cpu") for i in capsule.codecs}
+            reread = partial(read_text, self.model, capsule.codecs)
+            again = load_rest(path, capsule, self.model.config, devices, self.model.dtype, reread)
             return again, path.stat().st_size, wrote - start, time.perf_counter() - wrote
 
     def full(self, latents: torch.Tensor, thw: torch.Tensor) -> DynamicCache:
@@ -118,7 +118,7 @@ def alone(prompt: Prompt, processor: Any, item: Any) -> tuple[torch.Tensor, torc
         with enable(prompt.model, capsule=prompt.capsule) as fast:
             z = open_latents(fast.encapsulate(**head), prompt.codec)
         layout = build_layout(head, prompt.model.config)
-        piece = code(z, step_of(prompt.codec.lost, STORED))
+        piece = code(z, prompt.codec.lost, STORED)
         latents.append(decode(piece, len(z), prompt.codec.levels.rank))
         own = rope_positions(layout, prompt.model.config)
         places += [own[:, 0, b.start : b.end] for b in layout.rows[0].blocks]
@@ -166,6 +166,8 @@ def judged(
     images = 0
     vision = 0
     per_token = joint_codec(capsule).full_nbytes
+    small = {quality: for_rest(capsule, quality) for quality in qualities}
+    modules = {f"rest {quality:g}": file_nbytes(own) for quality, own in small.items()}
 
     def count(label: str, item: Any, texts: list[str], nbytes: float) -> None:
         row = rows.setdefault(label, {"right": [], "bytes": 0.0})
@@ -183,11 +185,11 @@ def judged(
             images += len(item.images)
             vision += prompt.layout.vision_tokens
             count("full", item, prompt.said(prompt._prefill.cache(None)), prompt.layout.length * per_token)
-            held = prompt.joint()
+            held = prompt.joint(capsule)
             nbytes = held.nbytes
             count("joint", item, prompt.said(held), nbytes)
             for quality in qualities:
-                cache, nbytes, wrote, read = prompt.rest(quality)
+                cache, nbytes, wrote, read = prompt.rest(quality, small[quality])
                 times["write"] += wrote / len(qualities)
                 times["read"] += read / len(qualities)
                 count(f"rest {quality:g}", item, prompt.said(cache), nbytes)
@@ -215,17 +217,26 @@ def judged(
         "vision_tokens": vision,
         "vision_bytes": vision * per_token,
         "milliseconds_an_image": {k: round(1000 * v / images, 2) for k, v in times.items()},
-        "module_bytes": capsule.module_nbytes,
+        "module_bytes": file_nbytes(capsule),
         "rows": {
             k: {
                 "questions": len(r["right"]),
                 "exact_match": round(100 * sum(r["right"]) / len(r["right"]), 2),
                 "bytes": round(r["bytes"]),
                 "share_of_vision_bytes": round(r["bytes"] / (vision * per_token), 5),
+                "module_bytes": modules.get(k, 0),
+                "share_of_100_images": round(
+                    (r["bytes"] / images + modules.get(k, 0) / 100) / (vision * per_token / images), 5
+                ),
             }
             for k, r in rows.items()
         },
     }
+
+
+def file_nbytes(capsule: KVCapsule) -> int:
+    """Bytes of the tensors in a capsule's file."""
+    return sum(x.nbytes for codec in capsule.whole_codecs().values() for x in codec.learnt().values())
 
 
 def fitted(name: str, source: Source, folder: Path | None) -> KVCapsule:

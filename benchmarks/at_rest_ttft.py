@@ -30,7 +30,7 @@ from capsight.evaluation import reference_items
 from capsight.evaluation.bench import batch_inputs
 from capsight.evaluation.prompting import process
 from capsight.kvcapsule.rest import DEFAULT_QUALITY, CapsuleStore
-from capsight.kvcapsule.rest.latents import code, decode, step_of
+from capsight.kvcapsule.rest.latents import code, decode
 from capsight.kvcapsule.rest.parts import image_sizes, joint_codec, open_latents
 
 RESULT = Path(__file__).parent / "results" / "at_rest_ttft.json"
@@ -65,11 +65,10 @@ def coding_seconds(model: Any, capsule: KVCapsule, inputs: dict[str, Any], runs:
         cache = fast.encapsulate(**inputs)
     sizes = image_sizes(cache.layout)
     images = open_latents(cache, codec).split(sizes)
-    step = step_of(codec.lost, DEFAULT_QUALITY)
     coded, decoded = [], []
     for _ in range(runs):
         start = time.perf_counter()
-        pieces = [code(latents, step) for latents in images]
+        pieces = [code(latents, codec.lost, DEFAULT_QUALITY) for latents in images]
         coded.append(time.perf_counter() - start)
         for piece, size in zip(pieces, sizes, strict=True):
             decode(piece, size, codec.levels.rank)

@@ -37,7 +37,7 @@ def curve(judge: str) -> dict[str, Any]:
     capsule = KVCapsule.fit(source.model, None, seen, codec="joint", progress=False)
     layers = list(full_attention_layers(source.model.config))
     codecs = [capsule.codecs[layer] for layer in layers]
-    learnt = [codec.learnt() for codec in codecs]
+    learnt = [codec.whole() for codec in codecs]
     axes = torch.cat([numbers(own["axes"], own["steps"], torch.float32).flatten(1) for own in learnt], 1)
     mean = torch.cat([c.mean.flatten() for c in codecs])
     size = codecs[0].mean[0].numel()

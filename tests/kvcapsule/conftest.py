@@ -116,7 +116,7 @@ _FITTED: dict[Any, KVCapsule] = {}
 
 def fitted(tiny: TinyVLM, retained: float | None = 0.4, **options: Any) -> KVCapsule:
     """A copy of a capsule that is fitted once for all tests."""
-    key = tiny.model, retained, repr(options)
+    key = tiny.model, repr(retained), repr(options)  # True is no 1.0
     if key not in _FITTED:
         samples = [tiny.inputs([([tiny.picture(seed)], "hi")]) for seed in (90, 91)]
         given = {"codec": "adaptive", "block_size": BLOCK, "progress": False, "budget": "uniform", **options}

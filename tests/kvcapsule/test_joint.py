@@ -221,7 +221,7 @@ def test_fractions_bits_budgets_and_options(qwen, tmp_path):
     capsule.with_retained(0.25).save_pretrained(tmp_path)
     loaded = KVCapsule.from_pretrained(tmp_path)
     assert loaded.retained == capsule.with_retained(0.25).retained
-    assert torch.equal(loaded.whole_codecs()[0].learnt()["axes"], capsule.codecs[0].learnt()["axes"])
+    assert torch.equal(loaded.whole_codecs()[0].whole()["axes"], capsule.codecs[0].whole()["axes"])
     for refused in (
         lambda: capsule.with_bits(4),
         lambda: capsule.with_budget("water-filled"),
@@ -275,9 +275,9 @@ def test_more_axes_where_the_usual_ones_lose_too_much(monkeypatch, spectrum):
     rotary = Rotary(torch.ones(4, dtype=torch.float64), torch.zeros(4, dtype=torch.int64), False, 1.0)
     fit = partial(joint_fit.solve_joint, tokens.mean(0), tokens.half(), (0, 1), (4, 8), rotary)
     codecs = fit(None)
-    assert len(codecs[0].learnt()["axes"]) == (32 if spectrum == "short" else 96)
+    assert len(codecs[0].whole()["axes"]) == (32 if spectrum == "short" else 96)
     assert (float(codecs[0].typical) <= joint_fit.LOST) == (spectrum == "short")
-    assert len(fit(64)[0].learnt()["axes"]) == 64
+    assert len(fit(64)[0].whole()["axes"]) == 64
 
 
 def test_what_images_usually_lose_is_not_measured_on_the_few_tokens_of_the_fit():

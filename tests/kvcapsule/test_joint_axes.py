@@ -10,10 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from capsight.errors import CapsightError, CapsuleFileError
+import capsight
+from capsight.errors import CapsightError, CapsuleFileError, OptionError
+from capsight.evaluation import reference_items
+from capsight.evaluation.asking import process
 from capsight.kvcapsule import KVCapsule
 from capsight.kvcapsule.capsule_file import KIND
+from capsight.kvcapsule.codecs import joint_tensors
 from capsight.kvcapsule.codecs.joint_axes import in_steps, numbers
+from capsight.kvcapsule.codecs.joint_tensors import for_file
+from capsight.kvcapsule.rest import for_rest
 from capsight.kvcapsule.rest.parts import learnt_fingerprint
 from capsight.kvcapsule.store import read_folder, write_folder
 from kvcapsule.conftest import fitted
@@ -73,16 +79,55 @@ def test_files_with_axes_in_16_bits_are_read(qwen, tmp_path):
     capsule.save_pretrained(tmp_path)
     header, tensors = read_folder(tmp_path, KIND)
     constants = {name: x for name, x in header["constants"].items() if name != "axis_bits"}
-    held = [name.removesuffix("axes") for name in tensors if name.endswith("axes")]
-    old = {name: x for name, x in tensors.items() if not name.endswith("steps")}
-    for name in held:
-        old[f"{name}axes"] = numbers(tensors[f"{name}axes"], tensors[f"{name}steps"], torch.bfloat16)
+    old = {name: x for name, x in tensors.items() if not name.endswith(("steps", "nibbles"))}
+    for index, codec in capsule.codecs.items():
+        own = codec.whole()
+        old[f"layers.{index}.axes"] = numbers(own["axes"], own["steps"], torch.bfloat16)
     header = {name: x for name, x in header.items() if name not in ("sha256", "tensors", "header_sha256")}
     write_folder(tmp_path, KIND, header | {"constants": constants}, old)
     for index, codec in KVCapsule.from_pretrained(tmp_path).whole_codecs().items():
         own = in_steps(old[f"layers.{index}.axes"])
-        assert torch.equal(codec.learnt()["axes"], own[0])
-        assert torch.equal(codec.learnt()["steps"], own[1])
+        assert torch.equal(codec.whole()["axes"], own[0])
+        assert torch.equal(codec.whole()["steps"], own[1])
     write_folder(tmp_path, KIND, header | {"constants": constants | {"axis_bits": 4}}, tensors)
     with pytest.raises(CapsuleFileError, match="constants"):
         KVCapsule.from_pretrained(tmp_path)
+
+
+@given(st.integers(0, 99), st.integers(1, 9), st.integers(0, 9))
+def test_axes_that_fit_in_4_bits_take_4_in_files(seed, wide, narrow):
+    g = torch.Generator().manual_seed(seed)
+    axes = torch.cat(
+        [torch.randint(-top, top + 1, (2 * n, 2, 3, 4), generator=g) for top, n in ((127, wide), (7, narrow))]
+    ).to(torch.int8)
+    axes[2 * wide - 1] = 127
+    held = for_file({"axes": axes, "other": axes})
+    assert sum(x.nbytes for x in held.values()) == axes[0].numel() * (2 * wide + narrow) + axes.nbytes
+    found = joint_tensors._joined(held | {"steps": torch.zeros(1)})
+    assert torch.equal(found["axes"], axes)
+
+
+def test_a_capsule_for_rest_is_small_and_reads_what_the_whole_one_wrote(tmp_path):
+    model, processor = capsight.load_reference_vlm()
+    whole = KVCapsule.from_pretrained("reference")
+    for_rest(whole, 0.97).save_pretrained(tmp_path / "small")
+    small = KVCapsule.from_pretrained(tmp_path / "small")
+    folders = whole.origin.folder, tmp_path / "small"
+    sizes = [next(folder.glob("*.safetensors")).stat().st_size for folder in folders]
+    assert sizes[1] < sizes[0] / 4
+    (item,) = reference_items("calibration", 2, 1, first=2000)
+    inputs = process(processor, item, [item.asks[0].question])
+    found = []
+    for index, capsule in enumerate((whole, small)):
+        with capsight.enable(model, capsule=capsule) as fast:
+            fast.encapsulate(**inputs)
+            fast.save(tmp_path / f"{index}", quality=0.97)
+            for written in range(index + 1):
+                layer = fast.load(tmp_path / f"{written}").capsule_layers[0]
+                found.append(layer.codec.decode(layer.payload)[1])
+    for other in found[1:]:
+        assert float((other - found[0]).norm() / found[0].norm()) < 0.2
+    with pytest.raises(OptionError, match="quality"):
+        for_rest(whole, 1.0)
+    with pytest.raises(OptionError, match="joint"):
+        for_rest(KVCapsule.from_pretrained("reference-heads"), 0.97)

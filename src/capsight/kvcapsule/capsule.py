@@ -205,4 +205,4 @@ class KVCapsule(PretrainedCapsule):
             check_bits(bits)
             if self.info.share is not None:
                 raise OptionError("joint latents choose their bits by what is retained; use with_retained")
-        return type(self)(self.codecs, replace(self.info, bits=bits))
+        return type(self)(self.codecs, replace(self.info, bits=bits), self.origin)

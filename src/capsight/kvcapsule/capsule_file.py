@@ -51,8 +51,8 @@ def write_capsule(
 
 def read_capsule(
     source: str | os.PathLike[str], hub: HubOptions | None = None
-) -> tuple[dict[int, LayerCodec], CapsuleInfo, Origin]:
-    """Codecs by layer index, with no more than their fraction needs; what is known of them, and their file.
+) -> tuple[dict[int, LayerCodec], CapsuleInfo, Origin | None]:
+    """Codecs by layer index, with no more than their fraction needs; what is known; where the rest is.
 
     Args:
         source: "reference" for the one shipped with capsight, a folder, or a hub repository id.
@@ -64,7 +64,7 @@ def read_capsule(
     folder = locate(source, hub or {})
     header, tensors = read_folder(folder, KIND)
     codecs, info = _codecs(folder, header, tensors, lean=True)
-    return codecs, info, Origin(folder, header["sha256"])
+    return codecs, info, None if info.share is None else Origin(folder, header["sha256"])
 
 
 def read_again(origin: Origin) -> dict[int, LayerCodec]:

@@ -23,7 +23,8 @@ class PretrainedCapsule:
     Attributes:
         codecs: codec of each layer, by layer index.
         info: sizes, options, and the model it belongs to.
-        origin: the file that it was read from, or None.
+        origin: the file that has more of a joint capsule than its fraction needs; None for others, and where
+            `codecs` have all.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class PretrainedCapsule:
         """Write the capsule to a folder (safetensors + JSON), atomically.
 
         Raises:
-            CapsuleFileError: the folder cannot be written, or a joint capsule's own file is gone.
+            CapsuleFileError: the folder cannot be written, or `origin` is gone.
         """
         write_capsule(folder, self.whole_codecs(), self.info)
 

@@ -19,11 +19,12 @@ from capsight.errors import CapsightError, OptionError
 from capsight.kvcapsule.attention.latents import LayerBasis, PackedLatents
 from capsight.kvcapsule.attention.native import supports
 from capsight.kvcapsule.budget import check_share
-from capsight.kvcapsule.codecs.base import LayerCodec, take_tensors
+from capsight.kvcapsule.codecs.base import LayerCodec
 from capsight.kvcapsule.codecs.block import Payload
 from capsight.kvcapsule.codecs.gathered import Gathered
-from capsight.kvcapsule.codecs.joint_axes import AXIS_BITS, coordinates_together, in_steps, numbers
+from capsight.kvcapsule.codecs.joint_axes import AXIS_BITS, coordinates_together, numbers
 from capsight.kvcapsule.codecs.joint_payload import JointPayload, OpenLatents
+from capsight.kvcapsule.codecs.joint_tensors import for_file, of_file, trimmed
 from capsight.kvcapsule.codecs.levels import BITS, GROUP, POINTS, pack, share_bits, unpack
 from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.codecs.positions import TokenPositions
@@ -32,27 +33,19 @@ from capsight.kvcapsule.plan import Run
 
 _WHOLE = 2**31  # block size of a codec that stores nothing: no image is as long
 _FEW = 4  # new tokens of a row up to which attention reads latents as they are
-_SHAPES: dict[str, tuple[int | None, ...]] = {
-    "lost": (None, 4),
-    "typical": (1,),
-    "frequencies": (None,),
-    "pairs": (None,),
-    "turning": (3,),
-}
-_DTYPES = {"axes": torch.int8, "lost": torch.float64, "frequencies": torch.float64, "pairs": torch.int64}
 
 
 class JointCodec(LayerCodec):
     """One layer's share of the joint codec; a block is one token.
 
-    Of K axes the buffers have the R that get bits; `learnt` gives all.
+    Of K axes the buffers have the R that get bits; `whole` gives all.
 
     Buffers:
         mean: float32 `[2, H, D]`, of keys before RoPE and of values.
         axes: int8 `[R, 2, H, D]`, this layer's columns of U^T W^-1 in steps, most variance first.
         steps: float32 `[2, R]`, of each axis in keys and in values.
         weight: float32 `[2]`, this layer's entries of W for keys and values.
-        lost: float64 `[K / GROUP, 4]`, see `levels.distortions`; it and what follows is alike in all layers.
+        lost: float64 `[>= K / GROUP, 4]`, see `levels.distortions`; as what follows, of all layers.
         typical: float32 `[1]`, share of the variance that K coordinates lose on calibration images.
         frequencies, pairs: float64 and int64 `[P]`, see `Rotary`.
         turning: float32 `[3]`: interleaved, scaling, layers that share a latent (L).
@@ -95,7 +88,7 @@ class JointCodec(LayerCodec):
         self.share = retained
         self._dtype = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
         self.full_nbytes = 2 * self.mean.numel() * self.layers_together  # of a token in 16 bits
-        self.levels = share_bits(self.lost, retained * self.full_nbytes)
+        self.levels = share_bits(self.lost[: len(self.axes) // GROUP], retained * self.full_nbytes)
         rank = self.levels.rank
         self._others = None if lean else (self.axes[rank:].clone(), self.steps[:, rank:].clone())
         self.axes, self.steps = coordinates_together(self.axes[:rank]), self.steps[:, :rank].clone()
@@ -109,18 +102,7 @@ class JointCodec(LayerCodec):
     def from_tensors(cls, tensors: Mapping[str, Tensor], shape: tuple[int, int, int], kept: int) -> Self:
         """The codec whose `learnt()` gave `tensors`, at `retained` 1; axes may be in 16 bits, as once."""
         heads, _, head_dim = shape
-        shapes = {"mean": (2, heads, head_dim), "axes": (None, 2, heads, head_dim), "steps": (2, None)}
-        shapes |= {"weight": (2,), **_SHAPES}
-        if "steps" not in tensors and (axes := tensors.get("axes")) is not None and axes.ndim == 4:
-            tensors = dict(tensors, **dict(zip(("axes", "steps"), in_steps(axes), strict=True)))
-        taken = dict(zip(shapes, take_tensors(tensors, shapes, _DTYPES), strict=True))
-        sizes = {len(taken["axes"]), taken["steps"].shape[1], len(taken["lost"]) * GROUP}
-        pairs = len(taken["pairs"])
-        fits = len(sizes) == 1 and pairs == len(taken["frequencies"]) and 2 * pairs <= head_dim
-        known = ((taken["pairs"] >= 0) & (taken["pairs"] < 3)).all() and (taken["turning"][1:] > 0).all()
-        if not fits or not known or not (taken["weight"] > 0).all():
-            raise OptionError("the tensors of the joint codec do not fit together")
-        return cls(taken)
+        return cls(of_file(tensors, heads, head_dim))
 
     def at(self, retained: float, lean: bool = False) -> Self:
         """This codec at another share of the bytes.
@@ -133,10 +115,22 @@ class JointCodec(LayerCodec):
             CapsightError: this codec has let its own go.
             OptionError: `retained` is not in (0, 1], or too small.
         """
-        return type(self)(self.learnt(), retained, lean)
+        return type(self)(self.whole(), retained, lean)
+
+    def for_rest(self, rank: int) -> Self:
+        """This codec with its first axes alone, the first group in 8 bits, the others in 4."""
+        return type(self)(trimmed(self.whole(), rank), self.share)
 
     def learnt(self) -> dict[str, Tensor]:
-        """All that was learnt, by name: `state_dict()` with all K axes."""
+        """All that was learnt, as files have it."""
+        return for_file(self.whole())
+
+    def whole(self) -> dict[str, Tensor]:
+        """All that was learnt, by name: `state_dict()` with all K axes.
+
+        Raises:
+            CapsightError: this codec has let some go.
+        """
         if self._others is None:
             raise CapsightError("axes that get no bits were left in the file; load the capsule again")
         held = self.axes.cpu(), self.steps.cpu()

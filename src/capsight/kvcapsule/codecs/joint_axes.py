@@ -1,4 +1,4 @@
-"""Axes of the joint codec in 8 bits: an axis has a step in keys of a layer, and one in its values."""
+"""Axes of the joint codec in whole steps: an axis has a step in keys of a layer, and one in its values."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 AXIS_BITS = 8
-_TOP = 2 ** (AXIS_BITS - 1) - 1
 
 
-def in_steps(axes: Tensor) -> tuple[Tensor, Tensor]:
-    """One layer's axes `[K, 2, H, D]` as int8, likewise, and their steps float32 `[2, K]`."""
-    steps = axes.float().abs().amax((2, 3)) / _TOP  # [K, 2]
+def in_steps(axes: Tensor, bits: int = AXIS_BITS) -> tuple[Tensor, Tensor]:
+    """One layer's axes `[K, 2, H, D]` as int8 of so many bits, likewise, and their steps float32 `[2, K]`."""
+    top = 2 ** (bits - 1) - 1
+    steps = axes.float().abs().amax((2, 3)) / top  # [K, 2]
     whole = (axes.float() / steps.clamp_min(1e-30)[:, :, None, None]).round()
-    return whole.clamp_(-_TOP, _TOP).to(torch.int8), steps.T.contiguous()
+    return whole.clamp_(-top, top).to(torch.int8), steps.T.contiguous()
 
 
 def numbers(axes: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 
 import torch
@@ -154,6 +155,28 @@ def share_bits(lost: Tensor, nbytes: float, floor: float = 0.0) -> Levels:
     if not any(counts):
         raise OptionError(f"{nbytes:.0f} bytes a token hold no latent; use a larger retained fraction")
     return Levels(*counts)
+
+
+def rate_of(lost: Tensor, quality: float) -> tuple[float, int]:
+    """The step, alike for all coordinates, at which calibration images keep a share of the variance.
+
+    Args:
+        lost: of `distortions`; its first column is the variance of each group.
+        quality: that share, in (0, 1).
+
+    Returns:
+        It, and how many coordinates vary more than its error: the first ones, a multiple of `GROUP`.
+    """
+    variance = lost[:, 0] / GROUP  # of a coordinate
+    level, allowed = float(variance.max()), (1 - quality) * float(variance.sum())
+    low = 0.0
+    for _ in range(60):  # water-filling: sum of min(variance, level) = allowed
+        middle = (low + level) / 2
+        if float(variance.clamp_max(middle).sum()) > allowed:
+            level = middle
+        else:
+            low = middle
+    return math.sqrt(12 * level), GROUP * max(int((variance > level).sum()), 1)
 
 
 def _squeeze(code: Tensor, bits: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from capsight.kvcapsule.rest.cache_file import RestFile, is_rest_file, load_rest, read_rest_file, save_rest
 from capsight.kvcapsule.rest.latents import DEFAULT_QUALITY, check_quality
+from capsight.kvcapsule.rest.parts import for_rest
 from capsight.kvcapsule.rest.store import CapsuleStore, ImageKey
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "ImageKey",
     "RestFile",
     "check_quality",
+    "for_rest",
     "is_rest_file",
     "load_rest",
     "read_rest_file",

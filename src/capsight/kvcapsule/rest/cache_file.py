@@ -26,7 +26,7 @@ from capsight.kvcapsule.cache_parts import put_together, take_apart
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.codecs import Payload
 from capsight.kvcapsule.rest.container import MAGIC, Container, checked, sealed, write_container
-from capsight.kvcapsule.rest.latents import code, decode, step_of
+from capsight.kvcapsule.rest.latents import code, decode
 from capsight.kvcapsule.rest.parts import (
     can_reread,
     image_sizes,
@@ -98,9 +98,8 @@ def save_rest(
     length = cache.get_seq_length()
     layout, ids = cache.layout.continued(length, length), read.input_ids[:, :length]
     reread = reread and can_reread(layout, ids)
-    step = step_of(codec.lost, quality)
     latents = open_latents(cache, codec)
-    pieces = [code(own, step) for own in latents.split(image_sizes(layout))]
+    pieces = [code(own, codec.lost, quality) for own in latents.split(image_sizes(layout))]
     if not reread:
         rest = {k: t.detach().cpu().clone() for k, t in tensors.items() if not k.endswith(_LATENTS)}
         if any(t.is_floating_point() and not torch.isfinite(t).all() for t in rest.values()):

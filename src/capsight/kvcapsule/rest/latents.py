@@ -1,7 +1,7 @@
 """The latents of one image at rest: uniform steps, as wide for every coordinate, and their entropy code.
 
-One step for all coordinates is reverse water-filling: what varies less than a step becomes zeros and takes
-next to nothing, and all that varies more is off by as much.
+One step for all coordinates is reverse water-filling: what varies less than a step's error is left out, and
+all that varies more is off by as much.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from capsight.errors import CapsuleFileError, OptionError
-from capsight.kvcapsule.codecs.levels import GROUP
+from capsight.kvcapsule.codecs.levels import rate_of
 from capsight.kvcapsule.rest import entropy
 
 DEFAULT_QUALITY = 0.98
@@ -37,32 +37,19 @@ def check_quality(quality: float) -> float:
     return float(quality)
 
 
-def step_of(lost: Tensor, quality: float) -> float:
-    """The step at which calibration images keep a share of the variance of their latents.
+def code(latents: Tensor, lost: Tensor, quality: float) -> bytes:
+    """Latents `[T, R]` of an image in the steps of a quality, with a checksum before them.
 
     Args:
-        lost: of the codec, float64 `[K / GROUP, 4]`; its first column is the variance of each group.
-        quality: that share, in (0, 1).
-    """
-    variance = lost[:, 0] / GROUP  # of a coordinate
-    level, allowed = float(variance.max()), (1 - quality) * float(variance.sum())
-    low = 0.0
-    for _ in range(60):  # water-filling: sum of min(variance, level) = allowed
-        middle = (low + level) / 2
-        if float(variance.clamp_max(middle).sum()) > allowed:
-            level = middle
-        else:
-            low = middle
-    return math.sqrt(12 * level)
-
-
-def code(latents: Tensor, step: float) -> bytes:
-    """Latents `[T, R]` of an image in steps of `step`, with a checksum before them.
+        latents: as they are gathered.
+        lost: of the codec, see `rate_of`.
+        quality: share of the variance that comes back of calibration images.
 
     Raises:
         OptionError: they are far too large for the step, or the coder is not installed.
     """
-    whole = (latents.double().cpu() / step).round()
+    step, rank = rate_of(lost, quality)
+    whole = (latents[:, :rank].double().cpu() / step).round()
     if not bool((whole.abs() <= entropy.MOST).all()):
         raise OptionError("the latents are not finite, or too large for this quality; use a lower one")
     columns = whole.int().numpy()

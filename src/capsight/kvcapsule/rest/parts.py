@@ -12,8 +12,9 @@ from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.codecs import JointCodec, Payload
 from capsight.kvcapsule.codecs.joint_payload import JointPayload
-from capsight.kvcapsule.codecs.levels import GROUP, pack, unpack
+from capsight.kvcapsule.codecs.levels import GROUP, pack, rate_of, unpack
 from capsight.kvcapsule.fingerprint import tensors_fingerprint
+from capsight.kvcapsule.rest.latents import check_quality
 from capsight.layout import PromptLayout
 
 _LEARNT: WeakKeyDictionary[KVCapsule, str] = WeakKeyDictionary()
@@ -47,6 +48,22 @@ def joint_codec(capsule: KVCapsule) -> JointCodec:
             "codec='joint'"
         )
     return codec
+
+
+def for_rest(capsule: KVCapsule, quality: float) -> KVCapsule:
+    """A joint capsule with no more than images at rest of a quality need: its file is several times smaller.
+
+    Axes that such images do not store are left out; all but the first `GROUP` are rounded to 4 bits. What one
+    of the two capsules wrote at rest the other reads. Caches are made with these axes as well, and lose about
+    what the quality does.
+
+    Raises:
+        CapsuleFileError: the capsule's file is gone, from which its axes are read again.
+        OptionError: the capsule is of another codec, or `quality` is not between 0 and 1.
+    """
+    rank = rate_of(joint_codec(capsule).lost, check_quality(quality))[1]
+    found = capsule.whole_codecs().items()
+    return KVCapsule({i: c.for_rest(rank) for i, c in found if isinstance(c, JointCodec)}, capsule.info)
 
 
 def open_latents(cache: CapsuleCache, codec: JointCodec) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from capsight.errors import CapsuleFileError, CapsuleStoreWarning, OptionError
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.rest.container import Container, write_container
-from capsight.kvcapsule.rest.latents import DEFAULT_QUALITY, check_quality, code, decode, step_of
+from capsight.kvcapsule.rest.latents import DEFAULT_QUALITY, check_quality, code, decode
 from capsight.kvcapsule.rest.parts import joint_codec, learnt_fingerprint
 from capsight.kvcapsule.rest.place import SUFFIX, Place, StoredFile
 
@@ -130,7 +130,7 @@ class CapsuleStore:
             CapsuleFileError: the place cannot be written; what it held is unharmed.
             OptionError: the capsule is not of the joint codec, or the entropy coder is not installed.
         """
-        piece = code(latents, step_of(joint_codec(capsule).lost, self.quality))
+        piece = code(latents, joint_codec(capsule).lost, self.quality)
         path = self._place.path(f"{_folder(capsule, dtype)}/{_name(key)}")
         header = {"kind": _KIND, "name": _name_of(path), "tokens": len(latents), "quality": self.quality}
         file = BytesIO()
