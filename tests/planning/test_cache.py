@@ -20,7 +20,7 @@ from capsight.planning.cache import (
     scratch_bytes,
     state_bytes,
 )
-from tiny import FAMILIES, PLANNED, TinyVLM
+from tiny import FAMILIES, PLANNED, TinyVLM, in_turn
 
 BLOCK, NEW = 16, 3
 
@@ -75,7 +75,7 @@ def test_grouped_queries_store_kv_heads_only(vlm):
     assert (layer.query_heads, layer.kv_heads, layer.head_dim) == (4, 2, 16)
 
 
-@pytest.mark.parametrize("retained", [1.0, 0.4, 0.1])
+@in_turn("retained", [1.0, 0.4, 0.1], PLANNED)
 def test_capsule_cache(vlm, retained):
     inputs, shape = prompt(vlm), ModelShape.of(vlm.config)
     fitted = KVCapsule.fit(vlm.model, vlm.processor, [inputs], retained, "heads", BLOCK, progress=False)
@@ -105,7 +105,7 @@ def test_batch_of_left_padded_rows(vlm):
     assert capsule_kv_bytes(shape, layout, 0, 4, planned) == cache.nbytes - cache.state_nbytes
 
 
-@pytest.mark.parametrize("retained", [1.0, 0.5])
+@in_turn("retained", [1.0, 0.5], PLANNED)
 def test_joint_capsules_take_no_more_than_planned(vlm, retained):
     inputs, shape = prompt(vlm), ModelShape.of(vlm.config)
     fitted = KVCapsule.fit(vlm.model, vlm.processor, [inputs], retained, "joint", progress=False)
