@@ -2,15 +2,14 @@
 
     python benchmarks/decode_reference.py
 
-The baselines are transformers' own caches; all take turns, the median step counts, and speed is a ratio to
-the faster stock cache of the same run.
+The baselines are transformers' own caches (`stock_caches.py`) and quanto's; all take turns, the median step
+counts, and speed is a ratio to the fastest stock cache of the same run.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -20,19 +19,17 @@ import torch
 import typer
 from attention_measuring import machine
 from rich.console import Console
+from stock_caches import STOCK, options_of, stock_cache
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from capsight import KVCapsule, enable, load_reference_vlm
+from capsight.baselines.quantized import QuantoInt4
 from capsight.evaluation import reference_items
 from capsight.evaluation.bench import batch_inputs
 
 RESULT = Path(__file__).parent / "results" / "decode_reference.json"
 NEW = 33
-STOCK: dict[str, Callable[[Any, int], Any]] = {
-    "DynamicCache": lambda config, room: DynamicCache(config=config),
-    "StaticCache": lambda config, room: StaticCache(config=config, max_cache_len=room),
-}
 
 
 class Ticks(LogitsProcessor):
@@ -53,20 +50,21 @@ class Ticks(LogitsProcessor):
         return [after - before for before, after in pairwise(self.times[1:])]
 
 
-def measured(model: Any, processor: Any, capsules: dict[str, KVCapsule], batch: int, runs: int) -> Any:
+def measured(model: Any, processor: Any, methods: dict[str, Any], batch: int, runs: int) -> Any:
     """Rows of the table for one batch size."""
     inputs = batch_inputs(processor, list(reference_items("test", 8, batch)))
     room = inputs["input_ids"].shape[1] + NEW + 1
     asked = {**inputs, "max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
-    found: dict[str, list[float]] = {name: [] for name in (*STOCK, *capsules)}
+    found: dict[str, list[float]] = {name: [] for name in (*STOCK, *methods)}
     for run in range(1 + runs):
         for name in found:
             ticks = Ticks()
             options = {**asked, "logits_processor": LogitsProcessorList([ticks])}
             if name in STOCK:
-                model.generate(**options, past_key_values=STOCK[name](model.config, room))
+                cache = stock_cache(name, model.config, room)
+                model.generate(**options, **options_of(name), past_key_values=cache)
             else:
-                with enable(model, capsule=capsules[name]) as fast:
+                with enable(model, capsule=methods[name]) as fast:
                     fast.generate(**options)
             found[name] += ticks.steps if run else []
     medians = {name: median(values) for name, values in found.items()}
@@ -86,7 +84,8 @@ def main(
     torch.set_num_threads(threads)
     model, processor = load_reference_vlm()
     joint, heads = (KVCapsule.from_pretrained(name) for name in ("reference", "reference-heads"))
-    capsules = {
+    methods = {
+        "quanto-int4": QuantoInt4(),
         "joint 0.05": joint,
         "joint 0.02": joint.with_retained(0.02),
         "heads 0.4": heads,
@@ -97,10 +96,10 @@ def main(
     rows = [
         row
         for batch in map(int, batches.split(","))
-        for row in measured(model, processor, capsules, batch, runs)
+        for row in measured(model, processor, methods, batch, runs)
     ]
     json_file.write_text(json.dumps({"machine": machine("cpu"), "rows": rows}, indent=1) + "\n")
-    lines = ["| cache | batch | ms a step | tokens/s, x the faster stock cache |", "|---|--:|--:|--:|"]
+    lines = ["| cache | batch | ms a step | tokens/s, x the fastest stock cache |", "|---|--:|--:|--:|"]
     lines += [f"| {r['cache']} | {r['batch']} | {r['ms_a_token']:.2f} | {r['speed']:.2f} |" for r in rows]
     Console().print("\n".join(lines), soft_wrap=True, highlight=False)
 

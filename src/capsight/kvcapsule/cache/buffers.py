@@ -61,12 +61,12 @@ class Room:
             keys: `[B, H, Q, D]`.
             values: `[B, H, Q, D]`.
         """
-        room, end = with_room(room, held, keys.shape[2]), held + keys.shape[2]
+        count = keys.shape[2]
+        room = with_room(room, held, count)
         if not self._known or self._known[0] is not room:
             self._known = room, *room.transpose(2, 3)
-        where = torch.arange(held, end, device=room.device)
         for own, new in zip(self._known[1:], (keys, values), strict=True):
-            own.index_copy_(2, where, new)
+            own.narrow(2, held, count).copy_(new)
         return room
 
 
