@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from capsight.cli import bench, demo
+from capsight.cli import bench, demo, demo_sides
 from capsight.cli.app import main
 from capsight.cli.output import parse_bytes
 from capsight.kvcapsule import KVCapsule
@@ -26,6 +26,7 @@ def run(monkeypatch, capsys, *arguments):
 
 
 def test_demo_writes_table_json_and_picture(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(demo_sides, "RUNS", 1)
     code, out, _ = run(
         monkeypatch, capsys, "demo", "--images", 3, "--questions", 3,
         "--json", tmp_path / "demo.json", "--png", tmp_path / "demo.png",
@@ -42,6 +43,7 @@ def test_demo_writes_table_json_and_picture(monkeypatch, capsys, tmp_path):
 
 
 def test_demo_times_both_ways_where_there_are_two(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(demo_sides, "RUNS", 1)
     capsule = KVCapsule.from_pretrained("reference-heads").with_codec("adaptive")
     monkeypatch.setattr(demo, "chosen_capsule", lambda *_: capsule)
     code, out, _ = run(

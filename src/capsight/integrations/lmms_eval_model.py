@@ -20,41 +20,18 @@ class CapsightModel(lmms):
 
     is_simple = False
 
-    def __init__(
-        self,
-        pretrained: str = "reference",
-        method: str = "joint",
-        retained: float | None = None,
-        capsule: str | None = None,
-        head_map: str | None = None,
-        protocol: str = "after",
-        dtype: str | None = None,
-        device: str | None = None,
-        processor: str | None = None,
-        batch_size: int | str = 1,
-        max_batch_size: int | None = None,
-    ) -> None:
+    def __init__(self, batch_size: int | str = 1, max_batch_size: int | None = None, **options: Any) -> None:
         """Load the model.
 
         Args:
-            pretrained: "reference", a folder or a hub id.
-            method: "full", or a method that needs no calibration data.
-            retained: fraction of the vision KV to keep; None is the method's default.
-            capsule: folder or hub id, for the methods of capsules.
-            head_map: folder or hub id.
-            protocol: "after" (the question is asked over capsules) or "within" (one prefill).
-            dtype: compute type; by default the checkpoint's.
-            device: torch device; by default the GPU, if there is one.
-            processor: `module:factory` of one's own.
             batch_size: 1; prompts are asked one by one.
             max_batch_size: lmms-eval passes it; of no use here.
+            **options: `pretrained`, `method` and what else `Answerer.load` takes.
         """
         super().__init__()
         if int(batch_size) != 1:
             raise OptionError(f"batch_size is {batch_size}; prompts are asked one by one, use 1")
-        self.answerer = Answerer.load(
-            pretrained, method, retained, capsule, head_map, protocol, dtype, device, processor
-        )
+        self.answerer = Answerer.load(**options)
 
     @property
     def device(self) -> torch.device:

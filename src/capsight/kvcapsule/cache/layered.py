@@ -39,16 +39,7 @@ class LayeredCache(CountedCache):
     def __init__(
         self, codecs: Mapping[int, BlockCodec], layout: PromptLayout, config: PreTrainedConfig
     ) -> None:
-        """Make an empty cache for one batch of prompts.
-
-        Args:
-            codecs: codec of every full-attention layer, by layer index; all of one block size.
-            layout: where the images lie in the prompt.
-            config: the model's config.
-
-        Raises:
-            ModelMismatchError: the codecs are not those of the full-attention layers of `config`.
-        """
+        """Make an empty cache, see `CapsuleCache`."""
         full = full_attention_layers(config)
         if full != sorted(codecs):
             raise ModelMismatchError(
