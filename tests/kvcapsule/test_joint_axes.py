@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from unittest import mock
 
 import pytest
 import torch
@@ -15,10 +16,14 @@ from capsight.errors import CapsightError, CapsuleFileError, OptionError
 from capsight.evaluation import reference_items
 from capsight.evaluation.asking import process
 from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.attention.native import missing
 from capsight.kvcapsule.capsule_file import KIND
-from capsight.kvcapsule.codecs import joint_tensors
+from capsight.kvcapsule.codecs import joint, joint_tensors
+from capsight.kvcapsule.codecs.gathered import Gathered
+from capsight.kvcapsule.codecs.joint import JointCodec
 from capsight.kvcapsule.codecs.joint_axes import in_steps, numbers
 from capsight.kvcapsule.codecs.joint_tensors import for_file
+from capsight.kvcapsule.codecs.levels import GROUP
 from capsight.kvcapsule.rest import for_rest
 from capsight.kvcapsule.rest.parts import learnt_fingerprint
 from capsight.kvcapsule.store import read_folder, write_folder
@@ -131,3 +136,55 @@ def test_a_capsule_for_rest_is_small_and_reads_what_the_whole_one_wrote(tmp_path
         for_rest(whole, 1.0)
     with pytest.raises(OptionError, match="joint"):
         for_rest(KVCapsule.from_pretrained("reference-heads"), 0.97)
+
+
+@given(st.integers(0, 99), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_latents_are_sums_over_layers_up_to_rounding(seed, dtype):
+    """Coordinates of little variance, which stored bits resolve, included: against float64."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = torch.logspace(0, -2.5, 192)
+    turned = torch.linalg.qr(torch.randn(192, 192, generator=g))[0]
+    x = (torch.randn(50, 192, generator=g) * sizes) @ turned.T
+    held = Gathered.none(x, 50, 96)
+    for layer in range(3):
+        own = slice(layer * 64, layer * 64 + 64)
+        held = held.plus(x[:, own].to(dtype), x[:, own].square().sum(), turned[own, :96].T)
+    exact = x.double() @ turned.double()[:, :96]
+    error = (held.latents - exact).square().mean(0)
+    assert (error < 2e-5 * exact.square().mean(0).sum()).all()
+    assert (error < (3e-3 if dtype == torch.bfloat16 else 1e-9) * exact.square().mean(0)).all()
+    assert float(held.energy) == pytest.approx(float(x.double().square().sum()), rel=1e-5)
+
+
+@pytest.mark.skipif(bool(missing()), reason="no C++ compiler")
+@given(st.data())
+def test_native_code_centres_as_torch_does(data):
+    draw, g = data.draw, torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    tokens, heads, size = draw(st.integers(0, 5)), draw(st.integers(1, 3)), draw(st.integers(2, 40))
+    pairs, work = draw(st.integers(1, size // 2)), draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    turning = torch.tensor([float(draw(st.booleans())), 1.25, 2])
+    x, mean = (torch.randn(n, 2, heads, size, generator=g) for n in (tokens, 1))
+    codec = JointCodec(
+        {
+            "mean": mean[0],
+            "axes": torch.zeros(GROUP, 2, heads, size, dtype=torch.int8),
+            "steps": torch.zeros(2, GROUP),
+            "weight": torch.rand(2, generator=g) + 0.1,
+            "lost": torch.tensor([[1.0, 0.1, 0.01, 0.0]]).double(),
+            "typical": torch.zeros(1),
+            "frequencies": torch.rand(pairs, generator=g).double(),
+            "pairs": torch.randint(0, 3, (pairs,), generator=g),
+            "turning": turning,
+        }
+    )
+    codec._dtype = work
+    keys, values = x.to(dtype).unbind(1)
+    tables = codec.rotary.tables(torch.randint(0, 99, (3, tokens), generator=g))
+    found = codec._centred(keys, values, tables)
+    with mock.patch.object(joint, "supports", return_value=False):
+        expected = codec._centred(keys, values, tables)
+    assert found[0].dtype == expected[0].dtype == work
+    close = 1e-5 if work == torch.float32 else 1e-2
+    torch.testing.assert_close(found[0], expected[0], atol=close, rtol=close)
+    torch.testing.assert_close(found[1], expected[1], atol=1e-4, rtol=1e-4)

@@ -25,26 +25,24 @@ class Gathered(NamedTuple):
     energy: Tensor
 
     @classmethod
-    def none(cls, like: Tensor, rank: int) -> Self:
-        """Nothing yet, of as many tokens and where `like` `[T, ...]` lies."""
-        return cls(like.new_zeros(len(like), rank), like.new_zeros(()))
+    def none(cls, like: Tensor, tokens: int, rank: int) -> Self:
+        """Nothing yet, of so many tokens, where float32 `like` lies."""
+        return cls(like.new_zeros(tokens, rank), like.new_zeros(()))
 
-    def plus(self, x: Tensor, axes: Tensor, square: float) -> Self:
-        """With one layer's keys or values.
+    def plus(self, x: Tensor, energy: Tensor, axes: Tensor) -> Self:
+        """With one layer's keys and values.
 
         Args:
-            x: float32 `[T, H, D]`, less their mean.
-            axes: float32 `[R, H, D]`, of them.
-            square: of their weight.
+            x: `[T, F]`, W (x - mean), in the dtype that products are made in.
+            energy: the sum of its squares.
+            axes: `[R, F]`, this layer's columns of U^T.
         """
-        latents, energy = self
-        flat, away = x.flatten(1), latents.device != x.device
-        if away:
-            latents.add_((flat @ axes.flatten(1).T).mul_(square).to(latents.device))
+        latents, own = self.latents, axes.to(x.dtype).T
+        if x.dtype == latents.dtype and latents.device == x.device:
+            latents.addmm_(x, own)
         else:
-            latents.addmm_(flat, axes.flatten(1).T, alpha=square)  # W^2 (x - mean) U
-        flat = flat.flatten()
-        return type(self)(latents, energy + square * flat.dot(flat).to(energy.device))
+            latents.add_((x @ own).to(latents))
+        return self._replace(energy=self.energy + energy.to(self.energy.device))
 
     def compare(self, typical: float) -> None:
         """Say so where images lose far more of their variance than those of calibration did: `typical`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from capsight.errors import CapsightError, OptionError
 from capsight.kvcapsule.attention.latents import LayerBasis, PackedLatents
-from capsight.kvcapsule.attention.native import supports
+from capsight.kvcapsule.attention.native import centre, supports
 from capsight.kvcapsule.budget import check_share
 from capsight.kvcapsule.codecs.base import LayerCodec
 from capsight.kvcapsule.codecs.block import Payload
@@ -159,14 +159,21 @@ class JointCodec(LayerCodec):
             positions: of the T tokens.
         """
         assert positions is not None
-        turned, tables = keys[:, :, 0].transpose(0, 1), positions.tables(self.rotary)
-        k = self.rotary.unturn(turned, *tables).transpose(0, 1).sub_(self.mean[0])  # [T, H, D], float32
-        v = values[:, :, 0] - self.mean[1]
-        held = Gathered.none(k, self.levels.rank) if held is None else held
-        axes = numbers(self.axes, self.steps, torch.float32)  # [R, 2, H, D]
-        for kind, (x, square) in enumerate(zip((k, v), self.weight.square().tolist(), strict=True)):
-            held = held.plus(x, axes[:, kind], square)
-        return held
+        flat, energy = self._centred(keys[:, :, 0], values[:, :, 0], positions.tables(self.rotary))
+        held = Gathered.none(self.mean, len(keys), self.levels.rank) if held is None else held
+        axes = numbers(self.axes, self.steps * self.weight[:, None], torch.float32)  # of U^T
+        return held.plus(flat, energy, axes.flatten(1))
+
+    def _centred(self, keys: Tensor, values: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """W (x - mean) `[T, 2 H D]` in the dtype of products, and the sum of its squares."""
+        tables = self.rotary.back(*tables)
+        if supports(keys):
+            how = self.rotary.interleaved, self.mean, self.weight, self._dtype
+            return centre(keys, values, tables, *how)
+        weight = self.weight[:, None, None]  # [2, 1, 1]
+        turned = self.rotary.turn(keys.transpose(0, 1), *tables).transpose(0, 1)
+        x = (torch.stack((turned.to(self.mean), values.to(self.mean)), 1) - self.mean) * weight
+        return x.flatten(1).to(self._dtype if x.device.type == "cpu" else x.dtype), x.square().sum()
 
     @classmethod
     def encode_gathered(cls, codecs: Sequence[Any], held: Gathered, runs: Sequence[Run]) -> list[Payload]:

@@ -68,10 +68,14 @@ class Rotary:
         first, second = whole.chunk(2, -1)
         return first, second
 
+    def back(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables that undo what these do."""
+        square = self.scaling**2
+        return cos / square, -sin / square
+
     def unturn(self, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Keys before RoPE: undoes `turn`."""
-        square = self.scaling**2
-        return self.turn(keys, cos / square, -sin / square)
+        return self.turn(keys, *self.back(cos, sin))
 
 
 @torch.no_grad()

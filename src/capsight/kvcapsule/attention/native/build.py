@@ -28,8 +28,8 @@ from capsight.errors import CapsightError
 SWITCH = "CAPSIGHT_NATIVE"
 """Environment variable: 0 keeps attention with torch, 1 makes it an error if native code cannot be used."""
 
-INTERFACE = 2
-UNITS = ("decode.cpp", "joint.cpp")
+INTERFACE = 3
+UNITS = ("centre.cpp", "decode.cpp", "joint.cpp")
 HEADERS = (
     *("amx.h", "amx_open.h", "chunk.h", "fold.h", "joint_chunk.h", "latents.h", "rebuild.h", "softmax.h"),
     *("tile.h", "vectors.h"),
@@ -48,6 +48,10 @@ _P, _N = ctypes.c_void_p, ctypes.c_int64
 _AFTER = (_P, _N, ctypes.c_float, _N, _P, _P)  # sources, scaling, threads, results
 FUNCTIONS = {
     "capsight_decode": (_P, ctypes.c_int32, _N, _N, _N, _N, *_AFTER),
+    "capsight_centre": (
+        *(_P, _P, ctypes.c_int32, _N, _N, _N),
+        *(_P, _P, _N, ctypes.c_int32, _P, _P, _N, _P, ctypes.c_int32, _P),
+    ),
     "capsight_joint": (_P, _P, ctypes.c_int32, _N, _N, _N, *_AFTER),
 }
 
