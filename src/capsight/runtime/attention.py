@@ -17,8 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from capsight.errors import UnsupportedModelError
 from capsight.kvcapsule import QueryObserver
-from capsight.kvcapsule.cache.handover import handed_over
-from capsight.kvcapsule.cache.reader import ATTENTION_NAME
+from capsight.kvcapsule.cache.reader import ATTENTION_NAME, handed_over
 from capsight.runtime.state import current_state
 
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from capsight.kvcapsule.cache.handover import hand_over
 from capsight.kvcapsule.cache.layer import CapsuleLayer
 from capsight.kvcapsule.cache.layered import LayeredCache
-from capsight.kvcapsule.cache.reader import Reader
+from capsight.kvcapsule.cache.reader import Reader, hand_over
 from capsight.kvcapsule.codecs import BlockCodec
 from capsight.layout import PromptLayout
 

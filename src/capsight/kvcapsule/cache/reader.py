@@ -1,9 +1,12 @@
-"""`Reader`: whether a cache's keys go to capsight's attention, which knows what is hidden."""
+"""`Reader`: whether keys go to capsight's attention, which knows what is hidden; and how it gets them."""
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
+from weakref import ref
 
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from capsight.errors import CapsightError
@@ -80,3 +83,17 @@ def _refusal(codec: str) -> CapsightError:
         "generate inside capsight.enable(model, capsule=...), or call "
         f'model.set_attn_implementation("{ATTENTION_NAME}") once'
     )
+
+
+_GIVEN: ContextVar[tuple[ref[Tensor], ref[Any]] | None] = ContextVar("capsight_handover", default=None)
+
+
+def hand_over(keys: Tensor, cache: Any) -> None:
+    """Say that `cache` has just returned `keys` for one layer."""
+    _GIVEN.set((ref(keys), ref(cache)))
+
+
+def handed_over(keys: Tensor) -> Any:
+    """The `CapsuleCache` that `keys` come from; None if they come from none."""
+    given = _GIVEN.get()
+    return given[1]() if given is not None and given[0]() is keys else None
