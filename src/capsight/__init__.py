@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 from capsight.blindsight import BlindSight, HeadMap
 from capsight.errors import CapsightError
-from capsight.kvcapsule import CapsuleCache, KVCapsule
+from capsight.kvcapsule import CapsuleCache, CapsuleConfig, KVCapsule
 from capsight.kvcapsule.rest import CapsuleStore
 from capsight.layout import PromptLayout, build_layout
 from capsight.processors import load_processor
@@ -22,6 +22,7 @@ __all__ = [
     "BlindSight",
     "CapsightError",
     "CapsuleCache",
+    "CapsuleConfig",
     "CapsuleStore",
     "FastModel",
     "HeadMap",

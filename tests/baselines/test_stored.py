@@ -98,6 +98,21 @@ def test_quantised_cache(qwen, kind):
         assert len(cache.layers[0]._dequantize(cache.layers[0]._quantized_keys)) == 4
 
 
+def test_rows_that_beams_have_moved(qwen):
+    pytest.importorskip("optimum.quanto")
+    inputs = mixed_batch(qwen)
+    with capsight.enable(qwen.model, capsule=QuantoInt4()) as fast:
+        cache = fast.encapsulate(**inputs)
+        layer = cache.layers[1]
+        before = layer._dequantize(layer._quantized_values)
+        cache.reorder_cache(torch.tensor([2, 0, 1]))
+        cache.batch_select_indices(torch.tensor([0, 2]))
+        cache.reorder_cache(torch.tensor([1, 1]))
+        new = torch.ones(2, *before.shape[1:2], 1, before.shape[3])
+        _, found = layer.update(new, new)
+    torch.testing.assert_close(found[:, :, :-1], before[[1, 1]], atol=0.05, rtol=0)
+
+
 def test_quantised_bytes(qwen):
     pytest.importorskip("optimum.quanto")
     inputs = qwen.inputs([([qwen.picture(0)], "what is this?")])

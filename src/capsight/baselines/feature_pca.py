@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from capsight.baselines.base import Baseline
 from capsight.errors import CalibrationError, ModelMismatchError
@@ -19,6 +19,7 @@ from capsight.kvcapsule.codecs import BlockCodec, Payload
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE, Run
 from capsight.layout import PromptLayout
 from capsight.model_fingerprint import model_fingerprint, same_model
+from capsight.processors import AnyProcessor
 
 Bases = tuple[Tensor, Tensor]
 """Mean `[2, H, 1, D]` and principal axes `[2, H, D, D]` (columns, most variance first), keys and values."""
@@ -50,8 +51,8 @@ class FeaturePCA(Baseline):
     @classmethod
     def fit(
         cls,
-        model: Any,
-        processor: Any,
+        model: PreTrainedModel,
+        processor: AnyProcessor | None,
         samples: Iterable[Any],
         retained: float = 0.40,
         block_size: int = DEFAULT_BLOCK_SIZE,

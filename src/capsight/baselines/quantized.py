@@ -122,7 +122,7 @@ class QuantoCache(QuantizedCache):
             batch, heads, _, head_dim = layer._quantized_keys.shape
             pads = [pad for pad in self._pads for _ in range(batch // len(self._pads))]
             tokens = sum(max(layer.get_seq_length() - pad, 0) for pad in pads)
-            total += 2 * tokens * heads * head_dim * layer.dtype.itemsize
+            total += 2 * tokens * heads * head_dim * layer._quantized_keys.dtype.itemsize
         return total
 
     def key_bias(self, layer_idx: int) -> None:
@@ -148,6 +148,13 @@ class QuantoCache(QuantizedCache):
                 layer.keys, layer.values = layer.keys[:, :, :-drop], layer.values[:, :, :-drop]
                 layer.cumulative_length -= drop
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row i of the batch what row `beam_idx[i]` was (int64 `[B]`); older transformers do it in part."""
+        if all(hasattr(layer, "_pending_beam_idx") for layer in self.layers):
+            super().reorder_cache(beam_idx)
+        else:
+            self._move_rows(lambda x: x[beam_idx])
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times in place."""
         self._pads = [pad for pad in self._pads for _ in range(repeats)]
@@ -160,9 +167,13 @@ class QuantoCache(QuantizedCache):
 
     def _move_rows(self, move: Any) -> None:
         for layer in self._filled:
+            beams = getattr(layer, "_pending_beam_idx", None)  # which newer transformers move at an update
             for kind, axis in (("_quantized_keys", layer.axis_key), ("_quantized_values", layer.axis_value)):
-                moved = move(layer._dequantize(getattr(layer, kind))).contiguous()
+                held = layer._dequantize(getattr(layer, kind))
+                moved = move(held if beams is None else held[beams]).contiguous()
                 setattr(layer, kind, layer._quantize(moved, axis))
+            if beams is not None:
+                layer._pending_beam_idx = None
             if _exact_tokens(layer):
                 layer.keys, layer.values = move(layer.keys), move(layer.values)
 

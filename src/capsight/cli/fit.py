@@ -63,7 +63,7 @@ def fit(
     began = time.perf_counter()
     partial = out.with_name(f"{out.name}.partial")
     capsule = KVCapsule.fit(
-        vlm, made, prompts, retained, codec, compression_ratio=compression_ratio, resume=partial
+        vlm, made, prompts, retained, codec=codec, compression_ratio=compression_ratio, resume=partial
     )
     if processes.rank:
         return

@@ -9,9 +9,9 @@ from capsight.baselines import METHODS
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, KVCapsule
 from capsight.kvcapsule.budget import default_retained
-from capsight.kvcapsule.capsule import ALIKE
 from capsight.kvcapsule.codecs import ALL_CODECS
 from capsight.kvcapsule.codecs.quantise import BITS
+from capsight.kvcapsule.fitted import ALIKE
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
 
 

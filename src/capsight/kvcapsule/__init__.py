@@ -4,6 +4,7 @@ plan (which tokens) -> moments, fit (calibration) -> codecs (encode, decode) -> 
 """
 
 from capsight.kvcapsule.cache import CapsuleCache
+from capsight.kvcapsule.calibration.config import CapsuleConfig
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.method import CacheMethod, ContextRepeater, LatentMethod, QueryObserver
 from capsight.kvcapsule.plan import CapsulePlan, Run
@@ -11,6 +12,7 @@ from capsight.kvcapsule.plan import CapsulePlan, Run
 __all__ = [
     "CacheMethod",
     "CapsuleCache",
+    "CapsuleConfig",
     "CapsulePlan",
     "ContextRepeater",
     "KVCapsule",

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import (
+    PROCESSOR_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    ProcessorMixin,
+)
 from transformers.utils import is_torchvision_available
 
 from capsight.errors import OptionError
@@ -40,7 +47,7 @@ class NoVideos:
         )
 
 
-def load_processor(name: str, **options: Any) -> Any:
+def load_processor(name: str, **options: Any) -> ProcessorMixin:
     """Load a checkpoint's processor, padding on the left.
 
     With torchvision this is `AutoProcessor.from_pretrained`. Without it the processor class of the model's

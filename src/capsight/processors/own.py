@@ -6,7 +6,9 @@ import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from transformers import ProcessorMixin
 
 from capsight.errors import OptionError
 
@@ -47,6 +49,10 @@ class Processor(Protocol):
             besides: pixels, grids, token types.
         """
         ...
+
+
+AnyProcessor: TypeAlias = ProcessorMixin | Processor
+"""A processor of transformers, or one's own."""
 
 
 def check_processor(processor: Any, name: str) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+
+from transformers import PreTrainedModel
 
 from capsight.attention_swap import attention_fits
 from capsight.blindsight import HeadMap
@@ -21,7 +22,7 @@ from capsight.runtime.switch import capsight_attention_on
 
 @contextmanager
 def enable(
-    model: Any,
+    model: PreTrainedModel,
     *,
     capsule: CacheMethod | None = None,
     head_map: HeadMap | None = None,
@@ -31,7 +32,8 @@ def enable(
     """Run a model with capsules, with sparse prefill, or with both.
 
     Args:
-        model: a transformers vision-language model of a supported family.
+        model: a transformers vision-language model of a supported family; also wrapped by PEFT,
+            `torch.compile` or accelerate.
         capsule: a `KVCapsule` fitted to this very model, or one of `capsight.baselines`.
         head_map: calibrated on this very model; prefill then skips what its heads do not use.
         decode: "materialise" rebuilds keys and values one layer at a time for the model's own

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from capsight.blindsight import HeadMap
 from capsight.errors import OptionError
@@ -38,15 +38,15 @@ class EnabledModel:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         capsule: CacheMethod | None,
         head_map: HeadMap | None,
         decode: Decode,
         store: CapsuleStore | None = None,
     ) -> None:
         """Use `enable` instead."""
-        self.store = store
-        self.model, self.capsule, self.head_map, self.decode = model, capsule, head_map, decode
+        self.model: Any = model
+        self.capsule, self.head_map, self.decode, self.store = capsule, head_map, decode, store
         self.cache: Any = None
 
     def __repr__(self) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from capsight.blindsight.calibrate.answers import NEW_TOKENS, Answers
 from capsight.blindsight.calibrate.samples import Prompt
@@ -20,7 +20,9 @@ class HeldOut:
     more than the share of answers that change.
     """
 
-    def __init__(self, model: Any, prompts: Iterable[Prompt], new_tokens: int = NEW_TOKENS) -> None:
+    def __init__(
+        self, model: PreTrainedModel, prompts: Iterable[Prompt], new_tokens: int = NEW_TOKENS
+    ) -> None:
         """Let the dense model answer the prompts.
 
         Args:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from capsight.blindsight.calibrate.capture import shape_of
 from capsight.blindsight.calibrate.criteria import CRITERIA, output
@@ -20,6 +21,7 @@ from capsight.blindsight.categories import Category, MaskOptions
 from capsight.blindsight.head_map import CalibrationRecord, HeadMap
 from capsight.errors import CalibrationError, OptionError
 from capsight.model_fingerprint import model_fingerprint
+from capsight.processors import AnyProcessor
 from capsight.text_layers import layer_sizes
 
 _log = logging.getLogger(__name__)
@@ -41,8 +43,8 @@ HOLD_EVERY = 4
 
 
 def calibrate(
-    model: Any,
-    processor: Any,
+    model: PreTrainedModel,
+    processor: AnyProcessor | None,
     samples: Iterable[Sample],
     *,
     criterion: CriterionName = "distribution",

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from capsight.execution import inputs_device
 from capsight.layout import PromptLayout, build_layout
+from capsight.processors import AnyProcessor
 from capsight.processors.samples import sample_inputs
 
 Sample = Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -36,7 +38,9 @@ class Prompt:
         return any(row.num_images + row.num_videos > 1 for row in self.layout.rows)
 
 
-def prompts(model: Any, processor: Any, samples: Iterable[Sample]) -> Iterator[Prompt]:
+def prompts(
+    model: PreTrainedModel, processor: AnyProcessor | None, samples: Iterable[Sample]
+) -> Iterator[Prompt]:
     """The samples one by one, none kept.
 
     Args:

@@ -15,25 +15,18 @@ from capsight.attention_swap import unserved
 from capsight.cache_argument import CACHE
 from capsight.errors import CalibrationError, OptionError
 from capsight.execution import inputs_device
-from capsight.kvcapsule.budget import (
-    DEFAULT_BUDGET,
-    Budget,
-    LayerNeeds,
-    check_budget,
-    check_share,
-    measured_counts,
-)
+from capsight.kvcapsule.budget import LayerNeeds, check_share, measured_counts
 from capsight.kvcapsule.calibration.block_sample import relative_error
 from capsight.kvcapsule.calibration.fit_journal import FitJournal
 from capsight.kvcapsule.calibration.processes import Processes
 from capsight.kvcapsule.calibration.samples import calibration_inputs
 from capsight.kvcapsule.calibration.statistics import Calibration, Moments
-from capsight.kvcapsule.codecs import ALL_CODECS, CODECS, AdaptiveCodec, LayerCodec
+from capsight.kvcapsule.codecs import CODECS, AdaptiveCodec, LayerCodec
 from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.plan import CapsulePlan
 from capsight.layout import build_layout
 
-_MEASURED = ("heads", "adaptive", "evict")
+MEASURED = ("heads", "adaptive", "evict")
 """Codecs whose retained count can differ by layer; the others are fitted for one."""
 
 
@@ -147,8 +140,6 @@ def solve(
     Raises:
         OptionError: an option is unknown or out of range.
     """
-    if codec not in CODECS:
-        raise OptionError(f"codec must be one of {sorted(ALL_CODECS)}, not {codec!r}")
     known = [
         p.name for p in inspect.signature(CODECS[codec].fit).parameters.values() if p.kind is p.KEYWORD_ONLY
     ]
@@ -170,7 +161,7 @@ def measure_needs(found: Calibration, codec: str, options: Mapping[str, Any]) ->
         codec: name of the codec.
         options: the codec's own.
     """
-    if codec not in _MEASURED:
+    if codec not in MEASURED:
         return None
     own = {name: value for name, value in options.items() if name != "weights"}
     errors = []
@@ -180,30 +171,6 @@ def measure_needs(found: Calibration, codec: str, options: Mapping[str, Any]) ->
         errors.append(tuple(round(relative_error(fitted.resized(count), *blocks), 6) for count in counts))
     shares = tuple(round(found.attention.share(index), 6) for index in sorted(found.moments))
     return LayerNeeds(counts, tuple(errors), shares)
-
-
-def check_options(
-    codec: str, retained: float, block_size: int, budget: str | None, options: Mapping[str, Any]
-) -> Budget:
-    """Refuse what a fit would refuse, by fitting a codec to one block of zeros.
-
-    Returns:
-        `budget`, or the codec's default where it is None.
-
-    Raises:
-        OptionError: an option is unknown or out of range.
-    """
-    if block_size < 2:
-        raise OptionError(f"block_size must be at least 2 tokens, not {block_size}")
-    plan = CapsulePlan(block_size, (), ())
-    dry = LayerMoments(1, plan.block_size, 1)
-    dry.update(torch.zeros(1, 1, block_size, 1), torch.zeros(1, 1, block_size, 1))
-    solve({0: dry}, codec, [kept_tokens(retained, block_size)], options)
-    if budget is None:
-        return DEFAULT_BUDGET if codec in _MEASURED else "uniform"
-    if check_budget(budget) != "uniform" and codec not in _MEASURED:
-        raise OptionError(f"the {codec} codec keeps the same of every layer; use budget='uniform'")
-    return check_budget(budget)
 
 
 def kept_tokens(retained: float, block_size: int) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from capsight.errors import CalibrationError, OptionError
-from capsight.kvcapsule.budget import Budget, check_share, share_out
-from capsight.kvcapsule.calibration.fit import calibrate, check_options, kept_tokens, measure_needs, solve
-from capsight.kvcapsule.calibration.joint_fit import check_rank, fit_joint
+from capsight.errors import CalibrationError
+from capsight.kvcapsule.budget import share_out
+from capsight.kvcapsule.calibration.config import CapsuleConfig
+from capsight.kvcapsule.calibration.fit import calibrate, kept_tokens, measure_needs, solve
+from capsight.kvcapsule.calibration.joint_fit import fit_joint
 from capsight.kvcapsule.calibration.key_mlp import train_key_mlps
 from capsight.kvcapsule.calibration.processes import Processes
 from capsight.kvcapsule.calibration.statistics import Calibration
@@ -23,13 +24,9 @@ def fit_capsule(
     model: Any,
     processor: Any,
     samples: Iterable[Any],
-    retained: float,
-    codec: str,
-    block_size: int,
+    config: CapsuleConfig,
     progress: bool,
-    budget: Budget | None,
     resume: str | os.PathLike[str] | None,
-    options: Mapping[str, Any],
     processes: Processes,
 ) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
     """Fit a codec to every full-attention layer of a model; arguments and errors are `KVCapsule.fit`'s."""
@@ -38,43 +35,36 @@ def fit_capsule(
             "each process holds only some heads of this model (tensor parallelism); fit a copy that is "
             "whole, on one device or spread by device_map"
         )
-    if codec == JointCodec.name:
-        return _joint(model, processor, samples, retained, progress, budget, resume, processes, options)
-    budget = check_options(codec, retained, block_size, budget, options)  # before the long part
-    if codec == StaticMlpCodec.name and not isinstance(samples, Sequence):
+    if config.codec == JointCodec.name:
+        return _joint(model, processor, samples, config, progress, resume, processes)
+    if config.codec == StaticMlpCodec.name and not isinstance(samples, Sequence):
         samples = list(samples)  # they are read twice
-    found = calibrate(model, processor, samples, block_size, progress, resume, processes)
-    codecs, info = processes.from_first(
-        lambda: _solved(model, found, retained, codec, block_size, budget, options)
-    )
-    if codec == StaticMlpCodec.name:
+    found = calibrate(model, processor, samples, config.block_size, progress, resume, processes)
+    codecs, info = processes.from_first(lambda: _solved(model, found, config))
+    if config.codec == StaticMlpCodec.name:
         codecs = train_key_mlps(codecs, model, processor, samples, progress, processes)
     return codecs, info
 
 
 def _solved(
-    model: Any,
-    found: Calibration,
-    retained: float,
-    codec: str,
-    block_size: int,
-    budget: Budget,
-    options: Mapping[str, Any],
+    model: Any, found: Calibration, config: CapsuleConfig
 ) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
-    needs = measure_needs(found, codec, options)
-    kept = share_out(budget, needs, len(found.moments), kept_tokens(retained, block_size), block_size)
-    codecs = solve(found.moments, codec, kept, options)
+    size = config.block_size
+    needs = measure_needs(found, config.codec, config.options)
+    kept = share_out(config.sharing, needs, len(found.moments), kept_tokens(config.share, size), size)
+    codecs = solve(found.moments, config.codec, kept, config.options)
     info = CapsuleInfo(
-        codec=codec,
-        block_size=block_size,
+        codec=config.codec,
+        block_size=size,
         layers=tuple(
             LayerInfo(index, codecs[index].kept, layer.shape[0], layer.shape[2])
             for index, layer in sorted(found.moments.items())
         ),
-        options=dict(options),
+        options=dict(config.options),
         **_about(model),
         blocks=next(iter(found.moments.values())).blocks,
-        budget=budget,
+        bits=config.bits,
+        budget=config.sharing,
         needs=needs,
     )
     return codecs, info
@@ -84,31 +74,24 @@ def _joint(
     model: Any,
     processor: Any,
     samples: Iterable[Any],
-    retained: float,
+    config: CapsuleConfig,
     progress: bool,
-    budget: Budget | None,
     resume: str | os.PathLike[str] | None,
     processes: Processes,
-    options: Mapping[str, Any],
 ) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
     """The joint codec: all layers share a latent, so there is no budget to share out."""
-    check_share(retained)
-    if budget not in (None, "uniform"):
-        raise OptionError("the joint codec stores all layers together; use budget='uniform'")
-    if unknown := sorted(set(options) - {"rank"}):
-        raise OptionError(f"the joint codec has no option {unknown}; it has ['rank']")
-    rank = check_rank(options.get("rank"))
+    rank = config.options.get("rank")
     fitted, seen = fit_joint(model, processor, samples, rank, progress, resume, processes)
-    codecs: dict[int, LayerCodec] = {index: codec.at(retained) for index, codec in fitted.items()}
+    codecs: dict[int, LayerCodec] = {index: codec.at(config.share) for index, codec in fitted.items()}
     heads, head_dim = next(iter(fitted.values())).mean.shape[1:]
     info = CapsuleInfo(
         codec=JointCodec.name,
         block_size=1,
         layers=tuple(LayerInfo(index, 1, heads, head_dim) for index in codecs),
-        options=dict(options),
+        options=dict(config.options),
         **_about(model),
         blocks=seen,
-        share=retained,
+        share=config.share,
     )
     return codecs, info
 
