@@ -148,8 +148,8 @@ class QuantoCache(QuantizedCache):
                 layer.keys, layer.values = layer.keys[:, :, :-drop], layer.values[:, :, :-drop]
                 layer.cumulative_length -= drop
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Make row i of the batch what row `beam_idx[i]` was (int64 `[B]`); older transformers do it in part."""
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Make row i of the batch what row `beam_idx[i]` was (`[B]`); transformers 5.17 does it in part."""
         if all(hasattr(layer, "_pending_beam_idx") for layer in self.layers):
             super().reorder_cache(beam_idx)
         else:
