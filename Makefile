@@ -102,7 +102,7 @@ $(TRITON_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TRITON) triton==3.9.0
 	@touch $@
 
-test-matrix:  ## run the tests with the oldest and the newest supported torch and transformers
+test-matrix:  ## run the tests on the oldest and the newest supported transformers
 	PYTHON=$(PYTHON) tools/test_matrix.sh
 
 clean:  ## remove .venv and what tools left behind

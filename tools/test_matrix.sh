@@ -1,26 +1,33 @@
 #!/usr/bin/env bash
-# Runs the tests at both ends of the supported range of torch and transformers, each in a venv of its own.
-# It downloads both and takes long, so CI leaves it out:  make test-matrix
+# Runs the tests on the oldest and the newest transformers that pyproject.toml allows, each in a venv of its own, with
+# everything else as in constraints.txt (which is what `make test` runs on). Takes long, so CI leaves it out.
+#   make test-matrix
+#   tools/test_matrix.sh 5.20.0                     these releases
+#   TORCH="torch==2.11.*" tools/test_matrix.sh      another torch, which may be a large download
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+torch=${TORCH:-$(grep '^torch==' constraints.txt)}
+export OMP_NUM_THREADS=1 KMP_BLOCKTIME=0 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-# "torch>=2.11" and "transformers>=5.17.0,<6" of pyproject.toml; their lower ends.
-mapfile -t range < <(sed -nE 's/^ *"((torch|transformers)>=[^"]*)".*/\1/p' pyproject.toml)
-mapfile -t oldest < <(printf '%s\n' "${range[@]}" | sed -E 's/>=([^,]+).*/==\1.*/; s/(==[0-9]+\.[0-9]+\.[0-9]+)\.\*/\1/')
+range=$(sed -nE 's/^ *"transformers(>=[^"]*)".*/\1/p' pyproject.toml) # ">=5.17.0,<6"
+oldest=$(sed -E 's/>=([0-9]+\.[0-9]+).*/==\1.*/' <<<"$range")         # "==5.17.*"
+if [ $# -gt 0 ]; then releases=("${@/#/==}"); else releases=("$oldest" "$range"); fi
+
+# A release of transformers has its own say about the hub's client.
+pins=$(mktemp)
+trap 'rm -f "$pins"' EXIT
+grep -vE '^(torch|transformers|huggingface_hub|hf-xet)==' constraints.txt >"$pins"
 
 failed=()
-try() { # name requirement...
-    local venv=.venv-$1 name=$1
-    shift
+for release in "${releases[@]}"; do
+    venv=.venv-transformers$(tr -c '0-9.\n' '_' <<<"$release")
     test -x "$venv/bin/python" || "$python" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade "$@"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" --editable ".[quanto]" \
-        pytest pytest-xdist hypothesis
-    echo "== $name: $("$venv/bin/python" -m pip freeze | grep -E '^(torch|transformers)==' | paste -sd' ')"
-    OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -n auto --dist worksteal || failed+=("$name")
-}
-
-try oldest "${oldest[@]}"
-try newest "${range[@]}"
-test ${#failed[@]} -eq 0 || { echo "failed: ${failed[*]}"; exit 1; }
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade -c "$pins" \
+        "$torch" "transformers$release" --editable ".[quanto,rest]" pytest pytest-xdist hypothesis accelerate
+    "$venv/bin/python" -m pip check
+    what=$("$venv/bin/python" -m pip freeze | grep -E '^(torch|transformers)==' | paste -sd' ')
+    echo "== $what"
+    "$venv/bin/python" -m pytest -n auto --dist worksteal || failed+=("$what")
+done
+test ${#failed[@]} -eq 0 || { printf 'failed: %s\n' "${failed[@]}"; exit 1; }

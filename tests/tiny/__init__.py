@@ -5,65 +5,60 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 
-from tiny import (
-    cohere2_vision,
-    deepseek_vl,
-    exaone4_5,
-    gemma3,
-    gemma4,
-    glm4v,
-    idefics3,
-    internvl,
-    lfm2_vl,
-    lfm3_vl,
-    lighton_ocr,
-    llava,
-    llava_onevision,
-    minicpmv,
-    mistral3,
-    ovis2,
-    paddleocr_vl,
-    qwen2_5_vl,
-    qwen2_vl,
-    qwen3_5,
-    qwen3_vl,
-    smolvlm,
-    video_llama_3,
-)
 from tiny.base import TinyVLM, clip, picture
 
-_BUILD: dict[str, Callable[[], TinyVLM]] = {
-    "qwen2_vl": qwen2_vl.build,
-    "qwen2_5_vl": qwen2_5_vl.build,
-    "qwen3_vl": qwen3_vl.build,
-    "gemma3": gemma3.build,
-    "llava_onevision": llava_onevision.build,
-    "internvl": internvl.build,
-    "smolvlm": smolvlm.build,
-    "idefics3": idefics3.build,
-    "mistral3": mistral3.build,
-    "pixtral": partial(mistral3.build, "pixtral"),
-    "paddleocr_vl": paddleocr_vl.build,
-    "lfm3_vl": lfm3_vl.build,
-    **{name: partial(minicpmv.build, name) for name in minicpmv.CLASSES},
-    "lfm2_vl": lfm2_vl.build,
-    "cohere2_vision": cohere2_vision.build,
-    "ovis2": ovis2.build,
-    "exaone4_5": exaone4_5.build,
-    "lighton_ocr": lighton_ocr.build,
-    "video_llama_3": video_llama_3.build,
-    "deepseek_vl": deepseek_vl.build,
-    "qianfan_ocr": internvl.build_qianfan,
-    **{name: partial(gemma4.build, name) for name in gemma4.CLASSES},
-    **{name: partial(qwen3_5.build, name) for name in qwen3_5.CLASSES},
-    **{name: partial(glm4v.build, name) for name in glm4v.CLASSES},
-    **{name: partial(llava.build, name) for name in llava.CLASSES},
+COMPLETE = Version("5.23")
+"""The transformers that has every family; older ones lack some, or want torchvision for them."""
+
+_OF_SEVERAL = {
+    "mistral3": ("pixtral",),
+    "minicpmv": ("minicpmv4_6", "minicpmv4_7"),
+    "gemma4": ("gemma4", "gemma4_unified"),
+    "qwen3_5": ("qwen3_5", "qwen3_5_moe"),
+    "glm4v": ("glm4v", "glm4v_moe", "glm46v", "glm_ocr"),
+    "llava": ("llava", "vipllava", "llava_next"),
 }
-FAMILIES: dict[str, Callable[[], TinyVLM]] = {name: cache(build) for name, build in _BUILD.items()}
+_ALONE = (
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "llava_onevision", "internvl", "smolvlm", "idefics3"),
+    *(
+        "mistral3",
+        "paddleocr_vl",
+        "lfm3_vl",
+        "lfm2_vl",
+        "cohere2_vision",
+        "ovis2",
+        "exaone4_5",
+        "lighton_ocr",
+    ),
+    *("video_llama_3", "deepseek_vl"),
+)
+_BUILD: dict[str, tuple[str, ...]] = {
+    **{name: (name, "build") for name in _ALONE},
+    "qianfan_ocr": ("internvl", "build_qianfan"),
+    **{name: (module, "build", name) for module, names in _OF_SEVERAL.items() for name in names},
+}
+"""Module, function and arguments."""
+
+
+@cache
+def _built(name: str) -> TinyVLM:
+    module, function, *arguments = _BUILD[name]
+    try:
+        return getattr(import_module(f"tiny.{module}"), function)(*arguments)
+    except ImportError as error:
+        if Version(transformers.__version__) >= COMPLETE:
+            raise
+        pytest.skip(f"transformers {transformers.__version__} has no {name} without torchvision: {error}")
+
+
+FAMILIES: dict[str, Callable[[], TinyVLM]] = {name: partial(_built, name) for name in _BUILD}
 LIKE_LLAVA = ("lighton_ocr", "video_llama_3", "ovis2", "deepseek_vl", "qianfan_ocr")
 KINDS = [name for name in FAMILIES if name not in LIKE_LLAVA]
 """Families without those that cache and number tokens as LLaVA does; layouts, plans and the kit take all."""

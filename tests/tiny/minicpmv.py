@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from transformers import (
-    MiniCPMV4_6Config,
-    MiniCPMV4_6ForConditionalGeneration,
-    MiniCPMV4_6Processor,
-    MiniCPMV4_7Config,
-    MiniCPMV4_7ForConditionalGeneration,
-    MiniCPMV4_7Processor,
-)
+import transformers
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
 from tiny.base import TinyVLM, byte_tokenizer, offline, seeded
@@ -37,10 +30,7 @@ MARKERS = {
     "slice_end": "slice_end",
 }
 PATCH, SIDE = 4, 128
-CLASSES = {
-    "minicpmv4_6": (MiniCPMV4_6Config, MiniCPMV4_6ForConditionalGeneration, MiniCPMV4_6Processor),
-    "minicpmv4_7": (MiniCPMV4_7Config, MiniCPMV4_7ForConditionalGeneration, MiniCPMV4_7Processor),
-}
+CLASSES = {"minicpmv4_6": "MiniCPMV4_6", "minicpmv4_7": "MiniCPMV4_7"}
 
 
 def build(name: str) -> TinyVLM:
@@ -60,7 +50,12 @@ def build(name: str) -> TinyVLM:
     )
     images = MiniCPMV4_6ImageProcessorPil(patch_size=PATCH, scale_resolution=SIDE, max_slice_nums=4)
     videos = SimpleNamespace(slice_mode=False, downsample_mode="16x", model_input_names=[])
-    config_class, model_class, processor_class = CLASSES[name]
+    if not hasattr(transformers, f"{CLASSES[name]}Config"):
+        raise ImportError(f"no {CLASSES[name]}Config")
+    parts = ("Config", "ForConditionalGeneration", "Processor")
+    config_class, model_class, processor_class = (
+        getattr(transformers, f"{CLASSES[name]}{part}") for part in parts
+    )
     processor = offline(processor_class)(image_processor=images, tokenizer=tokenizer, video_processor=videos)
     ids = {key: tokenizer.convert_tokens_to_ids(text) for key, text in SPECIAL.items()}
     markers = {}
