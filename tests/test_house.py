@@ -87,6 +87,13 @@ def test_only_commands_print() -> None:
     assert {name for name in said if not name.startswith("capsight.cli.")} == set()
 
 
+def test_toys_are_as_small_as_contributing_says() -> None:
+    nodes = ast.parse((TREE / "tests" / "test_toys.py").read_text()).body
+    sizes = [x.end_lineno - x.lineno + 1 for x in nodes if isinstance(x, ast.ClassDef | ast.FunctionDef)]
+    assert len(sizes) >= 6
+    assert max(sizes) < 40
+
+
 def test_the_package_is_light() -> None:
     """What only commands and pictures need is not loaded with `import capsight`."""
     heavy = "('matplotlib', 'typer', 'pydantic', 'capsight.report', 'capsight.evaluation', 'capsight.cli')"
