@@ -74,6 +74,8 @@ def test_ask_over_a_store(monkeypatch, capsys, tmp_path, pictures):
     assert code == 0
     assert "3 of 0.98" in out  # the second image is there by itself, and as it was read after the first
     file = tmp_path / "rest"
+    assert run(monkeypatch, capsys, "encapsulate", *images, "--out", file, "--bytes", "9KB")[0] == 0
+    assert 4000 < file.stat().st_size <= 9000
     assert run(monkeypatch, capsys, "encapsulate", *images, "--out", file, "--quality", 0.9)[0] == 0
     code, out, _ = run(monkeypatch, capsys, "inspect", file)
     assert code == 0
@@ -86,6 +88,8 @@ def test_ask_over_a_store(monkeypatch, capsys, tmp_path, pictures):
     [
         (["encapsulate", "--image", "none.png"], "either --out"),
         (["encapsulate", ".", "--out", "x"], "--store"),
+        (["encapsulate", ".", "--store", "x", "--bytes", "9KB"], "--bytes"),
+        (["encapsulate", "--image", "x.png", "--out", "x", "--bytes", "many"], "amount of memory"),
         (["encapsulate", "none", "--store", "x"], "no folder"),
         (["encapsulate", ".", "--store", "x"], "no pictures"),
         (["ask", "--prompt", "x"], "either a file"),

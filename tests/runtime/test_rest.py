@@ -99,6 +99,28 @@ def test_fewer_bits_stay_fewer_and_bytes_follow_quality(tmp_path):
             assert payload.nbytes == 128 * less.codecs[0].levels.nbytes
 
 
+def test_a_size_is_kept_to_with_the_best_quality_that_fits(tmp_path):
+    vlm, capsule, path = tiny("qwen2_5_vl"), joint("qwen2_5_vl"), tmp_path / "x"
+    with capsight.enable(vlm.model, capsule=capsule) as fast:
+        fast.encapsulate(**two_pictures(vlm))
+        fast.save(path, quality=0.9)
+        known = path.stat().st_size
+        qualities = []
+        for nbytes in (known // 2, known, 2 * known, 10**9):
+            fast.save(path, bytes=nbytes)
+            about = read_rest_file(path)
+            assert 0.9 * min(nbytes, about.nbytes) <= about.nbytes == path.stat().st_size <= nbytes
+            qualities.append(about.quality)
+            fast.load(path)
+        assert sorted(set(qualities)) == qualities
+        assert qualities[1] > 0.88
+        before = path.read_bytes()
+        for refused in ({"bytes": 99}, {"bytes": 0}, {"bytes": 2.5}, {"bytes": 9**9, "quality": 0.9}):
+            with pytest.raises(OptionError, match="bytes"):
+                fast.save(path, **refused)
+        assert path.read_bytes() == before
+
+
 def test_a_batch_with_answers_keeps_its_text(tmp_path):
     vlm, capsule = tiny("qwen2_5_vl"), joint("qwen2_5_vl")
     inputs = mixed_batch(vlm)

@@ -23,7 +23,7 @@ from capsight.cli.options import (
     chosen_capsule,
     picture_item,
 )
-from capsight.cli.output import console, human_bytes
+from capsight.cli.output import console, human_bytes, parse_bytes
 from capsight.cli.target import check_folder, check_out
 from capsight.errors import OptionError
 from capsight.evaluation.asking import process
@@ -44,6 +44,9 @@ def encapsulate(
     compression_ratio: CompressionOption = None,
     bits: BitsOption = None,
     quality: QualityOption = None,
+    nbytes: Annotated[
+        str | None, typer.Option("--bytes", help="Instead of --quality: the best that fits, such as 20KB.")
+    ] = None,
     processor: ProcessorOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
@@ -55,6 +58,9 @@ def encapsulate(
         raise OptionError("a file takes images named with --image; a folder of pictures goes to a --store")
     if quality is not None:
         check_quality(quality)
+    if nbytes is not None and (quality is not None or out is None):
+        raise OptionError("--bytes is of one file, named with --out, and takes the place of --quality")
+    most = None if nbytes is None else parse_bytes(nbytes)
     check_out(out)
     paths = [*(image or ()), *(() if folder is None else pictures(folder))]
     if store is not None:
@@ -69,7 +75,7 @@ def encapsulate(
     inputs = process(made, items[0], [""])
     with enable(vlm, capsule=chosen) as fast, torch.no_grad():
         cache = fast.encapsulate(**{name: value.to(vlm.device) for name, value in inputs.items()})
-        fast.save(out, quality)
+        fast.save(out, quality, most)
     console().print(
         f"{cache.get_seq_length()} tokens of {len(paths)} images -> {out} (file "
         f"{human_bytes(out.stat().st_size)}, KV cache {human_bytes(cache.nbytes)}, full "

@@ -105,13 +105,16 @@ class EnabledModel:
             )
         return cache
 
-    def save(self, path: str | os.PathLike[str], quality: float | None = None) -> None:
+    def save(
+        self, path: str | os.PathLike[str], quality: float | None = None, bytes: int | None = None
+    ) -> None:
         """Write `cache` to a file, to ask about its images later without prefilling them again.
 
         Args:
             path: the file, usually *.safetensors; an older one is replaced in one step.
             quality: in the form for rest (joint codec), several times smaller: the share of the variance of
                 latents that comes back, such as 0.98; by default the cache as it is.
+            bytes: instead of `quality`: the best that takes no more than so many.
 
         Raises:
             OptionError: there is no cache of a `KVCapsule` yet, or it cannot be had in this quality.
@@ -123,7 +126,7 @@ class EnabledModel:
             >>> fast.save("images.safetensors")
             >>> fast.generate(past_key_values=fast.load("images.safetensors"), **inputs_of_a_question)
         """
-        save(path, self.cache, self.capsule, self.model.config, quality)
+        save(path, self.cache, self.capsule, self.model.config, quality, bytes)
 
     def load(self, path: str | os.PathLike[str]) -> CapsuleCache:
         """Read a cache that `save` wrote, in this process or another, for `generate(past_key_values=...)`.

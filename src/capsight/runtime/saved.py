@@ -14,21 +14,32 @@ from capsight.runtime.text_pass import can_read_text, read_text
 
 
 def save(
-    path: str | os.PathLike[str], cache: Any, capsule: Any, config: Any, quality: float | None = None
+    path: str | os.PathLike[str],
+    cache: Any,
+    capsule: Any,
+    config: Any,
+    quality: float | None = None,
+    nbytes: int | None = None,
 ) -> None:
-    """Write a cache to a file.
+    """Write a cache to a file; at rest with `quality`, or in `nbytes`.
 
     Raises:
-        OptionError: it is no capsule cache, or not one of this capsule; or `quality` is out of range, or the
-            codec is not joint.
+        OptionError: it is no capsule cache, or not one of this capsule; or `quality` or `nbytes` are out of
+            range or both given, or the codec is not joint.
         CapsightError: it cannot be saved, see `save_cache`.
     """
     if not isinstance(capsule, KVCapsule) or not isinstance(cache, CapsuleCache):
         raise OptionError("only caches of a KVCapsule can be saved; enable the model with capsule=")
-    if quality is None:
+    if quality is not None and nbytes is not None:
+        raise OptionError("name a quality or a number of bytes, not both")
+    if nbytes is not None and (isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 1):
+        raise OptionError(f"bytes is how many a file may take, not {nbytes!r}")
+    if quality is not None:
+        check_quality(quality)
+    if quality is None and nbytes is None:
         save_cache(path, cache, capsule)
     else:
-        save_rest(path, cache, capsule, check_quality(quality), can_read_text(config))
+        save_rest(path, cache, capsule, quality, can_read_text(config), nbytes)
 
 
 def load(path: str | os.PathLike[str], model: Any, capsule: Any) -> CapsuleCache:

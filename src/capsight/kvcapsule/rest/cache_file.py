@@ -1,9 +1,4 @@
-"""Caches at rest: the latents of each image coded, and of text its token ids, or its numbers as they are.
-
-Text is a few tokens beside hundreds of an image, but its keys and values would take more bytes than all coded
-latents. The model gives them again from the ids, in one pass without pixels. Where it cannot (states, sliding
-windows, several rows, tokens that no id stands for) they are in the file as they were.
-"""
+"""Caches at rest, as they are read again: see `saving` for what is in them."""
 
 from __future__ import annotations
 
@@ -14,33 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from capsight.errors import CapsightError, CapsuleFileError, LayoutError, ModelMismatchError
-from capsight.files import replace_file
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.cache.conversation import Conversation
-from capsight.kvcapsule.cache_parts import put_together, take_apart
+from capsight.kvcapsule.cache_parts import put_together
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.codecs import Payload
-from capsight.kvcapsule.rest.container import MAGIC, Container, checked, sealed, write_container
-from capsight.kvcapsule.rest.latents import code, decode
-from capsight.kvcapsule.rest.parts import (
-    can_reread,
-    image_sizes,
-    joint_codec,
-    learnt_fingerprint,
-    open_latents,
-    packed,
-)
+from capsight.kvcapsule.rest.container import MAGIC, Container, checked
+from capsight.kvcapsule.rest.latents import decode
+from capsight.kvcapsule.rest.parts import can_reread, image_sizes, joint_codec, learnt_fingerprint, packed
+from capsight.kvcapsule.rest.saving import KIND
 from capsight.layout import PromptLayout
 
 Reread = Callable[[PromptLayout, Tensor, Payload], Mapping[int, Tensor]]
 """Gives text's keys and values `[2, E, H, D]` by layer, of layout, ids `[1, S]` and latents."""
-_KIND = "cache"
-_LATENTS = (".capsule.codes", ".capsule.scales")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,62 +55,6 @@ def is_rest_file(path: str | os.PathLike[str]) -> bool:
             return file.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
-
-
-def save_rest(
-    path: str | os.PathLike[str], cache: CapsuleCache, capsule: KVCapsule, quality: float, reread: bool
-) -> None:
-    """Write a cache in the form for rest; a reader sees the old file or the new one, never a mixture.
-
-    Args:
-        path: the file.
-        cache: the cache, its `conversation` set.
-        capsule: the joint capsule that made the cache.
-        quality: share of the variance of calibration latents that comes back.
-        reread: whether the model can give the text again.
-
-    Raises:
-        CapsuleFileError: the file cannot be written; what was there before is unharmed.
-        CapsightError: the cache is empty, holds no image or infinite numbers, or nobody has said what it
-            read.
-        OptionError: the capsule is of another codec, or the entropy coder is not installed.
-    """
-    codec, read = joint_codec(capsule), cache.conversation
-    header, tensors = take_apart(cache)
-    if read is None:
-        raise CapsightError(
-            "it is not known which prompt the cache was made from; make it with capsule.cache(inputs)"
-        )
-    length = cache.get_seq_length()
-    layout, ids = cache.layout.continued(length, length), read.input_ids[:, :length]
-    reread = reread and can_reread(layout, ids)
-    latents = open_latents(cache, codec)
-    pieces = [code(own, codec.lost, quality) for own in latents.split(image_sizes(layout))]
-    if not reread:
-        rest = {k: t.detach().cpu().clone() for k, t in tensors.items() if not k.endswith(_LATENTS)}
-        if any(t.is_floating_point() and not torch.isfinite(t).all() for t in rest.values()):
-            raise CapsightError("the cache holds NaN or infinite values; it was not saved, prefill again")
-        pieces.append(sealed(save({name: t.contiguous() for name, t in rest.items()})))
-    header |= {
-        "kind": _KIND,
-        "layout": layout.to_dict() if reread else cache.layout.to_dict(),
-        "settled": length if reread else header["settled"],
-        "ids": ids.tolist(),
-        "prompt": min(read.prompt, length),
-        "images": read.images,
-        "model": capsule.info.fingerprint,
-        "capsule": learnt_fingerprint(capsule),
-        "dtype": str(next(iter(cache.capsule_layers.values())).dtype),
-        "quality": quality,
-        "reread": reread,
-    }
-    try:
-        replace_file(Path(path), lambda temporary: _write(temporary, header, pieces))
-    except OSError as error:
-        raise CapsuleFileError(
-            f"cannot write {path}: {error.strerror or error}; free some space or name another place (what "
-            "was there is unharmed)"
-        ) from error
 
 
 def load_rest(
@@ -225,15 +155,10 @@ def _text(
     return tensors
 
 
-def _write(path: Path, header: Mapping[str, Any], pieces: list[bytes]) -> None:
-    with path.open("wb") as file:
-        write_container(file, header, pieces)
-
-
 def _check_origin(
     path: str | os.PathLike[str], header: Mapping[str, Any], capsule: KVCapsule, dtype: torch.dtype
 ) -> None:
-    if header.get("kind") != _KIND:
+    if header.get("kind") != KIND:
         raise CapsuleFileError("it does not hold a cache")
     if header.get("model") != capsule.info.fingerprint:
         raise ModelMismatchError(
