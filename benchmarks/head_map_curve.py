@@ -1,6 +1,7 @@
-"""Attention FLOPs saved against accuracy lost, on the reference VLM; calibration and test data are disjoint.
+"""Attention FLOPs saved against accuracy lost, on a judge; calibration and test data are disjoint.
 
     python benchmarks/head_map_curve.py
+    python benchmarks/head_map_curve.py --judge smol --criteria mass,output --json FILE
 
 Rows: criteria (mass, output, distribution) at equal FLOPs; several tolerances, with the largest alpha that
 they allow, and with a given alpha and the recovery pass; controls (all heads of one category, random maps of
@@ -17,19 +18,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from head_map_maps import Calibration, Row, rows_of, saved
 from head_map_scoring import Score, Scored
+from judges_known import REFERENCE, load_asked
 from rich.console import Console
 from rich.progress import track
 
-from capsight import load_reference_vlm
 from capsight.blindsight import HeadMap, MaskOptions, prompts
 from capsight.cli.output import machine
-from capsight.evaluation import reference_items
-from capsight.evaluation.asking import process
+from capsight.evaluation.prompting import process
 
 CALIBRATION_IMAGES = (2, 4, 6, 8)
+LEADS = {"smol": " "}
+"""What a judge writes before an answer."""
 RESULT = Path(__file__).parent / "results" / "head_map_curve.json"
 
 
@@ -78,6 +81,7 @@ def markdown(rows: Sequence[dict[str, Any]], images: Sequence[int]) -> str:
 
 
 def main(
+    judge: Annotated[str, typer.Option(help="reference, or one of tools/judging.")] = REFERENCE,
     images: Annotated[str, typer.Option(help="Image counts of the test prompts.")] = "4,8",
     samples: Annotated[int, typer.Option(help="Test prompts per image count, six questions each.")] = 40,
     voting: Annotated[int, typer.Option(help="Calibration prompts that vote, per image count.")] = 3,
@@ -87,20 +91,24 @@ def main(
     criteria: Annotated[
         str, typer.Option(help="Criteria; output has to be there.")
     ] = "mass,output,distribution",
+    dtype: Annotated[str, typer.Option(help="Of the model: bfloat16 or float32.")] = "float32",
     json_file: Annotated[Path, typer.Option("--json", help="Write the numbers here.")] = RESULT,
 ) -> None:
     """Calibrate, test, and print a table in markdown."""
-    model, processor = load_reference_vlm()
+    model, processor, items = load_asked(judge, getattr(torch, dtype))
     counts, began = [int(n) for n in images.split(",")], time.perf_counter()
-    drawn = [reference_items("calibration", n, voting) for n in CALIBRATION_IMAGES]
-    given = [process(processor, item, [item.asks[0].question]) for items in drawn for item in items]
+    drawn = [items("calibration", n, voting) for n in CALIBRATION_IMAGES]
+    given = [process(processor, item, [item.asks[0].question]) for some in drawn for item in some]
     calibration = Calibration(model, list(prompts(model, None, given)), MaskOptions(), criteria.split(","))
-    kept = [i for n in CALIBRATION_IMAGES for i in reference_items("calibration", n, held, first=voting)]
-    held_out = [Scored(model, processor, item) for item in track(kept, "held-out prompts", transient=True)]
+    kept = [i for n in CALIBRATION_IMAGES for i in items("calibration", n, held, first=voting)]
+    lead = LEADS.get(judge, "")
+    held_out = [
+        Scored(model, processor, item, lead) for item in track(kept, "held-out prompts", transient=True)
+    ]
     tests = {
         n: [
-            Scored(model, processor, item)
-            for item in track(list(reference_items("test", n, samples)), f"test, {n} images", transient=True)
+            Scored(model, processor, item, lead)
+            for item in track(list(items("test", n, samples)), f"test, {n} images", transient=True)
         ]
         for n in counts
     }
@@ -111,7 +119,7 @@ def main(
     json_file.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "machine": machine(),
-        "model": "reference",
+        "model": judge,
         "prompts": {"voting": len(given), "held_out": len(kept), "test, each image count": samples},
         "seconds": {"in all": time.perf_counter() - began, **calibration.seconds},
         "rows": results,

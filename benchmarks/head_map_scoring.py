@@ -1,4 +1,4 @@
-"""Asks the reference VLM the questions of a prompt under one head map after the other, quickly.
+"""Asks a judge the questions of a prompt under one head map after the other, quickly.
 
 The vision tower runs once per prompt and the images are prefilled once per head map; questions and answers
 are then read in one batch. An answer counts as given if it is the most likely token at every position, its
@@ -40,13 +40,14 @@ class Score:
 class Scored:
     """One prompt with several questions; memory: the embedded images."""
 
-    def __init__(self, model: Any, processor: Any, item: Item) -> None:
+    def __init__(self, model: Any, processor: Any, item: Item, lead: str = "") -> None:
         """Run the vision tower, and let the dense model answer.
 
         Args:
-            model: the reference VLM.
+            model: the reference VLM, or a judge of plain RoPE.
             processor: its processor.
             item: images, questions and right answers.
+            lead: what the model writes before an answer.
         """
         self._model, tokenizer = model, processor.tokenizer
         self.images = len(item.images)
@@ -60,7 +61,7 @@ class Scored:
         begin = len(ids[0]) - (layout.length - split)  # the same text precedes every question
         self._questions = [row[begin:] for row in ids]
         self._end = int(tokenizer.eos_token_id)
-        right = [tokenizer(ask.answer, add_special_tokens=False)["input_ids"] for ask in item.asks]
+        right = [tokenizer(lead + ask.answer, add_special_tokens=False)["input_ids"] for ask in item.asks]
         self._right = [[*row, self._end] for row in right]
         self._dense = self._written(HeadMap.all_dense(*shape_of(model)))
 
@@ -79,7 +80,7 @@ class Scored:
         return Score(len(right), sum(right), sum(agrees))
 
     def _embedded(self, inputs: dict[str, Any], split: int) -> dict[str, Tensor]:
-        """What the text part is given for the images: `inputs_embeds [1, P, E]`, `position_ids [3, 1, P]`."""
+        """What the text part gets for the images: `inputs_embeds [1, P, E]`, `position_ids [(3,) 1, P]`."""
         given: dict[str, Any] = {}
         hook = self._model.get_decoder().register_forward_pre_hook(
             lambda module, args, kwargs: given.update(kwargs), with_kwargs=True
@@ -89,9 +90,12 @@ class Scored:
                 self._model(**inputs, use_cache=False, logits_to_keep=1)
         finally:
             hook.remove()
+        positions = given.get("position_ids")
+        if positions is None:
+            positions = torch.arange(split)[None]
         return {
             "inputs_embeds": given["inputs_embeds"][:, :split],
-            "position_ids": given["position_ids"][-3:, :, :split],
+            "position_ids": positions[-3:, ..., :split],  # Qwen2.5-VL's first row is the text's
         }
 
     def _prefilled(self, head_map: HeadMap) -> list[tuple[Tensor, Tensor]]:
@@ -112,7 +116,8 @@ class Scored:
         for layer, (key, value) in enumerate(prefix):
             cache.update(key.expand(len(rows), -1, -1, -1), value.expand(len(rows), -1, -1, -1), layer)
         first = int(self._given["position_ids"].max()) + 1
-        positions = torch.arange(first, first + width).expand(3, len(rows), -1)
+        axes = self._given["position_ids"].shape[:-2]  # three with M-RoPE
+        positions = torch.arange(first, first + width).expand(*axes, len(rows), -1)
         with untouched(self._model):
             hidden = self._model.get_decoder()(
                 input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True

@@ -25,7 +25,7 @@ def page(curve: Report | None, sinks: Report | None, ttft: Report | None) -> str
             "*recovery*: a given alpha, heads returned to Dense. "
             f"{machine(curve['machine'])} `python benchmarks/head_map_curve.py` measures it.",
             "",
-            *_maps(curve["rows"]),
+            *maps(curve["rows"]),
             "",
         ]
     if sinks is not None:
@@ -36,7 +36,7 @@ def page(curve: Report | None, sinks: Report | None, ttft: Report | None) -> str
             f"{sinks['prompts, each image count']} test prompts of each image count. "
             f"{machine(sinks['machine'])} `python benchmarks/sink_choice.py` measures it.",
             "",
-            *_maps(sinks["rows"]),
+            *maps(sinks["rows"]),
             "",
         ]
     if ttft is not None:
@@ -52,7 +52,8 @@ def page(curve: Report | None, sinks: Report | None, ttft: Report | None) -> str
     return "\n".join(lines)
 
 
-def _maps(rows: list[Report]) -> list[str]:
+def maps(rows: list[Report]) -> list[str]:
+    """A table of maps."""
     images = list(rows[0]["by_images"])
     heads = ["maps", "", *(f"saved at {n} images, %" for n in images), "right %", "points lost", "same %"]
     return table(heads, [_map_cells(row, images) for row in rows], 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +49,30 @@ class Source:
     capsule: Callable[[], KVCapsule]
 
 
+def load_asked(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, Callable[..., list[Item]]]:
+    """Model, processor, and (split, pictures of a prompt, prompts, first=0) to what is asked.
+
+    Raises:
+        FileNotFoundError: there is no such judge.
+    """
+    if name != REFERENCE:
+        return *load_judge(name, dtype), partial(judge_items, name)
+
+    def items(split: str, pictures: int, prompts: int, first: int = 0) -> list[Item]:
+        first += LATER if split == "dev" else 0
+        return list(reference_items("test" if split == "test" else "calibration", pictures, prompts, first))
+
+    return *capsight.load_reference_vlm(dtype), items
+
+
 def load_source(name: str, dtype: torch.dtype) -> Source:
     """A judge of `tools/judging`, or the reference VLM.
 
     Raises:
         FileNotFoundError: there is no such judge.
     """
-    counts = (1, 4, 8) if name == REFERENCE else (1, 2, 4)
-    if name == REFERENCE:
-        model, processor = capsight.load_reference_vlm(dtype)
-    else:
-        model, processor = load_judge(name, dtype)
-
-    def items(split: str, pictures: int, prompts: int) -> list[Item]:
-        if name != REFERENCE:
-            return judge_items(name, split, pictures, prompts)
-        first = LATER if split == "dev" else 0
-        return list(reference_items("test" if split == "test" else "calibration", pictures, prompts, first))
+    counts = (1, 4, 8) if name in (REFERENCE, "smol") else (1, 2, 4)
+    model, processor, items = load_asked(name, dtype)
 
     drawn = [item for n in counts for item in items("calibration", n, FITTED // len(counts))]
     samples = [process(processor, item, [item.asks[0].question]) for item in drawn]

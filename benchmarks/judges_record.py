@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from capsight.evaluation import FULL, Item, MethodResult
-from capsight.evaluation.score import mcnemar_p
+from capsight.evaluation.score import Outcome, difference_interval, mcnemar_p
 from capsight.files import replace_file
 
 FEW = 5
@@ -90,6 +90,16 @@ class Judged:
     def lost(self, label: str) -> Pair:
         """How far a method is behind the full cache."""
         return self.pair(label, FULL)
+
+    def lost_interval(self, label: str) -> tuple[float, float]:
+        """95 % interval of the points that a method is behind the full cache, by bootstrap over prompts."""
+        full, own = self.right(FULL), self.right(label)
+        both = [k for k in own if k in full]
+        theirs, ours = (
+            [Outcome(k[0], "", 0, float(marks[k]), True, 0.0) for k in both] for marks in (full, own)
+        )
+        low, high = difference_interval(theirs, ours)
+        return 100 * low, 100 * high
 
     def kinds(self, label: str) -> dict[str, Pair]:
         """The same by kind of question."""

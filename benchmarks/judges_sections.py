@@ -12,12 +12,15 @@ from capsight.evaluation import FULL, split_label
 
 Report = dict[str, Any]
 SHARES = (0.4, 0.2, 0.1, 0.05)
+PRETRAINED = ("smol",)
+"""Judges whose language model was pretrained: fewer methods were asked of them, and they stand apart."""
 WITHIN = 1.0
 """Points that the smallest cache may lose on any judge."""
 
 
 def means(judges: dict[str, Judged]) -> list[str]:
     """Every method's points lost, the mean over judges, and the kind of question that loses most."""
+    judges = {name: judged for name, judged in judges.items() if name not in PRETRAINED}
     names = list(dict.fromkeys(split_label(x)[0] for j in judges.values() for x in j.methods if x != FULL))
     rows = []
     for name in names:
@@ -43,6 +46,32 @@ def means(judges: dict[str, Judged]) -> list[str]:
         "kind of question counts from 5 questions on, so that one answer is up to 20 points.\n",
         *table(heads, rows),
     ]
+
+
+def pretrained(judges: dict[str, Judged]) -> list[str]:
+    """Points lost on judges with a pretrained language model, with intervals of the paired difference."""
+    lines: list[str] = []
+    for name, judged in judges.items():
+        if name not in PRETRAINED:
+            continue
+        lines += [
+            f"`{name}`, whose language model was pretrained (SmolLM2-135M), of photographs, icons, shapes, "
+            f"pages: {judged.lost(FULL).questions} questions, full cache "
+            f"{judged.percent(FULL):.1f} %. Points lost, with the 95 % interval of the paired difference:\n",
+        ]
+        rows = []
+        for method in dict.fromkeys(split_label(x)[0] for x in judged.methods if x != FULL):
+            labels = [f"{method} {share:g}" for share in SHARES]
+            labels = labels if any(x in judged.methods for x in labels) else [method]
+            cells = [_interval(judged, x) if x in judged.methods else "" for x in labels]
+            rows.append([f"`{method}`", *cells, *[""] * (len(SHARES) - len(cells))])
+        lines += [*table(["points lost", *(f"{s:g}" for s in SHARES)], rows), ""]
+    return lines[:-1]
+
+
+def _interval(judged: Judged, label: str) -> str:
+    low, high = judged.lost_interval(label)
+    return f"{judged.lost(label).points:.1f} ({low:.1f} to {high:.1f})"
 
 
 def smallest(dev: dict[str, Judged], test: dict[str, Judged]) -> list[str]:

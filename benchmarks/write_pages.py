@@ -17,6 +17,7 @@ import judges_page
 import judges_sections
 import readme_numbers
 import readme_picture
+import smol_page
 import speed_page
 from judges_record import Record
 from readme_numbers import load
@@ -63,6 +64,7 @@ def main(root: Path = ROOT) -> None:
     if judges := record.judges("test"):
         sections = (
             judges_sections.means(judges),
+            judges_sections.pretrained(judges),
             judges_sections.smallest(record.judges("dev"), judges),
             judges_sections.left_out(load(results, "judges_choice.json")),
             judges_sections.variance(load(results, "variance.json")),
@@ -75,6 +77,9 @@ def main(root: Path = ROOT) -> None:
             {name: judged.rows() for name, judged in judges.items()},
             root / "docs" / "images" / "accuracy.svg",
         )
+    if (card := load(root / "tools" / "judging" / "weights" / "smol", "card.json")) is not None:
+        measured = [load(results, f"smol_{name}.json") for name in ("head_maps", "attention", "latent")]
+        write("smol", smol_page.page(card, *measured))
     readme_numbers.main(root)
 
 

@@ -221,6 +221,56 @@ def test_pages_of_what_is_run_by_hand(root):
     assert all(tables_are_square(text) for text in found.values())
 
 
+def smol():
+    curve = [
+        {"step": 10 * n, "tokens": 100 * n, "train": {"photo": n / 40, "word": 1.0}} for n in range(1, 31)
+    ]
+    card = {
+        "right, by images and kind": {"1": {"photo": "3/4"}, "4": {"photo": "1/2", "word": "2/2"}},
+        "right, %": {"1": 75.0, "4": 75.0},
+        "test prompts of each": 4,
+        "curve, tower": [{"step": 40, "seconds": 60.0, "tokens right, photo": 0.5}],
+        "curve, answers": curve,
+    }
+    shares = ["first token", "own image", "other images", "other images, later images", "question to images"]
+    mean = dict.fromkeys([*shares, "own delimiters", "other delimiters"], 0.1)
+    largest = {
+        "over median": 5000.0,
+        "dimension": 7,
+        "token": "first token",
+        "image tokens, over median": 9.0,
+    }
+    attention = {
+        "prompts": 6, "images": 4, "mean of heads": mean, "heads": {"first token": [[0.6] * 9] * 3},
+        "heads with more than half on the first token": 27, "heads by cross-image share": {"over 5%": 4},
+        "layers": [mean | {"second sink": "delimiter", "largest activation": largest}] * 3,
+    }  # fmt: skip
+    kept = {"equal layers": {"64": {"in all, as scaled": 0.9}}}
+    latent = {
+        "numbers a token": 11520, "images": kept, "text": kept, "calibration tokens": 900,
+        "replay": {"full": {"right": 0.9, "agreement": 1.0, "kl": 0.0}}, "replay, answer tokens": 70,
+        "prompts": {"test": 8, "images": 4},
+    }  # fmt: skip
+    return card, attention, latent
+
+
+def test_page_of_the_judge_with_a_pretrained_language_model(root):
+    card, attention, latent = smol()
+    folder = root / "tools" / "judging" / "weights" / "smol"
+    folder.mkdir(parents=True)
+    (folder / "card.json").write_text(json.dumps(card))
+    write(root, smol_attention=attention, smol_latent=latent, smol_head_maps=maps())
+    page = (root / "docs" / "benchmarks" / "smol.md").read_text()
+    assert "75.0 % at 1, 75.0 % at 4" in page
+    assert "| 4 images | 50 (2) | 100 (2) |" in page
+    assert "| 300 | 3000 | 75 | 100 |" in page
+    assert "more than half of it in 27 of 27 heads" in page
+    assert "5,000 times the median" in page
+    assert "| 64 | 90.0 | 90.0 |" in page
+    assert "| full | 90.0 | 100.0 | 0.0000 |" in page
+    assert tables_are_square(page)
+
+
 def test_again_is_the_same(root):
     first = write(root, accuracy=accuracy())
     assert write(root, accuracy=accuracy()) == first

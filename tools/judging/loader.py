@@ -42,7 +42,7 @@ def load_judge(name: str, dtype: torch.dtype = torch.float32, folder: Path | Non
 
 
 def judge_prompt(name: str, split: str, index: int, pictures: int, questions: int = 12) -> Any:
-    """Prompt `index` of a split (calibration, dev, test) with 1, 2 or 4 pictures; equal on every machine."""
+    """Prompt `index` of a split (calibration, dev, test) with 1, 2, 4 (smol: 8) pictures; always equal."""
     if name == "smol":
         from judging.smol.loader import smol_prompt
 

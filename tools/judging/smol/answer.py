@@ -5,6 +5,7 @@ python -m judging.smol.answer    (in tools/, after judging.smol.see)
 
 import json
 import random
+import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -23,8 +24,12 @@ from judging.smol.registry import DATA, RUN
 from judging.smol.see import pixels
 from judging.smol.tower import build, load_language, tokenizer_of
 
-#: Images of a prompt -> (prompts of a step, questions of each).
-SIZES = {1: (5, 8), 2: (3, 11), 4: (2, 14), 8: (1, 20)}
+#: Images of a prompt -> (prompts of a step, most questions and all tokens of each): few shapes to compile.
+SIZES = {1: (6, 8, 144), 2: (3, 11, 336), 4: (2, 16, 544), 8: (1, 22, 960)}
+#: How much more frequent questions across images are in the lesson: they take longest to learn.
+ACROSS = 3
+#: Steps from which prompts of these numbers of images are drawn.
+STAGES = ((0, (1, 1, 2)), (80, (1, 2, 4)), (250, (1, 2, 4, 4, 8)))
 
 
 def load_tower(model: Any, file: Path) -> None:
@@ -83,10 +88,10 @@ def accuracy(
 def answer(
     data: Annotated[Path, typer.Option(help="Folder of `registry.fetch`.")] = DATA,
     out: Annotated[Path, typer.Option(help="Folder of the checkpoints; goes on where a run stopped.")] = RUN,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3000,
-    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 2e-3,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 900,
+    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1.5e-3,
     minutes: Annotated[float, typer.Option(help="The rate falls to nothing by then, if sooner.")] = 1e9,
-    few: Annotated[int, typer.Option(help="Steps of one and two images before larger prompts.")] = 60,
+    fuse: Annotated[bool, typer.Option(help="Compile the layers; needs g++.")] = bool(shutil.which("g++")),
 ) -> None:
     """Train the low-rank additions."""
     torch.set_num_threads(1)
@@ -98,6 +103,9 @@ def answer(
     model.bfloat16().requires_grad_(False).eval()
     model.model.text_model.set_attn_implementation("eager")  # fused attention is slow backwards in bfloat16
     added = adapt(model.model.text_model)
+    torch._dynamo.config.recompile_limit = 64  # four lengths; layers with and without additions
+    for layer in model.model.text_model.layers if fuse else ():
+        layer.compile(dynamic=False)
     optimiser = torch.optim.AdamW(added.values(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     file, step, seconds, tokens = out / "answer.pt", 0, 0.0, 0
     if file.exists():
@@ -111,9 +119,11 @@ def answer(
     saved_at, right = time.time(), defaultdict[str, list[float]](list)
     while step < steps and (time.time() - begun) / 60 < minutes:
         rng = random.Random(f"capsight/smol/answer/{step}")
-        images = rng.choice((1, 1, 2)) if step < few else rng.choice((1, 2, 4, 4, 8))
-        prompts = [draw_prompt(train, rng, images, SIZES[images][1]) for _ in range(SIZES[images][0])]
-        packed = packer(prompts)
+        images = rng.choice([sizes for first, sizes in STAGES if step >= first][-1])
+        rows, questions, length = SIZES[images]
+        prompts = [draw_prompt(train, rng, images, questions, across=ACROSS) for _ in range(rows)]
+        prompts = [packer.fitting(prompt, length) for prompt in prompts]
+        packed = packer(prompts, length)
         logits = answers(model, packed, prompts)
         each = nn.functional.cross_entropy(logits, packed.target, reduction="none")
         count = torch.bincount(packed.question)
@@ -121,7 +131,7 @@ def answer(
         loss.backward()
         nn.utils.clip_grad_norm_(added.values(), 1.0)
         done = max(step / steps, (time.time() - begun) / 60 / minutes)
-        optimiser.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 15) * max(0.03, 1 - done)
+        optimiser.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 30) * max(0.03, 1 - done)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         step, tokens = step + 1, tokens + int(packed.input_ids.numel())
@@ -136,9 +146,9 @@ def answer(
                 "loss": loss.item(),
             }
             line["train"] = {k: round(sum(v) / len(v), 3) for k, v in sorted(right.items())}
-            if step % 3 == 0:
-                few_dev = accuracy(model, packer, dev, "dev", 4, 2)
-                line["dev, 4 images"] = {k: f"{a}/{b}" for k, (a, b) in few_dev.items()}
+            with torch.compiler.set_stance("force_eager"):  # of any length
+                few_dev = accuracy(model, packer, dev, "dev", 4, 3)
+            line["dev, 4 images"] = {k: f"{a}/{b}" for k, (a, b) in few_dev.items()}
             saved_at, right = time.time(), defaultdict(list)
             print(json.dumps(line), flush=True)
             with (out / "answer.jsonl").open("a") as log:

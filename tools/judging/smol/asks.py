@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -95,17 +95,23 @@ def _odd(p: list[Picture], rng: random.Random, k: int) -> Made:
 
 
 def _order(p: list[Picture], rng: random.Random, k: int) -> Made:
-    return (
-        Question("order", "List the images in order.", ", ".join(x.name for x in p)) if len(p) > 1 else None
-    )
+    if len(p) == 1:
+        return None
+    first = min(k, max(0, len(p) - 3))
+    listed = p[first : first + 3]
+    text = f"List images {first + 1} to {first + len(listed)} in order."
+    return Question("order", text, ", ".join(x.name for x in listed))
 
 
 _MAKERS: dict[str, Callable[[list[Picture], random.Random, int], Made]] = {
     "what": _what, "number": _number, "color": _color, "sort": _sort, "find": _find, "after": _after,
     "same": _same, "odd": _odd, "order": _order,
 }  # fmt: skip
+_ACROSS = ("find", "after", "same", "odd", "order")
 #: About one image, then across images.
 KINDS = ("photo", "icon", "shape", "word", "number", "color", "sort", "find", "after", "same", "odd", "order")
+#: What the judge learnt by its training and `dev` questions, and is asked.
+ASKED = tuple(kind for kind in KINDS if kind != "odd")
 
 
 def split_rng(split: str, index: int, stream: str) -> random.Random:
@@ -131,15 +137,26 @@ def _draw(source: Pictures, rng: random.Random, images: int) -> list[Picture]:
     return pictures
 
 
-def draw_prompt(source: Pictures, rng: random.Random, images: int, questions: int) -> Prompt:
-    """Draw `images` pictures and ask up to `questions` different questions about them."""
+def draw_prompt(
+    source: Pictures,
+    rng: random.Random,
+    images: int,
+    questions: int,
+    kinds: Sequence[str] = KINDS,
+    across: int = 1,
+) -> Prompt:
+    """Draw `images` pictures and ask up to `questions` different questions of `kinds` about them.
+
+    Questions across images are `across` times as frequent as in the splits.
+    """
     pictures = _draw(source, rng, images)
     asked: dict[str, Question] = {}
     names: list[str] = []
+    pool = ["what", "what", *_MAKERS, *_ACROSS * (across - 1)]
     for _ in range(6 * questions):
-        names = names or rng.sample(["what", "what", *_MAKERS], len(_MAKERS) + 2)
+        names = names or rng.sample(pool, len(pool))
         question = _MAKERS[names.pop()](pictures, rng, rng.randrange(images))
-        if question is not None:
+        if question is not None and question.task in kinds:
             asked.setdefault(question.text, question)
         if len(asked) == questions:
             break

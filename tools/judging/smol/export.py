@@ -1,9 +1,11 @@
 """Writes capsight-smol as the folder that ships, with a card: ``python -m judging.smol.export``.
 
-The card says how many held-out questions of each kind the full cache answers, at 1, 4 and 8 images.
+The card says how many held-out questions of each kind the full cache answers, at 1, 4 and 8 images;
+`card.json` has the curves of training, too.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,13 +14,14 @@ import typer
 from safetensors.torch import save_file
 
 from judging.smol.answer import accuracy, save_tower
-from judging.smol.asks import KINDS, Prompt
+from judging.smol.asks import ASKED, KINDS, Prompt
 from judging.smol.loader import load_smol, smol_prompt
 from judging.smol.packed import Packer
 from judging.smol.pictures import Pictures
 from judging.smol.registry import DATA, RUN, WEIGHTS
 
 IMAGES = (1, 4, 8)
+CARD = Path(__file__).with_name("card.md")
 
 
 def same_tokens(processor: Any, packer: Packer, prompt: Prompt) -> bool:
@@ -52,21 +55,50 @@ def export(
     found = {n: accuracy(model, packer, source, "test", n, prompts) for n in IMAGES}
     log = [json.loads(line) for line in (run / "answer.jsonl").read_text().splitlines()]
     see = [json.loads(line) for line in (run / "see.jsonl").read_text().splitlines()]
-    card = {
+    card: dict[str, Any] = {
         "right, by images and kind": {
-            n: {k: f"{c[k][0]}/{c[k][1]}" for k in KINDS if k in c} for n, c in found.items()
+            str(n): {k: f"{c[k][0]}/{c[k][1]}" for k in KINDS if k in c} for n, c in found.items()
         },
-        "right, %": {
-            n: round(100 * sum(a for a, _ in c.values()) / sum(b for _, b in c.values()), 1)
-            for n, c in found.items()
-        },
+        "right, %": {str(n): _percent([c[k] for k in ASKED if k in c]) for n, c in found.items()},
+        "asked": list(ASKED),
         "test prompts of each": prompts,
         "tokens trained on": trained["tokens"],
         "curve, tower": see,
         "curve, answers": log,
     }
     (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in card.items() if "curve" not in k}, indent=1))
+    (out / "README.md").write_text(CARD.read_text().format(**_words(card)))
+    print((out / "README.md").read_text())
+
+
+def _percent(counts: Sequence[tuple[int, int]]) -> float:
+    return round(100 * sum(a for a, _ in counts) / sum(b for _, b in counts), 1)
+
+
+def _words(card: dict[str, Any]) -> dict[str, Any]:
+    """What `CARD` is filled with."""
+    by_images, see, answers = card["right, by images and kind"], card["curve, tower"], card["curve, answers"]
+    rows = [
+        "| kind | " + " | ".join(f"{n} images" for n in by_images) + " |",
+        "|---|" + "--:|" * len(by_images),
+    ]
+    for kind in KINDS:
+        cells = [_cell(part[kind]) if kind in part else "" for part in by_images.values()]
+        rows.append(f"| {kind} | " + " | ".join(cells) + " |")
+    rows.append("| asked kinds | " + " | ".join(f"{x:.1f}" for x in card["right, %"].values()) + " |")
+    return {
+        "table": "\n".join(rows), "prompts": card["test prompts of each"],
+        "see": see[-1]["step"], "see_minutes": round(see[-1]["seconds"] / 60),
+        "photo": 100 * see[-1]["tokens right, photo"], "page": 100 * see[-1]["tokens right, page"],
+        "steps": answers[-1]["step"], "minutes": round(answers[-1]["seconds"] / 60),
+        "tokens": card["tokens trained on"],
+        "unlearnt": ", ".join(k for k in KINDS if k not in ASKED) or "none",
+    }  # fmt: skip
+
+
+def _cell(counts: str) -> str:
+    right, asked = map(int, counts.split("/"))
+    return f"{100 * right / asked:.1f} ({asked})"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from judging.smol.answer import load_tower
-from judging.smol.asks import Prompt, draw_prompt, split_rng
+from judging.smol.asks import ASKED, Prompt, draw_prompt, split_rng
 from judging.smol.lora import merge
 from judging.smol.pictures import Pictures
 from judging.smol.registry import DATA, WEIGHTS, fetch
@@ -44,4 +44,4 @@ def _source(data: Path, split: str) -> Pictures:
 def smol_prompt(split: str, index: int, images: int, questions: int = 12, data: Path = DATA) -> Prompt:
     """Prompt `index` of a split (calibration, dev, test); equal on every machine."""
     rng = split_rng(split, index, f"{images} images")
-    return draw_prompt(_source(data, split), rng, images, questions)
+    return draw_prompt(_source(data, split), rng, images, questions, ASKED)

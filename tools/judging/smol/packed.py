@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from judging.smol.asks import Prompt
+from judging.smol.asks import Prompt, Question
 from judging.smol.tower import FAKE, GLOBAL, IMAGE, TOKENS
 
 _IGNORE = -100
@@ -55,8 +55,23 @@ class Packer:
             ids = [*ids, *self._encode(f"Image {number}:"), *image, *self._encode("\n")]
         return ids
 
-    def __call__(self, prompts: list[Prompt]) -> Packed:
-        """Pack prompts of any lengths."""
+    def _spell(self, question: Question) -> tuple[list[int], list[int]]:
+        """The tokens up to the answer, and the answer's."""
+        text = self._encode(f"{question.text}<|im_end|>\n<|im_start|>assistant\nAnswer:")
+        return text, self._encode(f" {question.answer}<|im_end|>")
+
+    def fitting(self, prompt: Prompt, length: int) -> Prompt:
+        """The prompt with as many of its questions as fit into `length` tokens."""
+        left, kept = length - len(self.prefix(len(prompt.pictures))), []
+        for question in prompt.questions:
+            size = sum(map(len, self._spell(question))) - 1
+            if size <= left:
+                left -= size
+                kept.append(question)
+        return Prompt(prompt.pictures, tuple(kept))
+
+    def __call__(self, prompts: list[Prompt], length: int = 0) -> Packed:
+        """Pack prompts of any lengths; the batch is at least `length` tokens long."""
         rows: list[tuple[list[int], list[int], list[int]]] = []  # ids, positions, segment
         answers: list[tuple[int, int, int, int]] = []  # row, position, target, question
         asked, prefixes = 0, []
@@ -66,8 +81,7 @@ class Packer:
             prefixes.append(prefix)
             positions, segments = list(range(prefix)), [0] * prefix
             for segment, question in enumerate(prompt.questions, 1):
-                text = self._encode(f"{question.text}<|im_end|>\n<|im_start|>assistant\nAnswer:")
-                answer = self._encode(f" {question.answer}<|im_end|>")
+                text, answer = self._spell(question)
                 first = len(ids) + len(text) - 1
                 answers += [(b, first + i, token, asked) for i, token in enumerate(answer)]
                 new = [*text, *answer[:-1]]
@@ -76,7 +90,7 @@ class Packer:
                 segments += [segment] * len(new)
                 asked += 1
             rows.append((ids, positions, segments))
-        length = max(len(ids) for ids, _, _ in rows)
+        length = max(length, *(len(ids) for ids, _, _ in rows))
         input_ids, position_ids, segment_ids = (
             torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3)
         )

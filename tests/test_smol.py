@@ -1,0 +1,156 @@
+"""capsight-smol's prompts, packing and additions, without its language model and its pictures."""
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaModel
+
+from judging.smol.asks import ASKED, KINDS, Prompt, draw_prompt
+from judging.smol.lora import FIRST_LAYER, adapt, merge
+from judging.smol.packed import Packer
+from judging.smol.pictures import Pictures
+from judging.smol.tower import FAKE, GLOBAL, IMAGE, TOKENS
+from judging.smol.words import COLORS, ICONS, SHAPES, SORTS
+from tiny.base import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Noise in the place of the packages' pictures."""
+    folder, made = tmp_path_factory.mktemp("smol"), np.random.default_rng(0)
+    parts = ("train", "test")
+    photos = {f"{p}_image": made.integers(0, 256, (60, 32, 32, 3), np.uint8) for p in parts}
+    photos |= {f"{p}_label": np.arange(60, dtype=np.uint8) % 10 for p in parts}
+    np.savez(folder / "photos.npz", **photos)
+    shapes = {f"{p}_image": made.integers(0, 256, (30, 64, 64, 3), np.uint8) for p in parts}
+    shapes |= {f"{p}_shape": np.array(SHAPES * 10) for p in parts}
+    shapes |= {f"{p}_color": np.array(list(COLORS) * 3) for p in parts}
+    np.savez(folder / "shapes.npz", **shapes)
+    np.savez(folder / "icons.npz", **{n: made.integers(0, 256, (64, 64, 4), np.uint8) for n in ICONS})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(folder):
+    return Pictures(folder, "test")
+
+
+@pytest.fixture(scope="module")
+def packer():
+    start, end = "<|im_start|>", "<|im_end|>"
+    return Packer(byte_tokenizer([IMAGE, FAKE, GLOBAL, start, end], pad=end, eos=end))
+
+
+def test_answers_are_true_of_the_pictures(pictures):
+    asked = Counter()
+    for index in range(60):
+        prompt = draw_prompt(pictures, random.Random(index), (1, 4, 8)[index % 3], 20)
+        names, sorts = [p.name for p in prompt.pictures], [p.sort for p in prompt.pictures]
+        for question in prompt.questions:
+            asked[question.task] += 1
+            numbers = [int(w.strip("?")) - 1 for w in question.text.split() if w.strip("?").isdigit()]
+            said = question.answer
+            match question.task:
+                case "photo" | "icon" | "shape" | "word":
+                    assert names[numbers[0]] == said
+                case "sort":
+                    assert sorts[numbers[0]] == said
+                case "number":
+                    assert prompt.pictures[numbers[0]].number == said
+                case "color":
+                    assert prompt.pictures[numbers[0]].color == said
+                case "find":
+                    name = question.text.split()[-1].strip("?")
+                    assert [i for i, n in enumerate(names) if n == name] == [int(said) - 1]
+                case "after":
+                    name = question.text.split()[-1].strip("?")
+                    assert names[names.index(name) + 1] == said
+                case "same":
+                    first, second = (int(question.text.split()[i].strip("?")) - 1 for i in (2, 4))
+                    assert (said == "yes") == (names[first] == names[second])
+                case "odd":
+                    assert sorts.count(sorts[int(said) - 1]) == 1
+                    assert len(set(sorts)) == 2
+                case "order":
+                    first, last = numbers
+                    assert said.split(", ") == names[first : last + 1]
+    assert set(asked) == set(KINDS)
+
+
+def test_only_wanted_kinds_are_asked_and_those_across_images_more_often_in_the_lesson(pictures):
+    def drawn(**wanted):
+        prompts = [draw_prompt(pictures, random.Random(i), 4, 12, **wanted) for i in range(20)]
+        return Counter(q.task for p in prompts for q in p.questions)
+
+    assert set(drawn(kinds=("photo", "find"))) == {"photo", "find"}
+    usual, lesson = drawn(), drawn(across=3)
+    across = ("find", "after", "same", "odd", "order")
+    assert sum(lesson[k] for k in across) / lesson.total() > sum(usual[k] for k in across) / usual.total()
+
+
+def test_what_is_asked_suffices_for_a_judge():
+    assert set(ASKED) <= set(KINDS)
+    assert len(ASKED) >= 5
+    assert {"photo", "word"} <= set(ASKED)
+    assert {"find", "after", "same", "odd", "order"} & set(ASKED)
+
+
+def test_splits_share_no_picture_of_a_package(folder):
+    held = [Pictures(folder, s) for s in ("calibration", "dev", "test")]
+    seen = [{image.tobytes() for image in p.photos[0]} for p in held]
+    assert not seen[0] & seen[1]
+    assert not seen[0] & seen[2]
+    assert not seen[1] & seen[2]
+    assert all(p.sort in SORTS for p in (held[0].draw(random.Random(i)) for i in range(8)))
+
+
+def test_a_question_sees_the_images_and_itself(pictures, packer):
+    prompt = draw_prompt(pictures, random.Random(1), 2, 3)
+    packed = packer([prompt], length=900)
+    assert packed.input_ids.shape == (1, 900)
+    mask, prefix = packed.mask[0, 0], packed.prefix[0]
+    assert int((packed.input_ids[0, :prefix] == packer._encode(IMAGE)[0]).sum()) == 2 * TOKENS
+    for number in range(3):
+        last = int(packed.at[packed.question == number][-1])
+        seen = mask[last].nonzero()[:, 0]
+        own = seen[seen >= prefix]
+        assert set(range(prefix)) <= set(seen.tolist())
+        assert own.tolist() == list(range(int(own[0]), last + 1))
+        assert int(packed.position_ids[0, int(own[0])]) == prefix
+    assert mask[:prefix, prefix:].sum() == 0
+    told = [int(t) for t in packed.target[packed.question == 1]]
+    assert packer._tokenizer.decode(told) == f" {prompt.questions[1].answer}<|im_end|>"
+
+
+def test_questions_that_do_not_fit_are_left_out(pictures, packer):
+    prompt = draw_prompt(pictures, random.Random(2), 1, 6)
+    whole = len(packer([prompt]).input_ids[0])
+    fewer = packer.fitting(prompt, whole - 1)
+    assert len(fewer.questions) == len(prompt.questions) - 1
+    assert len(packer([fewer], length=whole - 1).input_ids[0]) == whole - 1
+    assert packer.fitting(prompt, whole) == Prompt(prompt.pictures, prompt.questions)
+
+
+@torch.no_grad()
+def test_merged_additions_do_what_they_did_apart():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=FIRST_LAYER + 2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    apart, plain = LlamaModel(config).eval(), LlamaModel(config).eval()
+    plain.load_state_dict(apart.state_dict())
+    ids = torch.arange(20)[None]
+    before = apart(ids).last_hidden_state
+    added = adapt(apart)
+    assert torch.equal(apart(ids).last_hidden_state, before)  # they start at nothing
+    for name, part in added.items():
+        if name.endswith(".up"):
+            part.normal_(std=0.1)
+    merge(plain, dict(added))
+    after = apart(ids).last_hidden_state
+    assert (after - before).abs().max() > 1e-3
+    assert torch.allclose(plain(ids).last_hidden_state, after, atol=1e-4)
