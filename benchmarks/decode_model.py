@@ -28,7 +28,8 @@ from ttft import large_model, prompt
 
 from capsight import KVCapsule, enable, load_reference_vlm
 from capsight.baselines.quantized import QuantoInt4
-from capsight.evaluation.asking import cache_nbytes, process
+from capsight.evaluation.asking import process
+from capsight.evaluation.cache_bytes import CacheBytes
 from capsight.evaluation.timing import time_once
 from capsight.runtime import FastModel
 
@@ -95,7 +96,7 @@ def tokens_per_second(
     for run in range(1 + runs):
         for variant in variants:
             with filled(model, variant, tokens, batch, 2 * new + 2) as (fast, cache, inputs):
-                sizes[variant.name], _ = cache_nbytes(cache)
+                sizes[variant.name] = CacheBytes.of(cache).kv
                 given = {**inputs, **variant.options, "past_key_values": cache}
                 timing = time_once(fast, given, new)
             speeds[variant.name] += [timing.tokens_per_s] if run else []

@@ -23,8 +23,8 @@ from ttft import large_model
 from capsight import KVCapsule, enable, load_reference_vlm
 from capsight.cli.output import machine
 from capsight.evaluation import reference_items
-from capsight.evaluation.asking import cache_nbytes
 from capsight.evaluation.bench import batch_inputs
+from capsight.evaluation.cache_bytes import CacheBytes
 from capsight.evaluation.prefill import Prefill
 from capsight.evaluation.timing import time_once
 
@@ -47,8 +47,8 @@ def measured(model: Any, processor: Any, capsule: KVCapsule, batch: int, runs: i
         for run in range(1 + runs):
             took = {
                 "first_token_s": time_once(plain, inputs, 2).ttft_s,
-                "full_s": seconds(lambda: cache_nbytes(prefill.cache(None))),
-                "capsules_s": seconds(lambda: cache_nbytes(prefill.cache(capsule))),
+                "full_s": seconds(lambda: CacheBytes.of(prefill.cache(None))),
+                "capsules_s": seconds(lambda: CacheBytes.of(prefill.cache(capsule))),
             }
             if run:
                 for name, value in took.items():

@@ -1,4 +1,4 @@
-"""Where a model takes its inputs, and work that autocast must not round."""
+"""Where a model takes its inputs, whether it is whole, and work that autocast must not round."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+
+from capsight.errors import UnsupportedModelError
 
 
 def inputs_device(model: Any) -> torch.device:
@@ -16,6 +18,22 @@ def inputs_device(model: Any) -> torch.device:
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     found = (getattr(hook, "execution_device", None) for hook in hooks)
     return torch.device(next((d for d in found if d is not None), "cpu"))
+
+
+def check_whole(model: Any) -> None:
+    """Refuse a model of which this process holds a part only, as with transformers' `tp_plan`.
+
+    Raises:
+        UnsupportedModelError: it is one.
+    """
+    told = getattr(model.config, "distributed_config", None)
+    sizes = [getattr(model, "tp_size", None)]
+    sizes += [getattr(told, f"{kind}_size", None) for kind in ("tp", "pp", "fsdp")]
+    if any((size or 1) > 1 for size in sizes):
+        raise UnsupportedModelError(
+            "each process holds only a part of this model (tensor parallelism or other sharding); load it "
+            "whole, on one device or spread by device_map"
+        )
 
 
 def own_precision(device: torch.device) -> AbstractContextManager[object]:

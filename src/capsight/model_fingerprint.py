@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel
 
+from capsight.execution import check_whole
 from capsight.text_layers import config_value
 
 _TENSORS, _NUMBERS, _OF_VECTORS = 24, 256, 8
@@ -41,7 +42,11 @@ def model_fingerprint(model: Any) -> str:
     Returns:
         64 hex digits. The first 32 are of what quantisation leaves alone: norms, biases, frequencies. The
         others, of the matrices, are 0 where these are quantised; see `same_model`.
+
+    Raises:
+        UnsupportedModelError: this process holds a part of the model only.
     """
+    check_whole(model)
     own = sorted(_own_parameters(model))
     weights = [(name, p) for name, p in own if p.ndim > 1 and p.is_floating_point()]
     projections = [item for item in weights if ".k_proj." in item[0] or ".v_proj." in item[0]]

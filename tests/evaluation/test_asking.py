@@ -25,7 +25,7 @@ def test_both_protocols_agree_on_the_full_cache(reference, images):
             after, within = (ask_item(fast, processor, item, p) for p in ("after", "within"))
         assert after.texts == within.texts
         assert (after.first_logits - within.first_logits).abs().max() < 1e-3
-        assert after.nbytes == after.nbytes_full > 0
+        assert after.nbytes.kv == after.nbytes.kv_full > 0 == after.nbytes.states
 
 
 def test_questions_do_not_see_each_other(reference):

@@ -56,7 +56,7 @@ def test_sharing_changes_no_answer(reference, methods, item, protocol):
         assert ours.texts == own.texts, name
         assert (ours.first_logits - own.first_logits).abs().max() < 2e-3, name
         if protocol == "after":
-            assert (ours.nbytes, ours.nbytes_full) == (own.nbytes, own.nbytes_full), name
+            assert ours.nbytes == own.nbytes, name
     if protocol == "after":
         assert shared["evict"].texts != shared[FULL].texts  # so that wrong drafts were seen, too
 
@@ -103,7 +103,7 @@ def test_taken_name(reference, methods):
         Asking(model, processor, {"full": methods["merge"]})
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", "llava_onevision", "idefics3"])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", "llava_onevision", "idefics3", "qwen3_5"])
 def test_sharing_in_other_families(family, monkeypatch):
     tiny = FAMILIES[family]()
 

@@ -51,7 +51,7 @@ def test_every_kind_is_answered(retained, apart):
         for text, ask in zip(answers.texts, item.asks, strict=True):
             right[ask.task] += exact_match(text, ask.answer)
         distances += (full.exp() * (full - answers.first_logits.log_softmax(-1))).sum(-1).tolist()
-        assert answers.nbytes < 0.2 * answers.nbytes_full
+        assert answers.nbytes.kv < 0.2 * answers.nbytes.kv_full
     assert len(distances) == OF_EACH * (len(TASKS) - len(NOT_LEARNT))
     assert right.total() >= len(distances) - 1
     assert sum(distances) / len(distances) < apart

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
+import sys
 from importlib.metadata import EntryPoint
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoConfig, LlamaConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from capsight.cli.app import main
 from capsight.cli.models import load_model
 from capsight.errors import UnsupportedModelError
 from capsight.layout import build_layout, families, supported_families
@@ -54,6 +59,9 @@ def test_text_models_are_told_apart(config):
         ("paligemma", "see each other"),
         ("kimi_k25", "MLA"),
         ("qwen4_exp", "indexer"),
+        ("blip-2", "next to nothing to compress"),
+        ("chameleon", "codes of its vocabulary"),
+        ("dots3_note", "indexer"),
         ("aria", "no layout adapter"),
     ],
 )
@@ -62,6 +70,37 @@ def test_the_refusal_says_why_and_what_is_supported(name, why):
         family_for(AutoConfig.for_model(name))
     assert ", ".join(supported_families()) in str(error.value)
     assert "config of the whole" not in str(error.value)
+
+
+def test_every_class_that_transformers_would_load_is_taken_or_refused():
+    """None is mistaken for the config of a text model."""
+    taken = set(supported_families())
+    for name in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - taken):
+        with pytest.raises(UnsupportedModelError, match=r"is not supported: |no layout adapter") as error:
+            family_for(AutoConfig.for_model(name))
+        assert "pass the config" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ({"kv_lora_rank": 8}, "MLA"),
+        ({"layer_types": ["indexed_attention"]}, "indexer"),
+        ({"layer_types": ["hybrid"]}, "hold states"),
+        ({"num_kv_shared_layers": 2}, "reuse the keys"),
+        ({"is_encoder_decoder": True}, "cross-attention"),
+    ],
+)
+def test_configs_of_unknown_types_are_looked_into(text, why):
+    inner = SimpleNamespace(**text)
+    config = SimpleNamespace(
+        model_type="new_vl",
+        vision_config=object(),
+        get_text_config=lambda decoder: inner,
+        is_encoder_decoder=text.get("is_encoder_decoder", False),
+    )
+    with pytest.raises(UnsupportedModelError, match=f"'new_vl' is not supported: .*{why}"):
+        family_for(config)
 
 
 def test_gemma_with_shared_keys_is_refused():
@@ -80,6 +119,23 @@ def test_the_command_line_looks_at_the_config_first(tmp_path):
     AutoConfig.for_model("mllama").save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="cross-attention"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("extra", [{}, {"auto_map": {"AutoConfig": "configuration_new.NewConfig"}}])
+@pytest.mark.parametrize("command", ["plan", "check-model", "generate"])
+def test_a_type_that_transformers_does_not_know(command, extra, monkeypatch, capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "new_vl"} | extra))
+    named = [str(tmp_path)] if command == "check-model" else ["--model", str(tmp_path)]
+    options = ["--capsule", "none", "--prompt", "what?"] if command == "generate" else []
+    monkeypatch.setattr(sys, "argv", ["capsight", command, *named, *options])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert len(said.splitlines()) == 1
+    assert "'new_vl', which transformers" in said
+    assert "trust_remote_code" not in said
+    assert "qwen3_vl" in said
 
 
 @pytest.mark.parametrize("value", [f"{__name__}:Other", f"{__name__}:SHARED"])

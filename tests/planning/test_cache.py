@@ -20,12 +20,12 @@ from capsight.planning.cache import (
     scratch_bytes,
     state_bytes,
 )
-from tiny import FAMILIES, PLANNED, TinyVLM, in_turn
+from tiny import FAMILIES, TinyVLM, in_turn
 
 BLOCK, NEW = 16, 3
 
 
-@pytest.fixture(params=PLANNED)
+@pytest.fixture(params=sorted(FAMILIES))
 def vlm(request: pytest.FixtureRequest) -> TinyVLM:
     return FAMILIES[request.param]()
 
@@ -75,7 +75,7 @@ def test_grouped_queries_store_kv_heads_only(vlm):
     assert (layer.query_heads, layer.kv_heads, layer.head_dim) == (4, 2, 16)
 
 
-@in_turn("retained", [1.0, 0.4, 0.1], PLANNED)
+@in_turn("retained", [1.0, 0.4, 0.1], sorted(FAMILIES))
 def test_capsule_cache(vlm, retained):
     inputs, shape = prompt(vlm), ModelShape.of(vlm.config)
     fitted = KVCapsule.fit(vlm.model, vlm.processor, [inputs], retained, "heads", BLOCK, progress=False)
@@ -105,7 +105,7 @@ def test_batch_of_left_padded_rows(vlm):
     assert capsule_kv_bytes(shape, layout, 0, 4, planned) == cache.nbytes - cache.state_nbytes
 
 
-@in_turn("retained", [1.0, 0.5], PLANNED)
+@in_turn("retained", [1.0, 0.5], sorted(FAMILIES))
 def test_joint_capsules_take_no_more_than_planned(vlm, retained):
     inputs, shape = prompt(vlm), ModelShape.of(vlm.config)
     fitted = KVCapsule.fit(vlm.model, vlm.processor, [inputs], retained, "joint", progress=False)

@@ -12,18 +12,21 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from capsight.blindsight import MaskOptions
 from capsight.errors import OptionError, UnsupportedModelError
 from capsight.layout import PromptLayout, build_layout
-from capsight.planning import ModelShape
+from capsight.planning import ModelShape, vision
 from capsight.planning.flops import attention_flops, dense_heads, linear_flops
-from tiny import FAMILIES, PLANNED, TinyVLM
+from tiny import FAMILIES, TinyVLM
 
-UNCOUNTED = ("glm4v_moe", "qwen3_5", "qwen3_5_moe", "gemma4", "lfm2_vl", "lfm3_vl", "video_llama_3")
+UNCOUNTED = (
+    *("glm4v_moe", "qwen3_5", "qwen3_5_moe", "gemma4", "lfm2_vl", "lfm3_vl", "video_llama_3"),
+    *("minicpmv4_6", "minicpmv4_7"),
+)
 WHY_UNCOUNTED = (
     "the counter knows no grouped products (experts); delta nets are computed in chunks; VideoLLaMA 3 works "
     "out the logits of all tokens, however many are asked for"
 )
 
 
-@pytest.fixture(params=PLANNED)
+@pytest.fixture(params=sorted(FAMILIES))
 def vlm(request: pytest.FixtureRequest) -> TinyVLM:
     return FAMILIES[request.param]()
 
@@ -115,9 +118,11 @@ def test_only_active_experts_count():
     assert ModelShape.of(config).linear == experts * 2 // 8 + others
 
 
-def test_families_that_plans_do_not_know():
-    with pytest.raises(OptionError, match="plans are not made for minicpmv4_6"):
-        ModelShape.of(FAMILIES["minicpmv4_6"]().config)
+def test_families_that_plans_do_not_know(monkeypatch):
+    config = copy.deepcopy(FAMILIES["lfm2_vl"]().config)
+    monkeypatch.setattr(vision, "_OTHERS", ())
+    with pytest.raises(OptionError, match="plans are not made for lfm2_vl"):
+        ModelShape.of(config)
 
 
 def test_errors():
@@ -127,3 +132,20 @@ def test_errors():
     config.text_config.num_attention_heads = 7
     with pytest.raises(OptionError, match="does not make"):
         ModelShape.of(config)
+
+
+@pytest.mark.parametrize("mode", ["16x", "4x"])
+def test_vision_flops_where_a_tower_merges_patches_on_its_way(mode):
+    vlm = FAMILIES["minicpmv4_6"]()
+    model, config = copy.deepcopy(vlm.model), copy.deepcopy(vlm.config)
+    config.downsample_mode = mode
+    inputs = vlm.inputs([([vlm.picture(0), vlm.picture(1)], "hi")])
+    sizes = {"target_sizes": inputs["target_sizes"], "downsample_mode": mode}
+    model.set_attn_implementation("eager")
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model.model.get_image_features(inputs["pixel_values"], **sizes)
+    merge = 4 if mode == "16x" else 2
+    shape = ModelShape.of(config).vision
+    ours = sum(shape.flops((h // merge, w // merge)) for h, w in inputs["target_sizes"].tolist())
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)

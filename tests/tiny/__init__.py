@@ -64,9 +64,6 @@ KINDS = [name for name in FAMILIES if name not in LIKE_LLAVA]
 """Families without those that cache and number tokens as LLaVA does; layouts, plans and the kit take all."""
 CACHES = ["qwen2_5_vl", "gemma3", "gemma4", "lfm3_vl", "minicpmv4_7", "qwen3_5", "cohere2_vision", "internvl"]
 """One family of each kind of cache and positions, for what the families' own code has no part in."""
-UNPLANNED = ("minicpmv4_6", "minicpmv4_7")
-PLANNED = [name for name in FAMILIES if name not in UNPLANNED]
-"""Families that `capsight plan` knows."""
 
 
 def in_turn(names: str, options: Sequence[Any], families: Sequence[str] = KINDS) -> pytest.MarkDecorator:
@@ -80,4 +77,4 @@ def in_turn(names: str, options: Sequence[Any], families: Sequence[str] = KINDS)
     return pytest.mark.parametrize(f"vlm,{names}", cases, indirect=["vlm"])
 
 
-__all__ = ["CACHES", "FAMILIES", "KINDS", "PLANNED", "TinyVLM", "clip", "in_turn", "picture"]
+__all__ = ["CACHES", "FAMILIES", "KINDS", "TinyVLM", "clip", "in_turn", "picture"]

@@ -25,7 +25,7 @@ class Tiles:
 
     def grid(self, picture: Image.Image) -> tuple[int, int]:
         """Rows and columns of tiles."""
-        return picture.height // self.side, picture.width // self.side
+        return max(picture.height // self.side, 1), max(picture.width // self.side, 1)
 
     def cut(self, picture: Image.Image, whole: tuple[int, int]) -> list[torch.Tensor]:
         """Tiles and, where there are several, the picture scaled to `whole` (width, height): `[3, H, W]`."""

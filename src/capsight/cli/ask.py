@@ -19,9 +19,10 @@ from capsight.cli.options import (
     chosen_capsule,
     picture_item,
 )
-from capsight.cli.output import human_bytes, note
+from capsight.cli.output import cache_bytes, note
 from capsight.errors import OptionError
 from capsight.evaluation import ask_item
+from capsight.evaluation.cache_bytes import CacheBytes
 from capsight.evaluation.prompting import question_tokens
 from capsight.kvcapsule.rest import CapsuleStore
 from capsight.reference.wording import HINT, is_task_question
@@ -67,7 +68,7 @@ def ask(
         vlm, made = load_model(model, dtype, device, processor)
         with enable(vlm, capsule=chosen, store=kept) as fast, torch.no_grad():
             answers = ask_item(fast, made, item, "after", max_new_tokens)
-        _say(answers.texts[0], model, prompt, answers.nbytes, answers.nbytes_full)
+        _say(answers.texts[0], model, prompt, answers.nbytes)
         return
     assert cache is not None
     vlm, made = load_model(model, dtype, device, processor)
@@ -86,11 +87,11 @@ def ask(
             do_sample=False,
         )
     answer = made.tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)[0].strip()
-    _say(answer, model, prompt, held.nbytes, held.nbytes_full)
+    _say(answer, model, prompt, CacheBytes.of(held))
 
 
-def _say(answer: str, model: str, prompt: str, nbytes: int, full: int) -> None:
+def _say(answer: str, model: str, prompt: str, nbytes: CacheBytes) -> None:
     print(answer)
     if model == REFERENCE and not is_task_question(prompt):
         note(HINT)
-    note(f"KV cache {human_bytes(nbytes)}, full {human_bytes(full)}")
+    note(cache_bytes(nbytes))

@@ -154,9 +154,10 @@ def _with_ratios(rows: Sequence[BenchRow], budget: int | None) -> list[dict[str,
 def _print(out: Console, rows: list[dict[str, Any]], fits: list[dict[str, Any]], budget: str | None) -> None:
     """Speed and memory, a table each, so that both fit a terminal."""
     speed, memory = Table(title="speed"), Table(title="memory")
+    held = ["KV", "states"] if any(row["state_bytes"] for row in rows) else ["KV"]
     for table, heads in (
         (speed, ["first token, ms", "ratio", "encode, ms", "tokens/s", "ratio"]),
-        (memory, ["KV", "ratio", "peak", *([] if budget is None else [f"rows in {budget}"])]),
+        (memory, [*held, "ratio", "peak", *([] if budget is None else [f"rows in {budget}"])]),
     ):
         table.add_column("method", no_wrap=True)
         for head in ("images", "batch", *heads):
@@ -174,6 +175,7 @@ def _print(out: Console, rows: list[dict[str, Any]], fits: list[dict[str, Any]],
         memory.add_row(
             *front,
             human_bytes(row["kv_bytes"] + row["module_bytes"]),
+            *([human_bytes(row["state_bytes"])] if len(held) > 1 else []),
             f"{ratios['bytes']:.2f}",
             "" if row["peak_bytes"] is None else human_bytes(row["peak_bytes"]),
             *([] if budget is None else [str(row["largest_batch"])]),

@@ -83,7 +83,7 @@ def _side_figures(item: Item, side: Side) -> dict[str, Any]:
     figures = {
         "answers": list(side.answers.texts),
         "right": right,
-        "kv_bytes": side.answers.nbytes,
+        "kv_bytes": side.answers.nbytes.kv,
         "module_bytes": side.module_nbytes,
         "ttft_s": side.timing.ttft_s,
         "tokens_per_s": side.timing.tokens_per_s,

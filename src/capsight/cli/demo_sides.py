@@ -10,7 +10,8 @@ import torch
 
 from capsight.blindsight import HeadMap, PrefillFlops, prefill_flops
 from capsight.evaluation import Answers, Item, ask_item
-from capsight.evaluation.asking import cache_nbytes, process
+from capsight.evaluation.asking import process
+from capsight.evaluation.cache_bytes import CacheBytes
 from capsight.evaluation.timing import Timing, medians, time_once
 from capsight.kvcapsule import KVCapsule
 from capsight.layout import build_layout
@@ -119,4 +120,4 @@ def ask_sides(
 
 def _nbytes(model: Any, inputs: dict[str, Any], side: Asked, decode: Decode) -> int:
     with enable(model, capsule=side.capsule, head_map=side.head_map, decode=decode) as fast:
-        return cache_nbytes(fast.encapsulate(**inputs))[0]
+        return CacheBytes.of(fast.encapsulate(**inputs)).kv

@@ -40,7 +40,7 @@ def _verdict(answer: str, ask: Ask) -> Text:
 def side_costs(sides: Sequence[Side]) -> dict[str, list[str]]:
     """What each side costs: rows by name, a cell for each side, the full cache first."""
     full, *others = sides
-    kv = full.answers.nbytes
+    kv = full.answers.nbytes.kv
     rows = {
         "KV cache": [human_bytes(kv)],
         "with modules": [human_bytes(kv)],
@@ -50,7 +50,7 @@ def side_costs(sides: Sequence[Side]) -> dict[str, list[str]]:
         "decode": [f"{full.timing.tokens_per_s:.0f} tok/s"],
     }
     for side in others:
-        held, total = side.answers.nbytes, side.answers.nbytes + side.module_nbytes
+        held, total = side.answers.nbytes.kv, side.answers.nbytes.kv + side.module_nbytes
         slower, speed = side.timing.ttft_s / full.timing.ttft_s, side.timing.tokens_per_s
         rows["KV cache"].append(f"{human_bytes(held)} ({kv / held:.2f}x smaller)")
         rows["with modules"].append(f"{human_bytes(total)} ({kv / total:.2f}x smaller)")
@@ -68,7 +68,7 @@ def _other_costs(sides: Sequence[Side]) -> dict[str, list[str]]:
     names = [other.decode for other in found if other is not None]
     if not names:
         return {}
-    kv, speed = full.answers.nbytes, full.timing.tokens_per_s
+    kv, speed = full.answers.nbytes.kv, full.timing.tokens_per_s
     rows: dict[str, list[str]] = {f"decode, {names[0]}": [], "its KV cache": []}
     for other in found:
         cells = ("", "")

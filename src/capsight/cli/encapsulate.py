@@ -23,10 +23,11 @@ from capsight.cli.options import (
     chosen_capsule,
     picture_item,
 )
-from capsight.cli.output import console, human_bytes, parse_bytes
+from capsight.cli.output import cache_bytes, console, human_bytes, parse_bytes
 from capsight.cli.target import check_folder, check_out
 from capsight.errors import OptionError
 from capsight.evaluation.asking import process
+from capsight.evaluation.cache_bytes import CacheBytes
 from capsight.kvcapsule.rest import DEFAULT_QUALITY, CapsuleStore, check_quality
 from capsight.runtime import enable
 
@@ -78,8 +79,7 @@ def encapsulate(
         fast.save(out, quality, most)
     console().print(
         f"{cache.get_seq_length()} tokens of {len(paths)} images -> {out} (file "
-        f"{human_bytes(out.stat().st_size)}, KV cache {human_bytes(cache.nbytes)}, full "
-        f"{human_bytes(cache.nbytes_full)})",
+        f"{human_bytes(out.stat().st_size)}, {cache_bytes(CacheBytes.of(cache))})",
         soft_wrap=True,
     )
 
@@ -109,7 +109,7 @@ def _into_store(folder: Path, vlm: Any, made: Any, items: list[Any], capsule: An
         for item in progress.track(items, description="reading"):
             inputs = process(made, item, [""])
             cache = fast.encapsulate(**{name: value.to(vlm.device) for name, value in inputs.items()})
-            full += cache.nbytes_full
+            full += CacheBytes.of(cache).kv_full
     new = [file for file in store.files() if file.path not in before]
     console().print(
         f"{len(items)} images -> {folder} ({len(new)} new, {human_bytes(sum(f.nbytes for f in new))}; KV "

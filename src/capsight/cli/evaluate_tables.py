@@ -26,7 +26,11 @@ def print_report(console: Console, report: dict[str, Any], title: str, metric: s
         console.print(f"{unscored} questions have no right answer; they are in agreement and KL only")
     table = Table(title=title)
     table.add_column("method", no_wrap=True)
-    for column in (f"{score} %", "drop (p)", "agree %", "KL", "KV cache"):
+    stateful = any(row["state_bytes"] for row in report.values())
+    for column in (
+        *(f"{score} %", "drop (p)", "agree %", "KL", "KV cache"),
+        *(["states"] if stateful else []),
+    ):
         table.add_column(column, justify="right")
     for name, row in report.items():
         share = row["kv_bytes"] / row["kv_bytes_full"] if row["kv_bytes_full"] else 1.0
@@ -38,6 +42,7 @@ def print_report(console: Console, report: dict[str, Any], title: str, metric: s
             f"{row['agreement']:.1f}",
             f"{row['kl']:.4f}",
             f"{human_bytes(row['kv_bytes'])} ({share:.2f}x)",
+            *([human_bytes(row["state_bytes"])] if stateful else []),
         )
     console.print(table)
     for label in ("images", "task"):

@@ -20,7 +20,7 @@ from capsight.cli.options import (
     chosen_capsule,
     picture_item,
 )
-from capsight.cli.output import human_bytes, note
+from capsight.cli.output import cache_bytes, note
 from capsight.errors import OptionError
 from capsight.evaluation import ask_item
 from capsight.reference.wording import HINT, is_task_question
@@ -66,4 +66,4 @@ def generate(
     print(answers.texts[0])
     if model == REFERENCE and not is_task_question(prompt):
         note(HINT)
-    note(f"KV cache {human_bytes(answers.nbytes)}, full {human_bytes(answers.nbytes_full)}")
+    note(cache_bytes(answers.nbytes))

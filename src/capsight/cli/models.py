@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.utils import logging
 
 from capsight.blindsight import HeadMap
-from capsight.errors import CapsuleFileError, OptionError
+from capsight.errors import CapsuleFileError, OptionError, UnsupportedModelError
 from capsight.kvcapsule import KVCapsule
-from capsight.layout.families import family_for
+from capsight.layout.families import family_for, supported_families
 from capsight.processors import load_processor, own_processor
 from capsight.reference import load_reference_vlm, reference_path
 
@@ -64,11 +65,23 @@ def load_config(name: str) -> Any:
 
     Raises:
         OptionError: it cannot be read.
+        UnsupportedModelError: it is of a type that transformers does not know.
     """
     logging.set_verbosity_error()
     source = str(reference_path()) if name == REFERENCE else name
     try:
-        return AutoConfig.from_pretrained(source)
+        values, _ = PreTrainedConfig.get_config_dict(source)
+        kind = values.get("model_type")
+        if isinstance(kind, str) and kind not in CONFIG_MAPPING:
+            supported = ", ".join(supported_families())  # other packages may add models as well
+            if kind not in CONFIG_MAPPING:
+                raise UnsupportedModelError(
+                    f"{name} has the model type {kind!r}, which transformers {transformers.__version__} does "
+                    f"not know, and code that a checkpoint brings is not run; supported are {supported}"
+                )
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # transformers lets errors of strict dataclasses and of the hub through
         reason = " ".join(str(error).split()) or repr(error)
         raise OptionError(f"cannot read the config of {name!r}: {reason}") from error

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from capsight.cli.target import STDOUT, write
 from capsight.errors import OptionError
+from capsight.evaluation.cache_bytes import CacheBytes
 
 _UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -72,6 +73,12 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} GB"
+
+
+def cache_bytes(found: CacheBytes) -> str:
+    """What a cache takes beside a full one, in words."""
+    states = f", states {human_bytes(found.states)}" if found.states else ""
+    return f"KV cache {human_bytes(found.kv)}, full {human_bytes(found.kv_full)}{states}"
 
 
 def parse_bytes(text: str) -> int:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from capsight.cache_argument import CACHE
 from capsight.errors import OptionError
+from capsight.evaluation.batches import in_batches
+from capsight.evaluation.cache_bytes import CacheBytes
 from capsight.evaluation.drafts import GREEDY, append_tokens
 from capsight.evaluation.items import Item
 from capsight.evaluation.prompting import process, question_tokens
@@ -33,15 +35,13 @@ class Answers:
     Attributes:
         texts: one answer per question.
         first_logits: `[Q, V]` float32, logits of the first answer token.
-        nbytes: bytes of the KV cache, modules not counted: after the images, once for all questions
-            ("after"), or of one row per question ("within").
-        nbytes_full: bytes that a full cache takes for the same tokens.
+        nbytes: of the cache: after the images, once for all questions ("after"), or of one row per question
+            ("within").
     """
 
     texts: tuple[str, ...]
     first_logits: Tensor
-    nbytes: int
-    nbytes_full: int
+    nbytes: CacheBytes
 
 
 def ask_item(
@@ -62,28 +62,29 @@ def ask_item(
     if protocol not in PROTOCOLS:
         raise OptionError(f"protocol is {protocol!r}; use 'after' or 'within'")
     questions = [ask.question for ask in item.asks]
-    sizes = None
-    if protocol == "after" and item.images:
-        head, tails = split_questions(fast.model, processor, item, questions)
-        cache = fast.encapsulate(**head)
-        sizes = cache_nbytes(cache)
-        cache.batch_repeat_interleave(len(questions))
-        inputs = append_tokens(tokens_of(head), tails, processor.tokenizer.pad_token_id)
-    else:
+
+    def answers(cache: Any, inputs: dict[str, Any]) -> tuple[list[str], Tensor, Any]:
+        out: Any = fast.generate(
+            past_key_values=cache,
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            **GREEDY,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        new = out.sequences[:, inputs["input_ids"].shape[1] :]
+        texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [text.strip() for text in texts], out.logits[0].float(), out[CACHE]
+
+    if protocol == "within" or not item.images:
         inputs = to_device(process(processor, item, questions), fast.device)
-        cache = fast.new_cache(inputs)
-    out: Any = fast.generate(
-        past_key_values=cache,
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        **GREEDY,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    new = out.sequences[:, inputs["input_ids"].shape[1] :]
-    texts = processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-    sizes = sizes or cache_nbytes(out[CACHE])
-    return Answers(tuple(t.strip() for t in texts), out.logits[0].float(), *sizes)
+        texts, logits, filled = answers(fast.new_cache(inputs), inputs)
+        return Answers(tuple(texts), logits, CacheBytes.of(filled))
+    head, tails = split_questions(fast.model, processor, item, questions)
+    cache = fast.encapsulate(**head)
+    sizes, tokens, pad = CacheBytes.of(cache), tokens_of(head), processor.tokenizer.pad_token_id
+    said = in_batches(cache, tails, lambda own, some: answers(own, append_tokens(tokens, some, pad))[:2])
+    return Answers(tuple(said[0]), said[1], sizes)
 
 
 def split_questions(
@@ -93,17 +94,6 @@ def split_questions(
     whole = to_device(process(processor, item, questions[:1]), inputs_device(model))
     split = build_layout(whole, model.config).last_vision_end
     return first_tokens(whole, split), question_tokens(processor, model.config, len(item.images), questions)
-
-
-def cache_nbytes(cache: Any) -> tuple[int, int]:
-    """Bytes a cache takes now, and what a full cache would take for the same tokens."""
-    if cache is None:
-        return 0, 0
-    if hasattr(cache, "nbytes_full"):
-        return cache.nbytes, cache.nbytes_full
-    held = [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
-    total = sum(x.nbytes for x in held)
-    return total, total
 
 
 def tokens_of(inputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from capsight.cache_argument import CACHE
-from capsight.evaluation.asking import cache_nbytes, to_device
+from capsight.evaluation.asking import to_device
 from capsight.evaluation.bench_row import BenchRow
+from capsight.evaluation.cache_bytes import CacheBytes
 from capsight.evaluation.items import Item, reference_items
 from capsight.evaluation.prefill import Prefill, observes
 from capsight.evaluation.prompting import chat_text
@@ -98,7 +99,7 @@ def bench(
             timings = _timings(model, inputs, timed, new_tokens, runs)
             filling = _encode_seconds(model, inputs, timed, runs)
             for variant, timing, encode in zip(timed, timings, filling, strict=True):
-                kv_bytes, peak = _memory(model, inputs, variant, new_tokens)
+                held, peak = _memory(model, inputs, variant, new_tokens)
                 name, retained = split_label(variant.label)
                 yield BenchRow(
                     method=name,
@@ -108,11 +109,12 @@ def bench(
                     prompt_tokens=inputs["input_ids"].shape[1],
                     ttft_s=timing.ttft_s,
                     tokens_per_s=timing.tokens_per_s,
-                    kv_bytes=kv_bytes,
+                    kv_bytes=held.kv,
                     module_bytes=0 if variant.method is None else variant.method.module_nbytes,
                     encode_s=encode,
                     peak_bytes=peak,
                     decode=variant.decode,
+                    state_bytes=held.states,
                 )
 
 
@@ -144,12 +146,12 @@ def _encode_seconds(
 
 
 def _fill(prefill: Prefill, method: CacheMethod | None) -> None:
-    cache_nbytes(prefill.cache(method))  # asking for its bytes has a cache encode what it put off
+    CacheBytes.of(prefill.cache(method))  # asking for its bytes has a cache encode what it put off
 
 
 def _memory(
     model: Any, inputs: Mapping[str, Any], variant: Variant, new_tokens: int
-) -> tuple[int, int | None]:
+) -> tuple[CacheBytes, int | None]:
     """Bytes of the cache after the first token, and the peak of a whole generation."""
     with variant.enabled(model) as fast:
 
@@ -162,9 +164,9 @@ def _memory(
                 return_dict_in_generate=True,
             )
 
-        nbytes = cache_nbytes(generate(2)[CACHE])[0]
+        held = CacheBytes.of(generate(2)[CACHE])
         fast.cache = None
-        return nbytes, peak_bytes(lambda: generate(new_tokens), model.device)
+        return held, peak_bytes(lambda: generate(new_tokens), model.device)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -24,14 +24,15 @@ class BenchRow:
         prompt_tokens: tokens per row, padding included.
         ttft_s: seconds to the first token, image encoding, prefill and encoding of capsules included.
         tokens_per_s: new tokens per second over all rows, after the first.
-        kv_bytes: bytes of the cache of the whole batch after the first token, modules not counted; None
-            where it was not measured.
+        kv_bytes: bytes of keys and values of the whole batch after the first token, or of what stands for
+            them; modules are not counted; None where it was not measured.
         module_bytes: bytes of the method's own tensors.
         encode_s: seconds to fill the method's cache once the prefill's keys, values and queries are there,
             so what the method adds to the prefill ("full": a copy); None where it was not measured.
         peak_bytes: most memory that generation held beyond what was held before it; None where it was not
             measured.
         decode: how attention gets at capsules, "materialise" or "latent"; None for what suits the method.
+        state_bytes: bytes of states (linear attention, convolutions) of the whole batch, beside `kv_bytes`.
     """
 
     method: str
@@ -46,6 +47,7 @@ class BenchRow:
     encode_s: float | None = None
     peak_bytes: Count | None = None
     decode: str | None = None
+    state_bytes: Count = 0
 
     @property
     def name(self) -> str:
@@ -54,13 +56,14 @@ class BenchRow:
         return f"{label} latent" if self.decode == "latent" else label
 
     def ratios(self, full: BenchRow) -> dict[str, float]:
-        """This row over the full cache's, at the same batch and images; modules count as bytes."""
+        """This row over the full cache's, at the same batch and images; modules and states count as bytes."""
         found = {
             "ttft": self.ttft_s / full.ttft_s,
             "tokens_per_s": self.tokens_per_s / full.tokens_per_s,
         }
         if self.kv_bytes is not None and full.kv_bytes:
-            found["bytes"] = (self.kv_bytes + self.module_bytes) / full.kv_bytes
+            held = self.kv_bytes + self.state_bytes + self.module_bytes
+            found["bytes"] = held / (full.kv_bytes + full.state_bytes)
         if self.peak_bytes is not None and full.peak_bytes:
             found["peak_bytes"] = self.peak_bytes / full.peak_bytes
         return {name: round(value, 4) for name, value in found.items()}
@@ -73,7 +76,7 @@ class BenchRow:
         """
         if not self.kv_bytes:
             raise ValueError("the row has no measured bytes")
-        return max(0, (budget - self.module_bytes) * self.batch // self.kv_bytes)
+        return max(0, (budget - self.module_bytes) * self.batch // (self.kv_bytes + self.state_bytes))
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, JSON-ready."""

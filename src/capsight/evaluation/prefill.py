@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -9,12 +10,13 @@ from typing import Any, cast
 from weakref import WeakSet
 
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from capsight.attention_swap import attention_fits
 from capsight.blindsight import HeadMap
 from capsight.cache_argument import CACHE
 from capsight.kvcapsule import CacheMethod, CapsuleCache, ContextRepeater, LatentMethod, QueryObserver
+from capsight.kvcapsule.cache.stock import has_states, set_state, states
 from capsight.layout import PromptLayout, build_layout
 from capsight.layout.positions import text_position_ids
 from capsight.runtime.prefill import SparsePrefill
@@ -24,10 +26,15 @@ from capsight.runtime.state import RuntimeState, running
 
 
 class _Recorder(DynamicCache):
-    """A stock cache that holds everything: made without a config, it has no sliding layers.
+    """A stock cache that holds everything: it has no sliding layers.
 
     To capsight's attention function it is a capsule cache without capsules.
     """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        stock: list[Any] = self.layers
+        self.layers = [layer if has_states(layer) else DynamicLayer() for layer in stock]
 
     def key_bias(self, layer_idx: int) -> None:
         """Nothing is hidden."""
@@ -41,8 +48,8 @@ class _Recorder(DynamicCache):
 class _ObservingRecorder(_Recorder):
     """A recorder that also keeps what a `QueryObserver` is shown."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
         self.shown: dict[int, tuple[Tensor, Tensor | None, float]] = {}
 
     def observe(
@@ -90,7 +97,7 @@ class Prefill:
             if head_map is None
             else SparsePrefill(head_map, layout, model.config, seen=0, new=sequence_length(inputs))
         )
-        recorder = _ObservingRecorder() if observe else _Recorder()
+        recorder = (_ObservingRecorder if observe else _Recorder)(model.config)
         repeat = ContextRepeat(model)
         state = RuntimeState(cast(CapsuleCache, recorder), sparse, generating=True)
         with running(state), repeat.recording():
@@ -105,7 +112,8 @@ class Prefill:
         layers: list[Any] = recorder.layers
         for layer in layers:
             # A stock layer has its heads one after another; the model gave their tokens so, side by side.
-            layer.keys, layer.values = (_token_major(x) for x in (layer.keys, layer.values))
+            if not has_states(layer):
+                layer.keys, layer.values = (_token_major(x) for x in (layer.keys, layer.values))
         tokens = {key: value for key, value in inputs.items() if key in TOKEN_ENTRIES}
         return cls(model, tokens, layout, output.logits[0].float(), recorder, repeat)
 
@@ -122,6 +130,10 @@ class Prefill:
         layers: list[Any] = self._recorder.layers
         observes = isinstance(cache, QueryObserver)
         for index, layer in enumerate(layers):
+            if has_states(layer):
+                for kind, number, state in states(layer):
+                    set_state(cache.layers[index], kind, number, state)
+                continue
             cache.update(layer.keys, layer.values, index)
             if observes:
                 assert isinstance(self._recorder, _ObservingRecorder)
@@ -133,6 +145,13 @@ class Prefill:
         if isinstance(method, LatentMethod) and not method.rebuilds and attention_fits(self.model):
             self._lean.add(cache)
         return cache
+
+    def copied(self, cache: Any) -> Any:
+        """A copy of a cache that was filled from this prefill, read in the same way."""
+        other = copy.deepcopy(cache)
+        if cache in self._lean:
+            self._lean.add(other)
+        return other
 
     def generate(self, cache: Any, rows: Tensor | None = None, **inputs: Any) -> Any:
         """Go on from a cache that was filled from this prefill, as `model.generate` does.

@@ -21,8 +21,9 @@ class MethodRecord:
         right: how right they are, 0-1; None where no right answer is known.
         agrees: whether they equal the full cache's.
         kl: KL divergence of the first answer token from the full cache's distribution, in nats.
-        nbytes: bytes of its cache before the answers.
-        nbytes_full: bytes of a full cache for the same tokens.
+        nbytes: bytes of keys and values in its cache before the answers, or of what stands for them.
+        nbytes_full: those of a full cache for the same tokens.
+        state_nbytes: bytes of states (linear attention, convolutions) beside them.
     """
 
     texts: list[str]
@@ -31,6 +32,7 @@ class MethodRecord:
     kl: list[float]
     nbytes: int
     nbytes_full: int
+    state_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,7 @@ class ItemRecord:
                 [score(text, a.references, metric) for text, a in zip(ours.texts, item.asks, strict=True)],
                 [exact_match(text, other) for text, other in zip(ours.texts, full.texts, strict=True)],
                 [round(value, 8) for value in kl.tolist()],
-                ours.nbytes,
-                ours.nbytes_full,
+                *ours.nbytes,
             )
         return cls(item.name, len(item.images), [ask.task for ask in item.asks], methods)
 

@@ -23,11 +23,15 @@ from capsight.kvcapsule import CacheMethod
 
 @dataclass
 class MethodResult:
-    """What one method did: its outcomes, in the order of the items, and its bytes summed over the items."""
+    """What one method did: its outcomes, in the order of the items, and its bytes summed over the items.
+
+    Bytes of states are counted apart from those of keys and values.
+    """
 
     outcomes: list[Outcome] = field(default_factory=list)
     nbytes: int = 0
     nbytes_full: int = 0
+    state_nbytes: int = 0
     module_nbytes: int = 0
 
     def add(self, record: ItemRecord, name: str) -> None:
@@ -37,6 +41,7 @@ class MethodResult:
             self.outcomes.append(Outcome(record.item, task, record.images, right, agrees, kl))
         self.nbytes += ours.nbytes
         self.nbytes_full += ours.nbytes_full
+        self.state_nbytes += ours.state_nbytes
 
 
 def evaluate(

@@ -14,11 +14,12 @@ from capsight.evaluation.asking import (
     PROTOCOLS,
     Answers,
     ask_item,
-    cache_nbytes,
     process,
     split_questions,
     to_device,
 )
+from capsight.evaluation.batches import in_batches
+from capsight.evaluation.cache_bytes import CacheBytes
 from capsight.evaluation.drafts import Rows, append_tokens, check, end_tokens, until_end, write
 from capsight.evaluation.items import Item
 from capsight.evaluation.prefill import Prefill, observes
@@ -117,7 +118,6 @@ class _Prompt:
             for method in asking.methods.values()
         )
         self._prefill = Prefill.record(model, inputs, head_map, observe)
-        self._questions = len(questions)
         self._firsts: list[int] = self._prefill.first_logits.argmax(-1).tolist()
         self._drafts: Rows | None = None
 
@@ -128,17 +128,21 @@ class _Prompt:
     def answers(self, method: CacheMethod | None) -> Answers:
         """Fill a method's cache and let it answer; the stock cache (None) comes first and drafts for all."""
         cache = self._prefill.cache(method)
-        nbytes = cache_nbytes(cache)
+        nbytes = CacheBytes.of(cache)
         said, first = self._over(cache) if self._after else self._on(cache)
         if method is None:
             self._drafts = said
         texts = self._processor.tokenizer.batch_decode(said, skip_special_tokens=True)
-        return Answers(tuple(text.strip() for text in texts), first, *nbytes)
+        return Answers(tuple(text.strip() for text in texts), first, nbytes)
 
     def _over(self, cache: Any) -> tuple[list[list[int]], Tensor]:
         """Protocol `after`: the questions are new tokens over the cache, one row each."""
-        cache.batch_repeat_interleave(self._questions)
-        return self._decode(cache, self._tails, self._drafts, self._limit)
+
+        def ask(own: Any, tails: Sequence[list[int]]) -> tuple[list[list[int]], Tensor]:
+            drafts = self._drafts if len(tails) == len(self._tails) else None
+            return self._decode(own, tails, drafts, self._limit)
+
+        return in_batches(cache, self._tails, ask, self._prefill.copied)
 
     def _on(self, cache: Any) -> tuple[list[list[int]], Tensor]:
         """Protocol `within`: the prefill gave the first token; the others are decoded over the cache."""

@@ -35,6 +35,7 @@ def summary(results: Mapping[str, MethodResult]) -> dict[str, Any]:
             "kl": round(sum(o.kl for o in result.outcomes) / total, 5),
             "kv_bytes": result.nbytes,
             "kv_bytes_full": result.nbytes_full,
+            "state_bytes": result.state_nbytes,
             "module_bytes": result.module_nbytes,
             "by": groups,
         }

@@ -17,7 +17,7 @@ ImageGrids = tuple[Grid, ...]
 """One image: the token grids (height, width) of its blocks; more than one where it is cut into tiles."""
 
 _TILED_BY_PROCESSOR = ("internvl", "qianfan_ocr", "smolvlm", "idefics3", "cohere2_vision", "ovis2")
-_ANY_NUMBER = ("gemma4", "gemma4_unified", "lfm2_vl", "video_llama_3")
+_ANY_NUMBER = ("gemma4", "gemma4_unified", "lfm2_vl", "video_llama_3", "minicpmv4_6", "minicpmv4_7")
 _BARE = ("exaone4_5", "lighton_ocr", "video_llama_3")
 _LLAVA = ("llava", "vipllava", "llava_next", "deepseek_vl")
 

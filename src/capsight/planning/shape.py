@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from capsight.errors import OptionError
 from capsight.kvcapsule.cache.stock import has_states
-from capsight.planning.vision import VisionShape, check_planned
+from capsight.planning.vision import VisionShape, check_planned, merged_after
 from capsight.text_layers import layer_sizes
 
 _NOT_MULTIPLIED = ("embed_tokens", "position", "pos_embed", "cls_token", "mask_token", "lm_head")
@@ -138,6 +139,15 @@ def _with_states(text: Any, heads: int) -> LayerShape:
     raise OptionError(f"the states of {text.model_type} layers are of a kind that is not planned for")
 
 
+def _used(name: str, config: Any) -> float:
+    """The share of patches that a weight of MiniCPM-V's vision tower is multiplied with."""
+    layer = re.search(r"encoder\.layers\.(\d+)\.", name)
+    if "vit_merger" in name and config.downsample_mode == "4x":
+        return 0.0
+    late = layer is not None and int(layer[1]) >= merged_after(config)
+    return 0.25 if late or "vit_merger.linear" in name else 1.0
+
+
 def _count_weights(model: nn.Module, config: Any) -> tuple[int, int, int, int]:
     """Weights in matrix products: per text token, per patch, per vision token, per patch of pixels."""
     text_config = config.get_text_config(decoder=True)
@@ -148,7 +158,11 @@ def _count_weights(model: nn.Module, config: Any) -> tuple[int, int, int, int]:
         if parameter.ndim < 2 or any(part in name for part in _NOT_MULTIPLIED):
             continue
         size = math.prod(parameter.shape)
-        if any(part in name for part in _TO_TEXT):
+        if config.model_type.startswith("minicpmv") and "vision_tower" in name:
+            size = int(size * _used(name, config))
+        if "vit_merger" in name:
+            patch += size
+        elif any(part in name for part in _TO_TEXT):
             token += size
         elif not any(part in name for part in _VISION):
             expert_weights = experts > 1 and parameter.ndim == 3 and parameter.shape[0] == experts

@@ -11,7 +11,7 @@ from capsight.layout.families import family_for
 _OTHERS = (
     *("gemma3", "gemma4", "gemma4_unified", "internvl", "smolvlm", "idefics3"),
     *("llava", "vipllava", "llava_next", "llava_onevision", "deepseek_vl", "qianfan_ocr"),
-    *("lfm2_vl", "cohere2_vision", "ovis2", "video_llama_3"),
+    *("lfm2_vl", "cohere2_vision", "ovis2", "video_llama_3", "minicpmv4_6", "minicpmv4_7"),
 )
 
 Grid = tuple[int, int]
@@ -27,7 +27,8 @@ class VisionShape:
         patch: weights that each patch is multiplied with in the tower's layers.
         token: weights that each vision token is multiplied with on its way to the language model.
         width: channels of all heads of a layer together.
-        layers: attention layers over all patches of a block.
+        layers: attention layers over all patches of a block; where later ones see a quarter as many, each of
+            those is a sixteenth.
         window_layers: attention layers within windows.
         window: side of a window in tokens; 0 where there are no windows.
         patches_per_token: patches that are merged into one vision token.
@@ -39,7 +40,7 @@ class VisionShape:
     patch: int
     token: int
     width: int
-    layers: int
+    layers: float
     window_layers: int
     window: int
     patches_per_token: int
@@ -51,7 +52,7 @@ class VisionShape:
         """Read the sizes of the tower of a known family; weights have been counted before."""
         vision, kind = config.vision_config, config.model_type
         depth = int(getattr(vision, "depth", None) or getattr(vision, "num_hidden_layers", None) or 0)
-        window_layers = window = class_tokens = 0
+        late = window_layers = window = class_tokens = 0
         if merge := merge_side(config):
             merged = merge**2
         elif kind == "gemma3":
@@ -60,6 +61,11 @@ class VisionShape:
             merged = vision.pooling_kernel_size**2
         elif kind in ("lfm2_vl", "cohere2_vision"):
             merged = config.downsample_factor**2
+        elif kind.startswith("minicpmv"):
+            late = depth - merged_after(config)
+            merged = 16 if late else 4
+            if late:
+                patch += 8 * vision.hidden_size  # where four become one, they see each other
         elif kind == "ovis2":
             merged = vision.hidden_stride**2
         elif kind in ("internvl", "qianfan_ocr"):
@@ -73,7 +79,7 @@ class VisionShape:
             window = vision.window_size // vision.patch_size // vision.spatial_merge_size
         # Gemma 4 Unified has no tower, only linear layers over patches.
         width = vision.embed_dim if kind == "qwen2_vl" else getattr(vision, "hidden_size", 0)
-        full = depth - window_layers
+        full = depth - window_layers - late + late / 16
         return cls(
             pixels,
             patch,
@@ -103,7 +109,7 @@ class VisionShape:
             down, across = _windows(height, self.window), _windows(width, self.window)
             inside = sum((a * b * self.patches_per_token) ** 2 for a in down for b in across)
             pairs += self.window_layers * inside
-        return 2 * linear + 4 * self.width * pairs
+        return 2 * linear + round(4 * self.width * pairs)
 
 
 def check_planned(config: Any) -> None:
@@ -126,6 +132,12 @@ def merge_side(config: Any) -> int:
     if config.vision_config.model_type == "pixtral":
         return int(getattr(config, "spatial_merge_size", 1))
     return int(getattr(config.vision_config, "spatial_merge_size", 0))
+
+
+def merged_after(config: Any) -> int:
+    """Layers of MiniCPM-V's vision tower that see all patches; the others see one for each four."""
+    vision = config.vision_config
+    return int(vision.num_hidden_layers if config.downsample_mode == "4x" else vision.insert_layer_id + 1)
 
 
 def pixtral(config: Any) -> bool:

@@ -46,9 +46,10 @@ class MethodRow(Cell):
         p_value: of the paired test against the full cache.
         agreement: percent of answers equal to those of the full cache.
         kl: mean KL divergence of the first answer token, in nats.
-        kv_bytes: summed over the prompts.
+        kv_bytes: of keys and values or what stands for them, summed over the prompts.
         kv_bytes_full: the same of the full cache.
         module_bytes: of the modules, once.
+        state_bytes: of states beside keys and values, summed over the prompts.
         by: "images" and "task" -> value -> exact match.
         name: its key in the file, such as "heads 0.4".
     """
@@ -61,6 +62,7 @@ class MethodRow(Cell):
     kv_bytes_full: Size
     module_bytes: Count
     by: dict[str, dict[str, Cell]]
+    state_bytes: Count = 0
     name: str = ""
 
     @property

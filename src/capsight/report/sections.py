@@ -92,6 +92,7 @@ def speed(file: BenchFile) -> Iterator[Section]:
             f"From the call to the first new token, batch {batch}; lower is better.",
             f"<figure>{charts.ttft(file, 'ttft')}</figure>",
         )
+    stateful = any(row.state_bytes for row in file.rows)
     rows = [
         [
             escape(row.name),
@@ -99,6 +100,7 @@ def speed(file: BenchFile) -> Iterator[Section]:
             f"{row.ttft_s * 1e3:,.0f} ms",
             f"{row.tokens_per_s:,.0f}",
             *("" if n is None else human_bytes(n) for n in (row.kv_bytes, row.peak_bytes)),
+            *([human_bytes(row.state_bytes)] if stateful else []),
         ]
         for row in file.rows
     ]
@@ -111,6 +113,7 @@ def speed(file: BenchFile) -> Iterator[Section]:
         "tokens/s",
         "KV cache",
         "peak memory",
+        *(["states"] if stateful else []),
     )
     body = folded(f"{len(rows)} measurements", table(heads, rows))
     yield Section("bench", "All timings", "Medians, warm-up left out.", body)

@@ -33,6 +33,7 @@ def table(
 
 def methods_table(rows: Sequence[MethodRow], chosen: MethodRow | None) -> str:
     """Every method and budget; what a phone shows without scrolling comes first."""
+    stateful = any(row.state_bytes for row in rows)
 
     def cells(row: MethodRow) -> list[str]:
         if row.name == FULL:
@@ -54,6 +55,7 @@ def methods_table(rows: Sequence[MethodRow], chosen: MethodRow | None) -> str:
             agreement,
             kl,
             human_bytes(row.module_bytes) if row.module_bytes else "",
+            *([human_bytes(row.state_bytes)] if stateful else []),
         ]
 
     heads = (
@@ -66,6 +68,7 @@ def methods_table(rows: Sequence[MethodRow], chosen: MethodRow | None) -> str:
         "same answer %",
         "KL",
         "modules",
+        *(["states"] if stateful else []),
     )
     stressed = [i for i, row in enumerate(rows) if row is chosen]
     return table(heads, (cells(row) for row in rows), ours=stressed)

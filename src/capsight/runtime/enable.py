@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from capsight.attention_swap import attention_fits
 from capsight.blindsight import HeadMap
 from capsight.errors import OptionError
+from capsight.execution import check_whole
 from capsight.kvcapsule import CacheMethod, LatentMethod
 from capsight.kvcapsule.rest import CapsuleStore
 from capsight.model_fingerprint import model_fingerprint
@@ -61,6 +62,8 @@ def enable(
         lean = isinstance(capsule, LatentMethod) and not capsule.rebuilds
         decode = "latent" if lean and attention_fits(model) else "materialise"
     check_decode(decode)
+    if capsule is not None or head_map is not None:
+        check_whole(model)
     if capsule is not None:
         capsule.check_model(model)
     if decode == "latent":

@@ -9,6 +9,7 @@ from typing import Any
 from capsight.errors import LayoutError, OptionError
 from capsight.kvcapsule import CapsuleCache
 from capsight.kvcapsule.cache.conversation import Conversation
+from capsight.kvcapsule.cache.stock import has_states
 from capsight.layout import PromptLayout, build_layout
 from capsight.layout.pixels import select_images
 from capsight.layout.positions import position_ids, text_position_ids
@@ -70,6 +71,7 @@ class Turn:
                 f"the cache holds {seen} tokens and the prompt has {length}; pass the whole "
                 "conversation, with the new turn at its end"
             )
+        _check_padding(cache, inputs, seen)
         rows = len(inputs["input_ids"])
         known: Conversation | None = getattr(cache, "conversation", None)
         if known is not None and not isinstance(cache, CapsuleCache):  # whose rows nobody follows
@@ -110,6 +112,16 @@ class Turn:
         if positions is not None:
             given["position_ids"] = positions.to(given["input_ids"].device)
         return cls(given, layout, read, seen)
+
+
+def _check_padding(cache: Any, inputs: Mapping[str, Any], seen: int) -> None:
+    """Attention is told to pass over padding; states cannot be."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and any(map(has_states, cache.layers)) and not mask[..., seen:].all():
+        raise LayoutError(
+            "the new turn is padded, and the states of this model's layers (linear attention, convolutions) "
+            "would run through the padding; ask rows of one length together, others over a copy of the cache"
+        )
 
 
 def _layout(cache: Any, known: Conversation | None, rows: int) -> PromptLayout | None:

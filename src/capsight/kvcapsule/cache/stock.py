@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
@@ -62,6 +63,17 @@ def move_rows(layer: Any, rows: Tensor) -> None:
         layer.reorder_cache(rows)
     else:
         layer.batch_select_indices(rows)
+
+
+def repeat_rows(cache: Any, repeats: int) -> None:
+    """Repeat every row of a cache in place; a stock one with states cannot by itself."""
+    if type(cache) is not DynamicCache or not any(map(has_states, cache.layers)):
+        cache.batch_repeat_interleave(repeats)
+        return
+    batch = next(len(state) for layer in cache.layers for _, _, state in states(layer))
+    rows = torch.arange(batch).repeat_interleave(repeats)
+    for layer in cache.layers:
+        move_rows(layer, rows)
 
 
 def set_state(layer: Any, kind: str, number: int, state: Tensor) -> None:

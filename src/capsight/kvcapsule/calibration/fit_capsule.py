@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from capsight.errors import CalibrationError
+from capsight.execution import check_whole
 from capsight.kvcapsule.budget import share_out
 from capsight.kvcapsule.calibration.config import CapsuleConfig
 from capsight.kvcapsule.calibration.fit import calibrate, kept_tokens, measure_needs, solve
@@ -30,11 +30,7 @@ def fit_capsule(
     processes: Processes,
 ) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
     """Fit a codec to every full-attention layer of a model; arguments and errors are `KVCapsule.fit`'s."""
-    if (getattr(model, "tp_size", None) or 1) > 1:
-        raise CalibrationError(
-            "each process holds only some heads of this model (tensor parallelism); fit a copy that is "
-            "whole, on one device or spread by device_map"
-        )
+    check_whole(model)
     if config.codec == JointCodec.name:
         return _joint(model, processor, samples, config, progress, resume, processes)
     if config.codec == StaticMlpCodec.name and not isinstance(samples, Sequence):

@@ -27,6 +27,7 @@ from capsight.layout.families.paddleocr_vl import PaddleOCRVL
 from capsight.layout.families.qwen2_5_vl import Qwen25VL
 from capsight.layout.families.qwen2_vl import Qwen2VL
 from capsight.layout.families.qwen3_vl import Qwen3VL
+from capsight.layout.families.refused import reason
 from capsight.layout.families.smolvlm import SmolVLM
 
 _ADAPTERS: tuple[Family, ...] = (
@@ -55,20 +56,6 @@ _BY_MODEL_TYPE: dict[str, Family] = {name: family for family in _ADAPTERS for na
 
 ENTRY_POINTS = "capsight.families"
 """Entry-point group under which other packages register adapters: a `Family`, or what makes one if called."""
-
-_LATENT = "its attention is latent (MLA): the cache holds one latent a token instead of keys and values"
-_INDEXED = "an indexer keeps keys of its own beside the cache, and they would point at tokens that are gone"
-_CROSS = "its images are read by cross-attention, so the cache of its language model holds no vision tokens"
-_PREFIX = "all its image tokens see each other, across images, and BlindSight's masks know no such rule"
-_STATES = "its layers hold states, or keys and values, in a way that caches of capsules do not know"
-_REFUSED = {
-    **dict.fromkeys(("nemotron_h_omni", "inkling_mm_model", "inkling2", "unlimited_ocr"), _STATES),
-    **dict.fromkeys(("kimi_k25", "mistral_large4", "deepseek_vl_v2", "kimi_vl"), _LATENT),
-    **dict.fromkeys(("qwen4_exp", "glm5_next", "minimax_m3_vl"), _INDEXED),
-    **dict.fromkeys(("mllama", "idefics", "florence2", "blip", "blip-2", "instructblip"), _CROSS),
-    **dict.fromkeys(("paligemma", "molmo2"), _PREFIX),
-    "gemma3n": "its last layers reuse the keys and values of earlier ones",
-}
 
 
 @cache
@@ -112,21 +99,8 @@ def family_for(config: Any) -> Family:
     model_type = getattr(config, "model_type", None)
     family = _BY_MODEL_TYPE.get(str(model_type)) or _registered().get(str(model_type))
     if family is None:
-        raise UnsupportedModelError(
-            f"{_why(config, model_type)}; supported are {', '.join(supported_families())}"
-        )
+        raise UnsupportedModelError(f"{reason(config)}; supported are {', '.join(supported_families())}")
     refusal = family.refusal(config)
     if refusal is not None:
         raise UnsupportedModelError(f"{refusal}; capsight cannot run it")
     return family
-
-
-def _why(config: Any, model_type: Any) -> str:
-    if model_type in _REFUSED:
-        return f"model type {model_type!r} is not supported: {_REFUSED[model_type]}"
-    if getattr(config, "vision_config", None) is None:
-        return (
-            f"model type {model_type!r} is no vision-language model; pass the config of the whole model "
-            "(model.config), not that of its text model"
-        )
-    return f"no layout adapter for model type {model_type!r}"
