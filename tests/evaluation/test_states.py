@@ -15,6 +15,7 @@ from capsight.errors import LayoutError
 from capsight.evaluation import Ask, Item, ask_item, evaluate, summary
 from capsight.evaluation.bench import bench, variants
 from capsight.evaluation.cache_bytes import CacheBytes
+from capsight.integrations.answering import Answerer
 from capsight.report import EvalFile, Material, build_report, read
 from processors.checkpoints import template
 from report import samples
@@ -85,6 +86,19 @@ def test_bench_counts_states_apart():
     out = StringIO()
     _print(Console(file=out, width=200), _with_ratios(rows, None), [], None)
     assert "states" in out.getvalue()
+
+
+def test_harnesses_get_the_same_answers(vlm, item):
+    used = capsule(vlm, 0.4)
+    one = Item("one", item.images, ASKS[:1])
+    content = [*[{"type": "image"}] * len(one.images), {"type": "text", "text": ASKS[0].question}]
+    messages = [{"role": "user", "content": content}]
+    answerer = Answerer(vlm.model, vlm.processor, used)
+    with capsight.enable(vlm.model, capsule=used) as fast, torch.no_grad():
+        assert (answerer.answer(messages, one.images, 4),) == ask_item(
+            fast, vlm.processor, one, max_new_tokens=4
+        ).texts
+    assert answerer.score(messages, one.images, "x")[0] < 0
 
 
 def test_the_report_has_a_column_of_states_where_there_are_some(tmp_path):

@@ -35,7 +35,7 @@ def _ranges(positions: tuple[int, ...]) -> str:
 
 IMAGES: dict[str, str] = {
     **dict.fromkeys(
-        ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "lfm3_vl"],
+        ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe", "lfm3_vl", "muse_glimmer"],
         """\
 193 pad 105 | image0 112:176 1x8x8 at 111 176
 193 pad 0 | image0 7:71 1x8x8 at 6 71 | image1 73:169 1x8x12 at 72 169
@@ -164,6 +164,23 @@ IMAGES: dict[str, str] = {
 }
 
 VIDEOS: dict[str, str] = {
+    **dict.fromkeys(
+        ["gemma4", "gemma4_unified"],
+        """\
+600 pad 292\
+ | video0 306:370 1x1x64 at 305 370 | video0 379:443 1x1x64 at 378 443\
+ | video0 452:516 1x1x64 at 451 516 | video0 525:589 1x1x64 at 524 589
+600 pad 0\
+ | video0 14:78 1x1x64 at 13 78 | video0 87:151 1x1x64 at 86 151\
+ | video0 160:224 1x1x64 at 159 224 | video0 233:297 1x1x64 at 232 297\
+ | video1 305:369 1x1x64 at 304 369 | video1 378:442 1x1x64 at 377 442\
+ | video1 451:515 1x1x64 at 450 515 | video1 524:588 1x1x64 at 523 588""",
+    ),
+    "muse_glimmer": """\
+107 pad 44 | video0 55:71 1x4x4 at 71 | video0 76:92 1x4x4 at 92
+107 pad 0\
+ | video0 11:27 1x4x4 at 27 | video0 32:48 1x4x4 at 48\
+ | video1 54:70 1x4x4 at 70 | video1 75:91 1x4x4 at 91""",
     "qwen2_vl": """\
 89 pad 35 | video0 42:74 2x4x4 at 41 74
 89 pad 0 | video0 7:39 2x4x4 at 6 39 | video1 41:73 2x4x4 at 40 73""",

@@ -149,6 +149,21 @@ def test_a_registered_adapter(entry_points, value):
     assert build_layout(inputs, config) == build_layout(inputs, vlm.config)
 
 
+def test_an_installed_package_brings_a_family(monkeypatch, tmp_path):
+    family = "from capsight.layout.families.qwen2_vl import Qwen2VL\n\nclass Theirs(Qwen2VL):\n"
+    (tmp_path / "their_family.py").write_text(f"{family}    model_types = ('their_vl',)\n")
+    about = tmp_path / "theirs-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[{families.ENTRY_POINTS}]\ntheirs = their_family:Theirs\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    families._registered.cache_clear()
+    try:
+        assert type(family_for(SimpleNamespace(model_type="their_vl"))).__name__ == "Theirs"
+    finally:
+        families._registered.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("value", "why"), [("no_such_module:x", "No module"), (f"{__name__}:Taken", "qwen2_vl, which is taken")]
 )

@@ -6,6 +6,7 @@ import torch
 
 from capsight.errors import LayoutError
 from capsight.layout import build_layout
+from capsight.layout.pixels import select_images
 from layout.golden import VIDEOS, written
 from tiny import FAMILIES, clip
 
@@ -51,6 +52,24 @@ def test_the_model_takes_as_many_tokens(name):
     with torch.no_grad():
         out = vlm.model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     assert out.shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+@pytest.mark.parametrize("name", ["gemma4", "minicpmv4_6", "muse_glimmer", "qwen3_vl"])
+def test_pixels_are_told_apart_by_row(name):
+    vlm = FAMILIES[name]()
+    both, alone = clips(vlm), vlm.video_inputs([([clip()], "a")])
+    layout = build_layout(both, vlm.config)
+    found = select_images(both, layout, {(0, block.image) for block in layout.rows[0].blocks})
+    assert "pixel_values_videos" in found
+    for key, value in found.items():
+        assert torch.equal(value, alone[key]), key
+
+
+def test_frames_that_are_not_there():
+    vlm = FAMILIES["gemma4"]()
+    inputs = dict(clips(vlm)) | {"num_frames_per_video": torch.tensor([4, 4, 5])}
+    with pytest.raises(LayoutError, match="num_frames_per_video calls for more frames"):
+        build_layout(inputs, vlm.config)
 
 
 @pytest.mark.parametrize("name", GRIDS)

@@ -37,7 +37,7 @@ _ALONE = (
         "exaone4_5",
         "lighton_ocr",
     ),
-    *("video_llama_3", "deepseek_vl"),
+    *("video_llama_3", "deepseek_vl", "muse_glimmer"),
 )
 _BUILD: dict[str, tuple[str, ...]] = {
     **{name: (name, "build") for name in _ALONE},
@@ -59,9 +59,9 @@ def _built(name: str) -> TinyVLM:
 
 
 FAMILIES: dict[str, Callable[[], TinyVLM]] = {name: partial(_built, name) for name in _BUILD}
-LIKE_LLAVA = ("lighton_ocr", "video_llama_3", "ovis2", "deepseek_vl", "qianfan_ocr")
+LIKE_LLAVA = ("lighton_ocr", "video_llama_3", "ovis2", "deepseek_vl", "qianfan_ocr", "muse_glimmer")
 KINDS = [name for name in FAMILIES if name not in LIKE_LLAVA]
-"""Families without those that cache and number tokens as LLaVA does; layouts, plans and the kit take all."""
+"""Families without those that cache and number tokens as another; layouts, plans and the kit take all."""
 CACHES = ["qwen2_5_vl", "gemma3", "gemma4", "lfm3_vl", "minicpmv4_7", "qwen3_5", "cohere2_vision", "internvl"]
 """One family of each kind of cache and positions, for what the families' own code has no part in."""
 

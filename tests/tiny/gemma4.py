@@ -12,6 +12,7 @@ from transformers import (
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from tiny.base import TinyVLM, byte_tokenizer, offline, seeded
+from tiny.video import PicturedVideos
 
 SPECIAL = {
     "pad": "<pad>",
@@ -50,8 +51,18 @@ def build(name: str) -> TinyVLM:
     # The unified model takes patches that are merged already; its own image processor needs torchvision.
     patch, pool = (PATCH, POOL) if name == "gemma4" else (PATCH * POOL, 1)
     images = Gemma4ImageProcessorPil(patch_size=patch, pooling_kernel_size=pool, max_soft_tokens=140)
+    videos = PicturedVideos(
+        images,
+        {
+            "pixel_values": "pixel_values_videos",
+            "image_position_ids": "video_position_ids",
+            "num_soft_tokens_per_image": "num_soft_tokens_per_video",
+        },
+        timed=True,
+        max_soft_tokens=70,
+    )
     processor = offline(Gemma4Processor)(
-        feature_extractor=None, image_processor=images, tokenizer=tokenizer, video_processor=None
+        feature_extractor=None, image_processor=images, tokenizer=tokenizer, video_processor=videos
     )
     ids = {key: tokenizer.convert_tokens_to_ids(text) for key, text in SPECIAL.items()}
     text = {
@@ -107,6 +118,7 @@ def build(name: str) -> TinyVLM:
         model=seeded(model_class, config, embedding_std=0.1),
         processor=processor,
         placeholder=SPECIAL["image"],
+        video_placeholder=SPECIAL["video"],
         special=SPECIAL,
         size=(96, 96),
         other_size=(144, 96),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import transformers
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
 from tiny.base import TinyVLM, byte_tokenizer, offline, seeded
 from tiny.qwen3_5 import hybrid_text
+from tiny.video import PicturedVideos
 
 SPECIAL = {
     "pad": "<|endoftext|>",
@@ -49,7 +48,12 @@ def build(name: str) -> TinyVLM:
         image_id_end_token=SPECIAL["id_end"],
     )
     images = MiniCPMV4_6ImageProcessorPil(patch_size=PATCH, scale_resolution=SIDE, max_slice_nums=4)
-    videos = SimpleNamespace(slice_mode=False, downsample_mode="16x", model_input_names=[])
+    names = {
+        "pixel_values": "pixel_values_videos",
+        "target_sizes": "target_sizes_videos",
+        "grids": "grids_videos",
+    }
+    videos = PicturedVideos(images, names, timed=False, slice_mode=False)
     if not hasattr(transformers, f"{CLASSES[name]}Config"):
         raise ImportError(f"no {CLASSES[name]}Config")
     parts = ("Config", "ForConditionalGeneration", "Processor")
@@ -84,6 +88,7 @@ def build(name: str) -> TinyVLM:
         model=seeded(model_class, config),
         processor=processor,
         placeholder=SPECIAL["image"],
+        video_placeholder=SPECIAL["video"],
         special=SPECIAL,
         size=(SIDE, SIDE),
         other_size=(2 * SIDE, SIDE),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn.functional import interpolate
 from transformers.video_utils import VideoMetadata
 
@@ -57,6 +59,33 @@ class FrameVideos:
             for video in videos
         ]
         return {self.key: torch.stack(scaled), "video_metadata": [_metadata(len(v)) for v in videos]}
+
+
+class PicturedVideos:
+    """Frames as the family's own image processor cuts pictures, one after another; all clips are as long.
+
+    Attributes:
+        images: the image processor.
+        names: of its outputs -> as its outputs for videos are called.
+        timed: whether prompts say when each frame was taken.
+        options: for the image processor.
+    """
+
+    slice_mode, downsample_mode = False, "16x"  # MiniCPM-V's processor asks for them
+
+    def __init__(self, images: Any, names: dict[str, str], timed: bool, **options: Any) -> None:
+        self.images, self.names, self.timed, self.options = images, names, timed, options
+        self.model_input_names = list(names.values())
+
+    def __call__(self, videos: list[Any], **kwargs: Any) -> dict[str, Any]:
+        videos = _flat(videos)
+        frames = [Image.fromarray(frame) for video in videos for frame in video]
+        found = self.images(frames, return_tensors="pt", **self.options)
+        made = {new: found[old] for old, new in self.names.items()}
+        made = {new: np.array(value) if isinstance(value, list) else value for new, value in made.items()}
+        made["num_frames_per_video"] = np.array([len(video) for video in videos])
+        metadata = [_metadata(len(video)) for video in videos]
+        return made | ({"video_metadata": metadata} if self.timed else {})
 
 
 def _flat(videos: list[Any]) -> list[Any]:

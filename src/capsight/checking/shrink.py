@@ -53,6 +53,10 @@ def _small(config: PreTrainedConfig) -> dict[str, Any]:
     for name in ("hidden_size", "projection_dim"):
         if inner and name in values:
             values[name] = small["hidden_size"]
+    if inner and "out_hidden_size" in values:  # of the vision tower's patches, merged
+        values["out_hidden_size"] = (
+            values["vision_config"]["hidden_size"] * config.vision_config.merge_size**2
+        )
     for name in ("audio_config", "dtype", "torch_dtype", "quantization_config"):
         values.pop(name, None)
     return values
@@ -76,6 +80,7 @@ def _text(values: dict[str, Any], text: Any) -> dict[str, Any]:
     known = {
         "num_key_value_heads": _KV_HEADS if grouped else _HEADS,
         "layer_types": kinds and kinds[:layers],
+        "layer_rope_theta": (values.get("layer_rope_theta") or [])[:layers],
         "num_experts": 4,
         "num_local_experts": 4,
         "n_routed_experts": 4,
@@ -110,6 +115,7 @@ def _vision(values: dict[str, Any], text_width: int) -> dict[str, Any]:
         "mm_embed_dim": text_width,
         "fullatt_block_indexes": [depth - 1],
         "deepstack_visual_indexes": [0, 1],
+        "layer_types": (values.get("layer_types") or [])[:depth],
         wide: 2 * head_dim,
     }
     small = values | {name: value for name, value in known.items() if values.get(name)}

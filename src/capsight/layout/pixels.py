@@ -24,8 +24,13 @@ VISION_PREFIXES = (
     "batch_num_images",
     "target_sizes",
     "spatial_shapes",
+    "num_frames_per_video",
 )
 """What the names of the entries begin with that describe images and videos."""
+
+
+_STRIPS = {"pixel_values": "target_sizes", "pixel_values_videos": "target_sizes_videos"}
+"""Pixels whose patches lie side by side, however many images there are, and the patches of each image."""
 
 
 def pixels_of(inputs: Mapping[str, Any], layout: PromptLayout, image: ImageKey) -> list[Tensor]:
@@ -60,7 +65,7 @@ def select_images(
         kind: list(dict.fromkeys((r, block.image) for r, block in blocks if block.kind == kind))
         for kind in ("image", "video")
     }
-    by_block = [(r, block.image) for r, block in blocks if block.kind == "image"]
+    by_block = {kind: [(r, block.image) for r, block in blocks if block.kind == kind] for kind in keys}
     found: dict[str, Any] = {}
     for name, value in inputs.items():
         if not name.startswith(VISION_PREFIXES) or value is None or name == "batch_num_images":
@@ -71,14 +76,14 @@ def select_images(
         if name.startswith("pixel_values") and grids is not None:
             patches = [int(np.prod([int(n) for n in grid])) for grid in grids]
             picked = np.repeat(_chosen(owners, wanted, name, len(grids)), patches)
-        elif name == "pixel_values" and inputs.get("target_sizes") is not None:
-            found[name] = _strips(value, inputs["target_sizes"], by_block, wanted)
+        elif name in _STRIPS and inputs.get(_STRIPS[name]) is not None:
+            found[name] = _strips(value, inputs[_STRIPS[name]], by_block[kind], wanted)
             continue
         elif _by_row(inputs, kind) and isinstance(value, Tensor):
-            found[name] = _tiles(inputs["pixel_values"], value, by_block, wanted, layout)
+            found[name] = _tiles(inputs["pixel_values"], value, by_block["image"], wanted, layout)
             continue
         else:
-            owners = owners if len(owners) == len(value) else by_block
+            owners = owners if len(owners) == len(value) else by_block[kind]
             picked = _chosen(owners, wanted, name, len(value))
         found[name] = _pick(value, picked)
     if inputs.get("batch_num_images") is not None:

@@ -20,7 +20,7 @@ from capsight.text_layers import layer_sizes
 _NOT_MULTIPLIED = ("embed_tokens", "position", "pos_embed", "cls_token", "mask_token", "lm_head")
 _TO_TEXT = (
     *("merger", "projector", "connector", "downsample", "embed_vision", "aligner", "vision_projection"),
-    *("head_linear", "visual_embeddings_table"),
+    *("head_linear", "visual_embeddings_table", "vision_adapter"),
 )
 _VISION = ("visual", "vision_tower", "vision_model", "vision_embedder", "vision_encoder")
 

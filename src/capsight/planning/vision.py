@@ -74,6 +74,9 @@ class VisionShape:
             merged = config.scale_factor**2
         else:
             merged, class_tokens = 1, int(vision.model_type == "clip_vision_model")
+        if kind == "muse_glimmer":
+            window_layers = vision.layer_types.count("window_attention")
+            window = vision.pos_emb_height // merge
         if kind in ("qwen2_5_vl", "exaone4_5"):
             window_layers = depth - len(vision.fullatt_block_indexes)
             window = vision.window_size // vision.patch_size // vision.spatial_merge_size
@@ -131,6 +134,8 @@ def merge_side(config: Any) -> int:
     """Patches along a token, of families whose images have as many tokens as their size gives; else 0."""
     if config.vision_config.model_type == "pixtral":
         return int(getattr(config, "spatial_merge_size", 1))
+    if config.model_type == "muse_glimmer":
+        return int(config.vision_config.merge_size)
     return int(getattr(config.vision_config, "spatial_merge_size", 0))
 
 

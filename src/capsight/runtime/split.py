@@ -15,7 +15,7 @@ from capsight.runtime.wrapped import inner_model
 #: Entries that describe images and are not needed once the cache holds them.
 PIXEL_PREFIXES = (
     *("pixel_", "image_", "video_", "second_per_grid", "batch_num_images"),
-    *("target_sizes", "downsample_mode", "spatial_shapes", "num_soft_tokens"),
+    *("target_sizes", "downsample_mode", "spatial_shapes", "num_soft_tokens", "num_frames_per_video"),
 )
 #: Entries with one column per token; all others of a processor's outputs belong to the images.
 TOKEN_ENTRIES = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "position_ids")

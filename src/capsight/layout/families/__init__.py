@@ -22,6 +22,7 @@ from capsight.layout.families.llava_onevision import LlavaOnevision
 from capsight.layout.families.minicpmv import MiniCPMV46
 from capsight.layout.families.minicpmv4_7 import MiniCPMV47
 from capsight.layout.families.mistral3 import Mistral3
+from capsight.layout.families.muse_glimmer import MuseGlimmer
 from capsight.layout.families.ovis2 import Ovis2
 from capsight.layout.families.paddleocr_vl import PaddleOCRVL
 from capsight.layout.families.qwen2_5_vl import Qwen25VL
@@ -50,6 +51,7 @@ _ADAPTERS: tuple[Family, ...] = (
     LFM2VL(),
     Cohere2Vision(),
     Ovis2(),
+    MuseGlimmer(),
     Counted(),
 )
 _BY_MODEL_TYPE: dict[str, Family] = {name: family for family in _ADAPTERS for name in family.model_types}

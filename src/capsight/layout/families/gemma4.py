@@ -2,7 +2,7 @@
 
 The shape of the grid is read off `image_position_ids` (patch columns and rows, -1 in padding); without
 them a block is a line. A video is written frame by frame, each with its time before it and with the
-video token; every frame is a video of its own here.
+video token; `num_frames_per_video` says which frames are one video, without it each is one of its own.
 """
 
 from __future__ import annotations
@@ -40,12 +40,18 @@ class Gemma4(PlainRope):
     ) -> list[list[VisionBlock]]:
         """See `Family.blocks`."""
         grids, used = _grids(inputs, config), 0
+        counts = inputs.get("num_frames_per_video")
+        frames, left = iter([] if counts is None else [int(n) for n in counts]), 0
         found: list[list[VisionBlock]] = []
         for row in rows:
             blocks: list[VisionBlock] = []
+            image = -1
             for span in row.runs(config.image_token_id, config.video_token_id):
                 is_image = row.ids[span[0]] == config.image_token_id
                 grid: Grid = (1, 1, span[1] - span[0])
+                if is_image or not left:
+                    image, left = image + 1, 0 if is_image else next(frames, 1)
+                left -= not is_image
                 if is_image and grids is not None:
                     if used == len(grids):
                         raise row.error(
@@ -55,8 +61,13 @@ class Gemma4(PlainRope):
                     grid, used = grids[used], used + 1
                     check_length(row, span, grid[1] * grid[2], f"image_position_ids (merged grid {grid})")
                 pair = enclosing(row, span, config.boi_token_id, config.eoi_token_id)
-                blocks.append(VisionBlock(*span, "image" if is_image else "video", grid, len(blocks), pair))
+                blocks.append(VisionBlock(*span, "image" if is_image else "video", grid, image, pair))
             found.append(blocks)
+        if left or next(frames, None) is not None:
+            raise LayoutError(
+                "num_frames_per_video calls for more frames than the prompts hold; the prompt was truncated "
+                "or a placeholder is missing"
+            )
         if grids is not None and used < len(grids):
             raise LayoutError(
                 f"image_position_ids has {len(grids)} entries, but the prompts hold tokens for {used}; "
