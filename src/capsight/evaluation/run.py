@@ -31,8 +31,8 @@ class MethodResult:
     outcomes: list[Outcome] = field(default_factory=list)
     nbytes: int = 0
     nbytes_full: int = 0
-    state_nbytes: int = 0
     module_nbytes: int = 0
+    state_nbytes: int = 0
 
     def add(self, record: ItemRecord, name: str) -> None:
         """Add what the method called `name` did on one item."""
