@@ -124,3 +124,15 @@ def test_a_padded_turn_is_refused(vlm):
         mask[1, -3] = 0
         with pytest.raises(LayoutError, match="rows of one length together"):
             fast.generate(past_key_values=cache, input_ids=ids, attention_mask=mask, max_new_tokens=1)
+
+
+def test_a_row_may_begin_after_the_images_of_another():
+    vlm = FAMILIES["qwen3_5"]()
+    inputs = vlm.process(
+        [vlm.prompt([vlm.picture(0)], "a much longer question"), "hi"], [[vlm.picture(0)], []]
+    )
+    with capsight.enable(vlm.model, capsule=capsule(vlm, 1.0)) as fast:
+        cache = fast.encapsulate(**inputs)
+        assert not inputs["attention_mask"][1, : cache.get_seq_length() + 1].any()
+        ours = fast.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert torch.equal(ours, vlm.model.generate(**inputs, max_new_tokens=3, do_sample=False))

@@ -117,7 +117,10 @@ class Turn:
 def _check_padding(cache: Any, inputs: Mapping[str, Any], seen: int) -> None:
     """Attention is told to pass over padding; states cannot be."""
     mask = inputs.get("attention_mask")
-    if mask is not None and any(map(has_states, cache.layers)) and not mask[..., seen:].all():
+    if mask is None or mask.ndim != 2 or not any(map(has_states, cache.layers)):
+        return
+    begun = mask.cumsum(-1) > 0  # what stands before a row's first token changes no state
+    if (begun & (mask == 0))[:, seen:].any():
         raise LayoutError(
             "the new turn is padded, and the states of this model's layers (linear attention, convolutions) "
             "would run through the padding; ask rows of one length together, others over a copy of the cache"
