@@ -115,7 +115,7 @@ def _vision(values: dict[str, Any], text_width: int) -> dict[str, Any]:
         "mm_embed_dim": text_width,
         "fullatt_block_indexes": [depth - 1],
         "deepstack_visual_indexes": [0, 1],
-        "layer_types": (values.get("layer_types") or [])[:depth],
+        "layer_types": ((values.get("layer_types") or []) * depth)[:depth],
         wide: 2 * head_dim,
     }
     small = values | {name: value for name, value in known.items() if values.get(name)}
