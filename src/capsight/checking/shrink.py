@@ -53,10 +53,9 @@ def _small(config: PreTrainedConfig) -> dict[str, Any]:
     for name in ("hidden_size", "projection_dim"):
         if inner and name in values:
             values[name] = small["hidden_size"]
-    if inner and "out_hidden_size" in values:  # of the vision tower's patches, merged
-        values["out_hidden_size"] = (
-            values["vision_config"]["hidden_size"] * config.vision_config.merge_size**2
-        )
+    merge = getattr(config.vision_config, "merge_size", None)
+    if inner and merge and "out_hidden_size" in values:  # Muse Glimmer's: channels of merged patches
+        values["out_hidden_size"] = values["vision_config"]["hidden_size"] * merge**2
     for name in ("audio_config", "dtype", "torch_dtype", "quantization_config"):
         values.pop(name, None)
     return values
