@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("repeatable", derandomize=True)  # the same examples in every run
-settings.register_profile("search", print_blob=True)  # new ones
+settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples in every run
+settings.register_profile("search", print_blob=True, deadline=None)  # new ones
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
