@@ -106,6 +106,15 @@ def test_the_answer_of_beams_is_no_turn_to_go_on_from(vlm):
         assert_same(again, greedy(fast.generate, past_key_values=fast.encapsulate(**inputs), **inputs))
 
 
+def test_as_many_answers_as_beams_are_no_turn_to_go_on_from_either(qwen):
+    inputs = qwen.inputs([([qwen.picture(1)], "compare them")])
+    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 0.4)) as fast:
+        answers = fast.generate(**inputs, num_beams=2, num_return_sequences=2, max_new_tokens=3)
+        later = {"input_ids": torch.cat([answers, answers[:, -4:]], 1)}
+        with pytest.raises(CapsightError, match="beams"):
+            fast.generate(past_key_values=fast.cache, **later, max_new_tokens=1)
+
+
 def test_a_pipeline_uses_the_capsule(vlm):
     processor = vlm.processor
     pipe = pipeline("image-text-to-text", model=vlm.model, processor=processor)
