@@ -108,6 +108,24 @@ def test_attention_that_is_more_than_a_softmax_stays_the_models_own(name):
         run(vlm, batch(vlm), joint.cache(batch(vlm)))
 
 
+def test_attention_that_changes_values_is_told_how_to_go_on():
+    """DiffLlama attends twice, each time with half of the values."""
+    vlm = llava.build("llava", model_type="diffllama")
+    inputs, options = batch(vlm), {"max_new_tokens": 3, "do_sample": False}
+    samples = [vlm.inputs([([vlm.picture(seed)], "hi")]) for seed in range(90, 94)]
+    for codec in ("joint", "heads"):
+        capsule = KVCapsule.fit(vlm.model, None, samples, 1.0, codec, progress=False)
+        part = capsule.with_retained(0.5)
+        with (
+            capsight.enable(vlm.model, capsule=part, decode="latent") as fast,
+            pytest.raises(UnsupportedModelError, match="materialise"),
+        ):
+            fast.generate(**inputs, **options)
+        with capsight.enable(vlm.model, capsule=capsule, decode="materialise") as fast:
+            found = fast.generate(**inputs, **options)
+        assert torch.equal(found, vlm.model.generate(**inputs, **options))
+
+
 def test_layers_that_turn_keys_otherwise_are_refused():
     vlm = llava.build("llava", model_type="smollm3", no_rope_layers=[1, 0, 1], head_dim=16)
     with pytest.raises(CalibrationError, match="cannot tell how"):

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from capsight.errors import UnsupportedModelError
 from capsight.kvcapsule import QueryObserver
-from capsight.kvcapsule.cache.reader import ATTENTION_NAME, handed_over
+from capsight.kvcapsule.cache.reader import ATTENTION_NAME, handed_over, is_as_given
 from capsight.runtime.state import current_state
 
 
@@ -43,7 +43,8 @@ def capsight_attention(
         Output `[B, Q, Hq, D]`, and None for the weights.
 
     Raises:
-        UnsupportedModelError: scores are capped or have sinks.
+        UnsupportedModelError: scores are capped or have sinks, or the model changes keys or values between
+            its cache and its attention, and capsules are to be read as they are.
     """
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
         raise UnsupportedModelError(
@@ -61,6 +62,11 @@ def capsight_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     left = None if cache is None else cache.take_latent()
     if left is not None:
+        if not is_as_given(key, value):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} changes keys or values after the cache has given them, so capsules "
+                "cannot be read as they are; use decode='materialise', with a joint or adaptive capsule"
+            )
         return left(query, attention_mask, scaling), None
     bias = None if cache is None else cache.key_bias(layer)
     if bias is not None:

@@ -83,7 +83,7 @@ class CapsuleCache(LayeredCache):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if not self.honours_key_bias or self._ledger.left is not None:
             self._reader.expect(layer.codec.name if hides or self._ledger.left is not None else "")
-        hand_over(keys, self)
+        hand_over(keys, values, self)
         return keys, values
 
     def key_bias(self, layer_idx: int) -> Tensor | None:

@@ -85,15 +85,23 @@ def _refusal(codec: str) -> CapsightError:
     )
 
 
-_GIVEN: ContextVar[tuple[ref[Tensor], ref[Any]] | None] = ContextVar("capsight_handover", default=None)
+_GIVEN: ContextVar[tuple[ref[Tensor], ref[Tensor], ref[Any]] | None] = ContextVar(
+    "capsight_handover", default=None
+)
 
 
-def hand_over(keys: Tensor, cache: Any) -> None:
-    """Say that `cache` has just returned `keys` for one layer."""
-    _GIVEN.set((ref(keys), ref(cache)))
+def hand_over(keys: Tensor, values: Tensor, cache: Any) -> None:
+    """Say that `cache` has just returned `keys` and `values` for one layer."""
+    _GIVEN.set((ref(keys), ref(values), ref(cache)))
 
 
 def handed_over(keys: Tensor) -> Any:
     """The `CapsuleCache` that `keys` come from; None if they come from none."""
     given = _GIVEN.get()
-    return given[1]() if given is not None and given[0]() is keys else None
+    return given[2]() if given is not None and given[0]() is keys else None
+
+
+def is_as_given(keys: Tensor, values: Tensor) -> bool:
+    """Whether attention has got the very tensors that a cache has just returned."""
+    given = _GIVEN.get()
+    return given is not None and given[0]() is keys and given[1]() is values
