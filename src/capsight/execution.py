@@ -12,10 +12,18 @@ from capsight.errors import UnsupportedModelError
 
 def inputs_device(model: Any) -> torch.device:
     """The device that takes a model's inputs: its own, or where accelerate runs offloaded weights."""
-    device: torch.device = model.device
+    return _runs_on(model, model.device)
+
+
+def module_device(module: Any) -> torch.device:
+    """The device that a module of a model runs on: its weights', or where accelerate runs offloaded ones."""
+    return _runs_on(module, next(module.parameters()).device)
+
+
+def _runs_on(module: Any, device: torch.device) -> torch.device:
     if device.type != "meta":
         return device
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
     found = (getattr(hook, "execution_device", None) for hook in hooks)
     return torch.device(next((d for d in found if d is not None), "cpu"))
 

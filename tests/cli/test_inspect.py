@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from capsight import KVCapsule
 from capsight.cli.app import app
+from capsight.errors import CapsuleFileError
 from capsight.kvcapsule.budget import LayerNeeds
 
 
@@ -59,3 +60,11 @@ def test_a_capsule_without_needs(capsule, tmp_path):
     assert (facts["budget"], facts["bits"], facts["weights"]) == ("uniform", "as in the cache", "none")
     assert {row["error"] for row in facts["per_layer"]} == {None}
     assert len({line.count("█") for line in text.splitlines() if "█" in line}) == 1
+
+
+def test_folders_of_other_capsule_files_are_no_stores(tmp_path):
+    """Such a folder holds no image of a store, and says what it lacks instead."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mine.capsule").write_bytes(b"x")
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    assert isinstance(result.exception, CapsuleFileError)

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from capsight import BlindSight, KVCapsule, enable
+from capsight import BlindSight, CapsuleStore, KVCapsule, enable
 from capsight.errors import CalibrationError
 from tiny import FAMILIES
 
@@ -79,3 +79,37 @@ def test_calibration_under_autocast_and_with_offloaded_weights():
     assert len(found.categories) == len(plain.categories)
     with pytest.raises(CalibrationError, match="offloaded"):
         BlindSight.calibrate(model, None, prompts, **options | {"criterion": "output"})
+
+
+@pytest.mark.parametrize("quality", [None, 1 - 1e-7])
+def test_saved_caches_go_on_with_offloaded_weights(quality, tmp_path):
+    vlm = FAMILIES["qwen2_5_vl"]()
+    capsule = KVCapsule.fit(vlm.model, None, samples(vlm), 0.99, progress=False)
+    inputs = vlm.inputs([([vlm.picture(0), vlm.picture(1)], "hi")])
+    model = pytest.importorskip("accelerate").cpu_offload(copy.deepcopy(vlm.model), execution_device="cpu")
+    with enable(vlm.model, capsule=capsule) as fast:
+        fast.encapsulate(**inputs)
+        fast.save(tmp_path / "x", quality)
+        expected = fast.generate(past_key_values=fast.load(tmp_path / "x"), **inputs, max_new_tokens=4)
+    with enable(model, capsule=capsule) as fast:
+        found = fast.generate(past_key_values=fast.load(tmp_path / "x"), **inputs, max_new_tokens=4)
+    assert found.equal(expected)
+
+
+def test_autocast_leaves_caches_at_rest_as_they_are(tmp_path):
+    vlm = FAMILIES["qwen2_5_vl"]()
+    capsule = KVCapsule.fit(vlm.model, None, samples(vlm), 0.99, progress=False)
+    inputs = vlm.inputs([([vlm.picture(0), vlm.picture(1)], "hi")])
+    store = CapsuleStore(tmp_path / "store", quality=1 - 1e-6)
+    with enable(vlm.model, capsule=capsule, store=store) as fast:
+        fast.encapsulate(**inputs)
+        fast.save(tmp_path / "x", 1 - 1e-6)
+        plain = [fast.load(tmp_path / "x"), fast.encapsulate(**inputs)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            fast.save(tmp_path / "x", 1 - 1e-6)
+            found = [fast.load(tmp_path / "x"), fast.encapsulate(**inputs)]
+    for one, other in zip(plain, found, strict=True):
+        a, b = (x.capsule_layers[0].payload.tensors for x in (one, other))
+        assert torch.equal(a["codes"], b["codes"])
+        text = [x.capsule_layers[0]._packed.float() for x in (one, other)]
+        assert (text[0] - text[1]).norm() < 0.03 * text[0].norm()

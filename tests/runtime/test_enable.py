@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import capsight
-from capsight.errors import ModelMismatchError, OptionError
+from capsight import KVCapsule
+from capsight.errors import ModelMismatchError, OptionError, UnsupportedModelError
 from capsight.layout import build_layout
 from tiny import CACHES, FAMILIES, in_turn
 
@@ -24,6 +25,16 @@ def mixed_batch(vlm):
             ([], "hello there"),
         ]
     )
+
+
+@pytest.mark.parametrize("wrong", ["reference", 5, KVCapsule])
+def test_names_in_the_place_of_things_are_refused(qwen, wrong):
+    for options in ({"capsule": wrong}, {"head_map": wrong}):
+        with pytest.raises(OptionError, match="takes a"), capsight.enable(qwen.model, **options):
+            pass
+    for model in (None, wrong, torch.nn.Linear(2, 2)):
+        with pytest.raises(UnsupportedModelError, match="transformers"), capsight.enable(model):
+            pass
 
 
 def greedy(generate, **inputs):

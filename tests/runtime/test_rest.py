@@ -135,6 +135,18 @@ def test_a_batch_with_answers_keeps_its_text(tmp_path):
             assert torch.equal(a._tail, b._tail)
 
 
+def test_beams_are_not_saved_and_what_was_cropped_is(tmp_path):
+    vlm, capsule = tiny("qwen2_5_vl"), joint("qwen2_5_vl")
+    inputs = two_pictures(vlm)
+    with capsight.enable(vlm.model, capsule=capsule) as fast:
+        fast.generate(**inputs, max_new_tokens=3, num_beams=2)
+        with pytest.raises(CapsightError, match="beams"):
+            fast.save(tmp_path / "x", quality=0.9)
+        fast.cache.crop(inputs["input_ids"].shape[1])
+        fast.save(tmp_path / "x", quality=0.9)
+        assert fast.load(tmp_path / "x").get_seq_length() == inputs["input_ids"].shape[1]
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     vlm, capsule = tiny("qwen2_5_vl"), joint("qwen2_5_vl")

@@ -12,7 +12,7 @@ from capsight.kvcapsule.rest import CapsuleStore, read_rest_file
 
 def is_store(path: str) -> bool:
     """Whether a folder holds images of a store."""
-    return Path(path).is_dir() and any(Path(path).glob("*/*.capsule"))
+    return Path(path).is_dir() and bool(CapsuleStore(path).files())
 
 
 def file_facts(path: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any
 
@@ -51,6 +52,8 @@ def plan(
         raise OptionError(f"dtype is {dtype!r}; use one of {', '.join(_ITEMSIZES)}")
     if head_map is not None and dense_share is not None:
         raise OptionError("give --head-map or --dense-share, not both")
+    if weights_gb is not None and not math.isfinite(weights_gb):
+        raise OptionError(f"weights-gb is {weights_gb}; give the size of the weights, such as 4.7")
     budget = Budget(
         gpu_bytes=parse_bytes(gpu_memory),
         itemsize=_ITEMSIZES[dtype],

@@ -19,7 +19,7 @@ from capsight.errors import CapsightError, CapsuleFileError, LayoutError, ModelM
 from capsight.files import replace_file
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.cache.conversation import Conversation
-from capsight.kvcapsule.cache_parts import put_together, take_apart
+from capsight.kvcapsule.cache_parts import conversation_of, put_together, take_apart
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.fingerprint import tensors_fingerprint
 
@@ -40,15 +40,7 @@ def save_cache(path: str | os.PathLike[str], cache: CapsuleCache, capsule: KVCap
         CapsightError: the cache is empty, holds NaN or infinite numbers, or nobody has said what it read.
     """
     header, tensors = take_apart(cache)
-    read = cache.conversation
-    if read is None:
-        raise CapsightError(
-            "it is not known which prompt the cache was made from; make it with capsule.cache(inputs)"
-        )
-    if read.branched and cache.get_seq_length() > read.prompt:
-        raise CapsightError(
-            f"the cache went on with beams, whose tokens are not known; crop it to {read.prompt} tokens first"
-        )
+    read = conversation_of(cache)
     tensors["input_ids"] = read.input_ids[:, : cache.get_seq_length()]
     tensors = {name: _own(tensor) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():

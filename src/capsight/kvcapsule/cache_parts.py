@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from capsight.errors import CapsightError, CapsuleFileError
 from capsight.kvcapsule.cache import CapsuleCache
+from capsight.kvcapsule.cache.conversation import Conversation
 from capsight.kvcapsule.cache.layer import CapsuleLayer
 from capsight.kvcapsule.cache.stock import has_states, set_state, states
 from capsight.kvcapsule.capsule import KVCapsule
@@ -21,6 +22,24 @@ from capsight.kvcapsule.parts import DTYPES, Parts
 from capsight.kvcapsule.plan import Run, exact_spans
 from capsight.layout import PromptLayout
 from capsight.text_layers import layer_sizes
+
+
+def conversation_of(cache: CapsuleCache) -> Conversation:
+    """What a cache that is to be saved has read.
+
+    Raises:
+        CapsightError: nobody has said so, or its tokens are those of beams.
+    """
+    read = cache.conversation
+    if read is None:
+        raise CapsightError(
+            "it is not known which prompt the cache was made from; make it with capsule.cache(inputs)"
+        )
+    if read.branched and cache.get_seq_length() > read.prompt:
+        raise CapsightError(
+            f"the cache went on with beams, whose tokens are not known; crop it to {read.prompt} tokens first"
+        )
+    return read
 
 
 def take_apart(cache: CapsuleCache) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from capsight.attention_swap import attention_fits
 from capsight.blindsight import HeadMap
-from capsight.errors import OptionError
+from capsight.errors import OptionError, UnsupportedModelError
 from capsight.execution import check_whole
 from capsight.kvcapsule import CacheMethod, LatentMethod
 from capsight.kvcapsule.rest import CapsuleStore
@@ -50,14 +50,17 @@ def enable(
 
     Raises:
         ModelMismatchError: the capsule or the head map was made for another model.
-        OptionError: `decode` is neither, the method has no capsules to attend to, or cannot go with a store.
-        UnsupportedModelError: the model's architecture is not known, or the method cannot run on it, as
-            those that need capsight's attention on a model whose own caps scores or has sinks.
+        OptionError: something is of the wrong kind, `decode` is neither, the method has no capsules to attend
+            to, or cannot go with a store.
+        UnsupportedModelError: it is no transformers model, its architecture is not known, or the method
+            cannot run on it, as those that need capsight's attention on a model whose own caps scores or has
+            sinks.
 
     Example:
         >>> with capsight.enable(model, capsule=capsule) as fast:
         ...     tokens = fast.generate(**inputs, max_new_tokens=32)
     """
+    _check_kinds(model, capsule, head_map)
     if decode is None:
         lean = isinstance(capsule, LatentMethod) and not capsule.rebuilds
         decode = "latent" if lean and attention_fits(model) else "materialise"
@@ -82,3 +85,18 @@ def enable(
     )
     with capsight_attention_on(model) if needs_attention else nullcontext(), serving(fast):
         yield fast
+
+
+def _check_kinds(model: Any, capsule: Any, head_map: Any) -> None:
+    """Refuse names and classes in the place of what they name."""
+    if getattr(model, "config", None) is None or not hasattr(model, "get_decoder"):
+        raise UnsupportedModelError(f"enable takes a transformers vision-language model, not {model!r:.60}")
+    if capsule is not None and (isinstance(capsule, type) or not hasattr(capsule, "check_model")):
+        raise OptionError(
+            "capsule= takes a KVCapsule, such as KVCapsule.from_pretrained('folder'), or a method of "
+            f"capsight.baselines, not {capsule!r:.60}"
+        )
+    if head_map is not None and not isinstance(head_map, HeadMap):
+        raise OptionError(
+            f"head_map= takes a HeadMap, such as HeadMap.from_pretrained('folder'), not {head_map!r:.60}"
+        )

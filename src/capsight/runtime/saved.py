@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from capsight.errors import ModelMismatchError, OptionError
+from capsight.execution import module_device
 from capsight.kvcapsule import CapsuleCache, KVCapsule
 from capsight.kvcapsule.cache_file import load_cache, save_cache
 from capsight.kvcapsule.rest import check_quality, is_rest_file, load_rest, save_rest
@@ -52,7 +53,7 @@ def load(path: str | os.PathLike[str], model: Any, capsule: Any) -> CapsuleCache
     """
     if not isinstance(capsule, KVCapsule):
         raise OptionError("only caches of a KVCapsule can be loaded; enable the model with capsule=")
-    devices = {i: next(m.parameters()).device for i, m in enumerate(model.get_decoder().layers)}
+    devices = {i: module_device(layer) for i, layer in enumerate(model.get_decoder().layers)}
     if is_rest_file(path):
         reread = partial(read_text, model, capsule.codecs)
         return load_rest(path, capsule, model.config, devices, model.dtype, reread)

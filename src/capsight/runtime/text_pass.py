@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from capsight.attention_swap import attention_fits
 from capsight.cache_argument import CACHE
+from capsight.execution import module_device, own_precision
 from capsight.kvcapsule.cache.stock import full_attention_layers
 from capsight.kvcapsule.codecs import JointCodec, Payload
 from capsight.kvcapsule.codecs.positions import TokenPositions
@@ -59,7 +60,7 @@ def read_text(
         `[2, E, H, D]` of its E text tokens, by layer.
     """
     row = layout.rows[0]
-    device = model.get_input_embeddings().weight.device
+    device = module_device(model.get_input_embeddings())
     vision = torch.zeros(layout.length, dtype=torch.bool)
     for block in row.blocks:
         vision[block.start : block.end] = True
@@ -117,7 +118,8 @@ class _Gaps(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Take keys and values `[1, H, E, D]` of text; returns `[1, H, S, D]` of all tokens."""
         self._codec.to(key_states.device)
-        images = self._codec.decode_at(*self._images.at(key_states.device), key_states.dtype)
+        with own_precision(key_states.device):
+            images = self._codec.decode_at(*self._images.at(key_states.device), key_states.dtype)
         vision, parts = self._vision.to(key_states.device), []
         for new, known in zip((key_states, value_states), images, strict=True):
             full = new.new_empty(1, len(vision), new.shape[1], new.shape[3])

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from capsight.errors import CapsightError, CapsuleFileError, OptionError
 from capsight.files import replace_file
 from capsight.kvcapsule.cache import CapsuleCache
-from capsight.kvcapsule.cache_parts import take_apart
+from capsight.kvcapsule.cache_parts import conversation_of, take_apart
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.rest.container import sealed, write_container
 from capsight.kvcapsule.rest.latents import code
@@ -77,12 +77,8 @@ def save_rest(
 
 def _written(cache: CapsuleCache, capsule: KVCapsule, reread: bool) -> Callable[[float], bytes]:
     """The file's content at any quality."""
-    codec, read = joint_codec(capsule), cache.conversation
-    header, tensors = take_apart(cache)
-    if read is None:
-        raise CapsightError(
-            "it is not known which prompt the cache was made from; make it with capsule.cache(inputs)"
-        )
+    codec, (header, tensors) = joint_codec(capsule), take_apart(cache)
+    read = conversation_of(cache)
     length = cache.get_seq_length()
     layout, ids = cache.layout.continued(length, length), read.input_ids[:, :length]
     reread = reread and can_reread(layout, ids)
