@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
+from capsight import CapsuleStore
 from capsight.reference import split_prompt
 
 from .test_cli import run
@@ -53,6 +56,22 @@ def test_ask_at_rest(monkeypatch, capsys, tmp_path, pictures):
     for question in prompt.questions[:2]:
         answers = [run(monkeypatch, capsys, "ask", file, "--prompt", question.text)[1] for file in files]
         assert answers[0] == answers[1]
+
+
+def test_pictures_of_a_folder_are_opened_one_by_one(monkeypatch, capsys, tmp_path, pictures):
+    """What was read before a damaged picture is kept; nobody has memory for a whole folder."""
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    store = tmp_path / "store"
+    code, _, err = run(monkeypatch, capsys, "encapsulate", tmp_path, "--store", store)
+    assert code == 2
+    assert "1.png" in err
+    assert len(CapsuleStore(store).files()) == 1
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    monkeypatch.setattr("capsight.cli.encapsulate.load_model", None)  # refused before anything is loaded
+    for options in (("--store", store), ("--out", tmp_path / "x", "--quality", 0.9)):
+        code, _, err = run(monkeypatch, capsys, "encapsulate", "--image", tmp_path / "0.png", *options)
+        assert code == 2
+        assert "capsight[rest]" in err
 
 
 def test_ask_over_a_store(monkeypatch, capsys, tmp_path, pictures):

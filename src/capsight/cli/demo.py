@@ -62,7 +62,7 @@ def demo(
     write_json(json, _figures(item, sides))
     write(png, draw_demo(item, sides))
     print_demo(out, item, sides)
-    out.print(f"picture: {png}")
+    out.print(f"picture: {png}", soft_wrap=True)
 
 
 def _figures(item: Item, sides: list[Side]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from capsight.errors import OptionError
 from capsight.evaluation.asking import process
 from capsight.evaluation.cache_bytes import CacheBytes
 from capsight.kvcapsule.rest import DEFAULT_QUALITY, CapsuleStore, check_quality
+from capsight.kvcapsule.rest.entropy import check_coder
 from capsight.runtime import enable
 
 
@@ -62,18 +63,20 @@ def encapsulate(
     if nbytes is not None and (quality is not None or out is None):
         raise OptionError("--bytes is of one file, named with --out, and takes the place of --quality")
     most = None if nbytes is None else parse_bytes(nbytes)
+    if (quality, most, store) != (None, None, None):
+        check_coder()
     check_out(out)
     paths = [*(image or ()), *(() if folder is None else pictures(folder))]
     if store is not None:
         check_folder(store)
-    items = [picture_item(paths)] if out is not None else [picture_item([path]) for path in paths]
+    named = picture_item(image or ())
     chosen = chosen_capsule(capsule, model, retained, bits, compression_ratio)
     vlm, made = load_model(model, dtype, device, processor)
     if store is not None:
-        _into_store(store, vlm, made, items, chosen, quality or DEFAULT_QUALITY)
+        _into_store(store, vlm, made, paths, chosen, quality or DEFAULT_QUALITY)
         return
     assert out is not None
-    inputs = process(made, items[0], [""])
+    inputs = process(made, named, [""])
     with enable(vlm, capsule=chosen) as fast, torch.no_grad():
         cache = fast.encapsulate(**{name: value.to(vlm.device) for name, value in inputs.items()})
         fast.save(out, quality, most)
@@ -98,7 +101,8 @@ def pictures(folder: Path) -> list[Path]:
     return found
 
 
-def _into_store(folder: Path, vlm: Any, made: Any, items: list[Any], capsule: Any, quality: float) -> None:
+def _into_store(folder: Path, vlm: Any, made: Any, paths: list[Path], capsule: Any, quality: float) -> None:
+    """Read pictures one by one, opened when it is their turn; those before a damaged one are kept."""
     store = CapsuleStore(folder, quality=quality, reuse="anywhere")
     before, full = {file.path for file in store.files()}, 0
     with (
@@ -106,13 +110,13 @@ def _into_store(folder: Path, vlm: Any, made: Any, items: list[Any], capsule: An
         torch.no_grad(),
         Progress(console=console(stderr=True), transient=True) as progress,
     ):
-        for item in progress.track(items, description="reading"):
-            inputs = process(made, item, [""])
+        for path in progress.track(paths, description="reading"):
+            inputs = process(made, picture_item([path]), [""])
             cache = fast.encapsulate(**{name: value.to(vlm.device) for name, value in inputs.items()})
             full += CacheBytes.of(cache).kv_full
     new = [file for file in store.files() if file.path not in before]
     console().print(
-        f"{len(items)} images -> {folder} ({len(new)} new, {human_bytes(sum(f.nbytes for f in new))}; KV "
+        f"{len(paths)} images -> {folder} ({len(new)} new, {human_bytes(sum(f.nbytes for f in new))}; KV "
         f"cache of all, full {human_bytes(full)})",
         soft_wrap=True,
     )

@@ -49,7 +49,7 @@ def read_picture(path: Path) -> Picture:
             width, height = image.size
     except UnidentifiedImageError as error:
         raise CapsuleFileError(f"{path} is no PNG; write it again with `capsight attention`") from error
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise CapsuleFileError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     heads = str(text.get("Description", ""))
     if text.get("Title") != ATTENTION_TITLE or not heads:

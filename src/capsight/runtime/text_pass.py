@@ -118,6 +118,8 @@ class _Gaps(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Take keys and values `[1, H, E, D]` of text; returns `[1, H, S, D]` of all tokens."""
         self._codec.to(key_states.device)
+        wide = torch.promote_types(key_states.dtype, value_states.dtype)  # autocast gives them two dtypes
+        key_states, value_states = key_states.to(wide), value_states.to(wide)
         with own_precision(key_states.device):
             images = self._codec.decode_at(*self._images.at(key_states.device), key_states.dtype)
         vision, parts = self._vision.to(key_states.device), []

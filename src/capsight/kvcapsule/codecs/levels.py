@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from capsight.errors import OptionError
+from capsight.execution import own_precision
 
 GROUP = 32
 """Coordinates that share a scale."""
@@ -70,7 +71,8 @@ def pack(latents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
             code = (unit.round().clamp(-top, top) + top).to(torch.uint8)
         codes.append(_squeeze(code.flatten(1), bits))
         scales.append(scale[..., 0])
-    return torch.cat(codes, 1), torch.cat(scales, 1)
+    with own_precision(latents.device):  # on a CPU autocast has no float16 to put side by side
+        return torch.cat(codes, 1), torch.cat(scales, 1)
 
 
 def unpack(codes: Tensor, scales: Tensor, levels: Levels, dtype: torch.dtype) -> Tensor:
