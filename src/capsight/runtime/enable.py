@@ -87,7 +87,7 @@ def enable(
         yield fast
 
 
-def _check_kinds(model: Any, capsule: Any, head_map: Any) -> None:
+def _check_kinds(model: object, capsule: object, head_map: object) -> None:
     """Refuse names and classes in the place of what they name."""
     if getattr(model, "config", None) is None or not hasattr(model, "get_decoder"):
         raise UnsupportedModelError(f"enable takes a transformers vision-language model, not {model!r:.60}")
