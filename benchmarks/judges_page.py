@@ -18,7 +18,8 @@ BEHIND = 0.05
 
 INTRO = """# Judges
 
-The reference VLM, and small VLMs of other classes, shapes and picture styles, trained by `tools/judging`.
+The reference VLM, and small VLMs of other classes, shapes and picture styles, trained by `tools/judging`;
+`smol` has a pretrained language model and [a page of its own](smol.md).
 Nothing was chosen on their test split, and their questions ask about all that a picture holds: what is
 usual, what is absent, counts, places, numbers, long descriptions. Protocol
 [`after`](../evaluation.md#protocols).
