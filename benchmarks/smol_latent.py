@@ -171,8 +171,8 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder of what the judge is made of.")] = DATA,
     weights: Annotated[Path, typer.Option(help="Folder of the judge's weights.")] = WEIGHTS,
     frozen: Annotated[bool, typer.Option(help="SmolLM2 without the low-rank additions.")] = False,
-    fit: Annotated[int, typer.Option(help="Calibration prompts.")] = 18,
-    test: Annotated[int, typer.Option(help="Test prompts.")] = 8,
+    fit: Annotated[int, typer.Option(help="Calibration prompts.")] = 12,
+    test: Annotated[int, typer.Option(help="Test prompts.")] = 5,
     images: Annotated[int, typer.Option(help="Images of each prompt.")] = 4,
     out: Annotated[Path, typer.Option(help="Where to write.")] = HERE / "results" / "smol_latent.json",
 ) -> None:
