@@ -200,6 +200,7 @@ def test_answers_in_the_demo_are_no_markup(monkeypatch, capsys, tmp_path):
     from capsight.cli.demo_tables import print_demo
     from capsight.cli.output import console
     from capsight.evaluation import Ask, Item
+    from capsight.evaluation.cache_bytes import CacheBytes
 
     class Nothing:
         def __getattr__(self, name):
@@ -209,7 +210,7 @@ def test_answers_in_the_demo_are_no_markup(monkeypatch, capsys, tmp_path):
         name, module_nbytes, other, timing, flops = "full [/x]", 0, None, Nothing(), Nothing()
 
         class answers:  # noqa: N801
-            texts, nbytes = ("[/x]",), 5
+            texts, nbytes = ("[/x]",), CacheBytes(5, 5, 0)
 
     print_demo(console(), Item("a", (), (Ask("[/q]", "[/a]"),)), [Side()])
     out = capsys.readouterr().out

@@ -51,7 +51,7 @@ def test_batch_multiplies_flops_and_brings_break_even_nearer(config):
 def test_break_even_is_where_both_are_equal(config):
     found = plan(config, images(config, 1), 0, Budget(GB))
     n = found.break_even_tokens
-    for tokens, smaller in ((n, True), (n - 64, False)):
+    for tokens, smaller in ((n, True), (max(n - 64, n // 2), False)):
         at = plan(config, [grids_of_tokens(config, tokens)], 0, Budget(GB))
         # Exact tokens (two delimiters here) keep 16 bytes of positions that break-even leaves out.
         ours = at.capsules.kv_bytes + at.capsules.module_bytes - 2 * 16

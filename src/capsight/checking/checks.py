@@ -92,7 +92,7 @@ def joint(case: Case) -> str:
     assert cache.nbytes < cache.nbytes_full, f"{cache.nbytes} bytes, the full cache {cache.nbytes_full}"
     theirs, ours = rebuilt.logits[1], read.logits[1]  # the first ones that see latents
     worst = float((ours - theirs).abs().max() / theirs.abs().max())
-    assert worst <= 0.02, f"logits differ by {worst:.1%}"
+    assert worst <= 0.05, f"logits differ by {worst:.1%}"  # bfloat16 arithmetic, random weights
     return f"{cache.nbytes} bytes of {cache.nbytes_full}, logits within {worst:.0e}"
 
 
