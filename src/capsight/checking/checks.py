@@ -13,6 +13,7 @@ from transformers import DynamicCache
 import capsight
 from capsight.blindsight import Category, HeadMap, MaskOptions, sparse_attention
 from capsight.blindsight.calibrate.capture import LayerCall, watching
+from capsight.cache_argument import CACHE
 from capsight.checking.case import Case, continued, same
 from capsight.errors import OptionError
 from capsight.layout import build_layout
@@ -108,9 +109,9 @@ def padding(case: Case) -> str:
 def turns(case: Case) -> str:
     """A second turn goes on with the same cache."""
     full = DynamicCache(config=case.model.config)
-    first = case.generate(case.model.generate, case.batch, past_key_values=full)
+    first = case.generate(case.model.generate, case.batch, **{CACHE: full})
     later = continued(first.sequences, case.batch)
-    expected = case.generate(case.model.generate, later, past_key_values=full)
+    expected = case.generate(case.model.generate, later, **{CACHE: full})
     with capsight.enable(case.model, capsule=case.capsule()) as fast:
         case.generate(fast.generate, case.batch)
         return same(case.generate(fast.generate, later, past_key_values=fast.cache), expected)
