@@ -34,7 +34,7 @@ def means(judges: dict[str, Judged]) -> list[str]:
             if not all(label in j.methods for j in judges.values()):
                 break
             lost = [j.lost(label).points for j in judges.values()]
-            cells.append(f"{sum(lost) / len(lost):.1f} ({max(lost):.1f})")
+            cells.append(f"{round(sum(lost) / len(lost), 1) + 0.0:.1f} ({max(lost):.1f})")  # no "-0.0"
         if len(cells) == len(SHARES):
             label = f"{name} 0.1" if any(f"{name} 0.1" in j.methods for j in judges.values()) else name
             worst = max(((*j.worst(label), key) for key, j in judges.items()), key=lambda w: w[1])
