@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capsight.execution import has_amx
 from capsight.layout import PromptLayout, RowLayout, VisionBlock
 
 TEXT_TOKENS = 256
@@ -94,7 +95,7 @@ def machine(device: str) -> dict[str, Any]:
         "cpu": names[0] if names else platform.processor(),
         "cores": torch.get_num_threads(),
         "threads": torch.get_num_threads(),
-        "amx": torch.cpu._is_amx_tile_supported(),
+        "amx": has_amx(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "torch": torch.__version__,
     }

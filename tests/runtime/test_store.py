@@ -205,6 +205,18 @@ def test_what_was_not_used_for_longest_goes(tmp_path):
     assert len(small.files()) == 1
 
 
+def test_looking_at_an_image_does_not_use_it(tmp_path):
+    store = CapsuleStore(tmp_path)
+    store.put(KEY, torch.randn(4, joint(QWEN).codecs[0].levels.rank), joint(QWEN), torch.float32)
+    (file,) = store.files()
+    os.utime(file.path, (1000, 1000))
+    (before,) = store.files()
+    assert store.about(before).tokens == 4
+    assert store.files() == [before]
+    assert store.get(KEY, joint(QWEN), torch.float32) is not None
+    assert store.files()[0].used > before.used
+
+
 def test_many_writers_and_readers_share_a_store(tmp_path):
     capsule = joint(QWEN)
     keys = [ImageKey(letter * 32, "b" * 32, True) for letter in "abcd"]

@@ -13,6 +13,7 @@ import torch
 from capsight.blindsight.attention.work import Work
 from capsight.blindsight.categories import Category
 from capsight.blindsight.rule import CAUSAL
+from capsight.execution import has_amx
 
 Kind = Literal["dense", "own_image", "sink"]
 """Plainly causal Dense heads; heads that see their own image, and Dense ones under a mask; Sink heads."""
@@ -38,7 +39,7 @@ def kind_of(work: Work) -> Kind:
 
 def device_name(device: torch.device) -> str:
     """The table's name for a device: its type, and for CPUs whether they have AMX (fast bfloat16)."""
-    if device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+    if device.type == "cpu" and has_amx():
         return "cpu amx"
     return device.type
 

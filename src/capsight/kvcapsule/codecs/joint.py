@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from capsight.errors import CapsightError, OptionError
+from capsight.execution import has_amx
 from capsight.kvcapsule.attention.latents import LayerBasis, PackedLatents
 from capsight.kvcapsule.attention.native import centre, supports
 from capsight.kvcapsule.budget import check_share
@@ -86,7 +87,7 @@ class JointCodec(LayerCodec):
         self.rotary = Rotary(tensors["frequencies"], tensors["pairs"], bool(interleaved), scaling)
         self.layers_together = self.sharing = int(layers)
         self.share = retained
-        self._dtype = torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+        self._dtype = torch.bfloat16 if has_amx() else torch.float32
         self.full_nbytes = 2 * self.mean.numel() * self.layers_together  # of a token in 16 bits
         self.levels = share_bits(self.lost[: len(self.axes) // GROUP], retained * self.full_nbytes)
         rank = self.levels.rank

@@ -63,7 +63,7 @@ class Place:
         return f"{self._root.rstrip('/')}/{name}"
 
     def read(self, path: str) -> bytes | None:
-        """A file, which counts as used; None where there is none.
+        """A file; None where there is none.
 
         Raises:
             CapsuleFileError: it cannot be read.
@@ -73,10 +73,13 @@ class Place:
                 data: bytes = self._fs.cat_file(path)
         except FileNotFoundError:
             return None
+        return data
+
+    def mark_used(self, path: str) -> None:
+        """Have a file count as used just now, where the place is a folder."""
         if self._local:
             with suppress(OSError):  # read-only, or removed meanwhile: it was read all the same
                 os.utime(path)
-        return data
 
     def write(self, path: str, data: bytes) -> None:
         """Put a file there in one step.

@@ -114,10 +114,13 @@ class CapsuleStore:
                 opened = Container(BytesIO(data), path)
                 if (opened.header.get("kind"), opened.header.get("name")) != (_KIND, _name_of(path)):
                     raise CapsuleFileError(f"{path} holds something else than its name says")
-                return decode(opened.piece(0), int(opened.header["tokens"]), rank)
+                latents = decode(opened.piece(0), int(opened.header["tokens"]), rank)
             except (CapsuleFileError, KeyError, TypeError, ValueError) as error:
                 gone = self._place.remove(path)
                 self._warn(f"{error}; it {'is removed' if gone else 'cannot be removed'}")
+                continue
+            self._place.mark_used(path)
+            return latents
         return None
 
     def put(self, key: ImageKey, latents: Tensor, capsule: KVCapsule, dtype: torch.dtype) -> int:

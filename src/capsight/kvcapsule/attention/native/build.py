@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from capsight.errors import CapsightError
+from capsight.execution import has_amx
 
 SWITCH = "CAPSIGHT_NATIVE"
 """Environment variable: 0 keeps attention with torch, 1 makes it an error if native code cannot be used."""
@@ -128,8 +129,7 @@ def library(level: str | None = None) -> ctypes.CDLL:
 def best_level() -> str:
     """The name of what this machine's processor has."""
     level = torch.backends.cpu.get_cpu_capability()
-    tiles = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return "AMX" if level == "AVX512" and sys.platform == "linux" and tiles() else level
+    return "AMX" if level == "AVX512" and sys.platform == "linux" and has_amx() else level
 
 
 def _compiler() -> str:
