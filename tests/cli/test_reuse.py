@@ -28,6 +28,10 @@ def test_ask_says_what_generate_says(monkeypatch, capsys, tmp_path, pictures):
         code, out, _ = run(monkeypatch, capsys, "encapsulate", *images, "--out", file, *options)
         assert code == 0
         assert "2 images" in out
+        code, table, _ = run(monkeypatch, capsys, "inspect", file)
+        assert code == 0
+        assert "heads-int8" in table if options else "joint" in table
+        assert any("images" in line and "2" in line for line in table.splitlines())
         for question in prompt.questions[:2]:
             code, answer, err = run(monkeypatch, capsys, "ask", file, "--prompt", question.text, *options)
             assert code == 0
@@ -41,9 +45,10 @@ def test_ask_says_what_generate_says(monkeypatch, capsys, tmp_path, pictures):
     assert code == 2
     assert "another capsule (heads-int8, 0.5 retained" in err
     file.write_bytes(file.read_bytes()[:-1])
-    code, _, err = run(monkeypatch, capsys, "ask", file, "--prompt", "what?")
-    assert code == 2
-    assert "truncated" in err
+    for command in (("ask", file, "--prompt", "what?"), ("inspect", file)):
+        code, _, err = run(monkeypatch, capsys, *command)
+        assert code == 2
+        assert "truncated" in err
 
 
 def test_ask_at_rest(monkeypatch, capsys, tmp_path, pictures):
@@ -118,6 +123,7 @@ def test_ask_over_a_store(monkeypatch, capsys, tmp_path, pictures):
         (["encapsulate", "--image", "none.png", "--out", "x"], "none.png"),
         (["encapsulate", "--image", "none.png", "--out", "/no/such/folder/x"], "does not exist"),
         (["ask", "none.safetensors", "--prompt", "x"], "missing"),
+        (["ask", "none.safetensors", "--prompt", "x", "--reuse", "prefix"], "--reuse"),
         (["ask", "none.safetensors", "--prompt", "x", "--bits", "3"], "8 or 4 bits"),
         (["ask", "none.safetensors", "--prompt", "x", "--max-new-tokens", "0"], "at least 1"),
     ],

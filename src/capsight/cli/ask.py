@@ -39,8 +39,12 @@ def ask(
         list[Path] | None, typer.Option(help="With --store: an image; give the option once for each.")
     ] = None,
     reuse: Annotated[
-        str, typer.Option(help="prefix: images after what they were read after; anywhere: each by itself.")
-    ] = "prefix",
+        str | None,
+        typer.Option(
+            help="With --store: prefix (images after what they were read after; the default) or anywhere "
+            "(each by itself)."
+        ),
+    ] = None,
     model: Annotated[str, typer.Option(help="The model that read the images.")] = REFERENCE,
     capsule: Annotated[str | None, typer.Option(help="The capsule that was used then.")] = None,
     retained: RetainedOption = None,
@@ -61,9 +65,11 @@ def ask(
         raise OptionError("name either a file that `capsight encapsulate` wrote, or a --store")
     if bool(image) != (store is not None):
         raise OptionError("name the images to ask about with --image, and the --store that may hold them")
+    if store is None and reuse is not None:
+        raise OptionError("--reuse is for images of a --store; a file is used as it was read")
     chosen = chosen_capsule(capsule, model, retained, bits, compression_ratio)
     if store is not None:
-        kept = CapsuleStore(store, reuse=reuse)  # type: ignore[arg-type]  # which checks it
+        kept = CapsuleStore(store, reuse=reuse or "prefix")  # type: ignore[arg-type]  # which checks it
         item = picture_item(image or (), prompt)
         vlm, made = load_model(model, dtype, device, processor)
         with enable(vlm, capsule=chosen, store=kept) as fast, torch.no_grad():

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from capsight.blindsight import Category, HeadMap
 from capsight.blindsight.head_map_file import FILE_NAME
-from capsight.cli.inspect_rest import file_facts, is_store, store_facts
+from capsight.cli.inspect_rest import file_facts, is_store, saved_facts, store_facts
 from capsight.cli.options import JsonOption
 from capsight.cli.output import console, human_bytes, write_json
 from capsight.cli.target import check_out
@@ -45,6 +45,9 @@ def inspect(
     facts: dict[str, Any]
     if is_rest_file(path):
         facts = file_facts(path)
+        tables = [_table(path, facts)]
+    elif Path(path).is_file() and Path(path).suffix != ".json":
+        facts = saved_facts(path)
         tables = [_table(path, facts)]
     elif is_store(path):
         facts = store_facts(path)

@@ -1,4 +1,4 @@
-"""What `capsight inspect` says of images at rest: bytes of each, and their quality."""
+"""What `capsight inspect` says of saved caches, and of images at rest: bytes of each, and their quality."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from capsight.cli.output import human_bytes
+from capsight.errors import CapsuleFileError, LayoutError
+from capsight.kvcapsule.cache_file import read_saved
 from capsight.kvcapsule.rest import CapsuleStore, read_rest_file
+from capsight.layout import PromptLayout
 
 
 def is_store(path: str) -> bool:
@@ -30,6 +33,29 @@ def file_facts(path: str) -> dict[str, Any]:
         "images": len(found.images),
         "bytes of each image": list(found.images),
         "text": "read anew from its ids" if not found.text else f"as it was, {human_bytes(found.text)}",
+    }
+
+
+def saved_facts(path: str) -> dict[str, Any]:
+    """Of a cache that was saved as it is.
+
+    Raises:
+        CapsuleFileError: it is truncated or was changed.
+    """
+    header, tensors = read_saved(Path(path))
+    try:
+        layout = PromptLayout.from_dict(header["layout"])
+        capsule, model = str(header["made_with"]), str(header["model"])
+    except (KeyError, TypeError, ValueError, LayoutError) as error:
+        raise CapsuleFileError(f"{path} has a malformed header ({error!r}); save the cache again") from error
+    return {
+        "capsule": capsule,
+        "file": human_bytes(Path(path).stat().st_size),
+        "rows": layout.batch_size,
+        "tokens": tensors["input_ids"].shape[1] if "input_ids" in tensors else layout.length,
+        "vision tokens": layout.vision_tokens,
+        "images": layout.num_images,
+        "model": model,
     }
 
 

@@ -82,13 +82,7 @@ def load_cache(
         ModelMismatchError: the cache was made for another model, or with another capsule.
     """
     path = Path(path)
-    text, tensors = _read(path)
-    try:
-        header = json.loads(text)
-        if not isinstance(header, dict):
-            raise ValueError("it is not an object")
-    except (ValueError, RecursionError) as error:
-        raise CapsuleFileError(f"{path} has a malformed header ({error}); save the cache again") from error
+    header, tensors = read_saved(path)
     _check_origin(path, header, capsule)
     cpu: defaultdict[int, torch.device] = defaultdict(lambda: torch.device("cpu"))
     try:
@@ -105,6 +99,40 @@ def load_cache(
         return cache
     except (CapsuleFileError, LayoutError, OptionError) as error:
         raise CapsuleFileError(f"{path}: {error}") from error
+
+
+def read_saved(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file whose checksum is right; the tensors are copies, not the file itself.
+
+    Raises:
+        CapsuleFileError: it is missing, truncated, changed since it was written, or of another kind.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != KIND:
+                raise CapsuleFileError(f"{path} is not a saved capsule cache")
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise CapsuleFileError(f"{path} is missing; is this the file of a saved cache?") from error
+    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CapsuleFileError(
+            f"{path} cannot be read as a saved cache ({error}); it may be truncated: copy it again, or save "
+            "the cache again"
+        ) from error
+    text = metadata.get("header", "")
+    if tensors_fingerprint(tensors, text) != metadata.get("sha256"):
+        raise CapsuleFileError(
+            f"{path} was changed since it was written: its checksum is wrong; copy it again, or save the "
+            "cache again"
+        )
+    try:
+        header = json.loads(text)
+        if not isinstance(header, dict):
+            raise ValueError("it is not an object")
+    except (ValueError, RecursionError) as error:
+        raise CapsuleFileError(f"{path} has a malformed header ({error}); save the cache again") from error
+    return header, tensors
 
 
 def capsule_fingerprint(capsule: KVCapsule) -> str:
@@ -171,27 +199,3 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
             f"cannot write {path}: {reason}; free some space or name another place (what was there is "
             "unharmed)"
         ) from error
-
-
-def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """Header and tensors of a file whose checksum is right; the tensors are copies, not the file itself."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != KIND:
-                raise CapsuleFileError(f"{path} is not a saved capsule cache")
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise CapsuleFileError(f"{path} is missing; is this the file of a saved cache?") from error
-    except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise CapsuleFileError(
-            f"{path} cannot be read as a saved cache ({error}); it may be truncated: copy it again, or save "
-            "the cache again"
-        ) from error
-    text = metadata.get("header", "")
-    if tensors_fingerprint(tensors, text) != metadata.get("sha256"):
-        raise CapsuleFileError(
-            f"{path} was changed since it was written: its checksum is wrong; copy it again, or save the "
-            "cache again"
-        )
-    return text, tensors
