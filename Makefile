@@ -6,6 +6,8 @@ STAMP := $(VENV)/.ready
 DOCS_STAMP := $(VENV)/.docs-ready
 TRITON := .venv-triton
 TRITON_STAMP := $(TRITON)/.ready
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.ready
 
 # Idle OpenMP threads must not spin: on two cores they would take the other process's time.
 export KMP_BLOCKTIME ?= 0
@@ -22,7 +24,8 @@ BUDGETS := 0.6 0.4 0.2 0.1
 BITS := joint heads heads-int8 heads-int4
 TIMED := joint heads
 
-.PHONY: help setup demo test lint docs train-reference fit-reference judge train-judge accuracy accuracy-more bench test-triton test-matrix clean
+.PHONY: help setup demo test lint docs train-reference fit-reference judge train-judge accuracy accuracy-more bench test-triton test-vllm \
+	test-matrix clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -105,8 +108,15 @@ $(TRITON_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(TRITON) triton==3.9.0
 	@touch $@
 
+test-vllm: $(VLLM_STAMP)  ## test serving inside vLLM on the CPU, in a virtual environment of its own
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving
+
+$(VLLM_STAMP): tools/vllm_venv.sh pyproject.toml
+	PYTHON=$(PYTHON) tools/vllm_venv.sh $(VLLM)
+	@touch $@
+
 test-matrix:  ## run the tests on the oldest and the newest supported transformers
 	PYTHON=$(PYTHON) tools/test_matrix.sh
 
 clean:  ## remove .venv and what tools left behind
-	rm -rf $(VENV) $(TRITON) out site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(VLLM) out site .pytest_cache .mypy_cache .ruff_cache .hypothesis

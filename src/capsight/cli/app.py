@@ -17,12 +17,14 @@ from capsight.cli.demo import demo
 from capsight.cli.encapsulate import encapsulate
 from capsight.cli.evaluate import evaluate_command
 from capsight.cli.examples import examples
+from capsight.cli.export import export
 from capsight.cli.fit import fit
 from capsight.cli.generate import generate
 from capsight.cli.inspect import inspect
 from capsight.cli.output import console
 from capsight.cli.plan import plan
 from capsight.cli.report import report
+from capsight.cli.serve import serve
 from capsight.errors import CapsightError
 from capsight.kvcapsule.calibration.processes import ElsewhereError
 
@@ -43,6 +45,8 @@ app.command()(attention)
 app.command()(inspect)
 app.command("eval")(evaluate_command)
 app.command("bench")(bench_command)
+app.command()(export)
+app.command(context_settings={"allow_extra_args": True})(serve)
 app.command()(plan)
 app.command()(check_model)
 app.command()(report)

@@ -1,0 +1,1 @@
+"""Serving: checkpoints that carry their capsule and head map, and a plugin for vLLM."""

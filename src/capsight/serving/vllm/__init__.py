@@ -1,0 +1,1 @@
+"""capsight inside vLLM: a plugin, without a fork."""

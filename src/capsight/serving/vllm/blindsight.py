@@ -1,0 +1,131 @@
+"""BlindSight inside vLLM: the image tokens of a step's prefill attend as their heads' categories say.
+
+The masks are those of `capsight.blindsight`, which follow from where images lie. A mask shows a token nothing
+that comes after it, so it does not matter whether a prompt is read in chunks, beside other requests, or in
+part from the prefix cache. Text, and all that is generated, sees everything: vLLM's own kernel computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from capsight.blindsight import Category, HeadMap, sparse_attention
+from capsight.layout import PromptLayout, RowLayout, VisionBlock
+from capsight.serving.vllm.paged import read_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SparseRequest:
+    """One request of a step that reads image tokens.
+
+    Attributes:
+        rows: `[start, end)` of its tokens among those of the step, from its first image token to its last.
+        keys: tokens of the prompt up to that last one (T).
+        blocks: int `[n]`, the blocks of paged memory that hold them.
+        layout: of the prompt.
+    """
+
+    rows: tuple[int, int]
+    keys: int
+    blocks: Tensor
+    layout: PromptLayout
+
+
+def request_layout(ranges: Sequence[tuple[int, int]], length: int) -> PromptLayout:
+    """Where the images of a prompt lie, each between two delimiters.
+
+    Args:
+        ranges: first and last position of each image's tokens, as vLLM has them.
+        length: tokens of the prompt so far; one that ends inside an image is taken to its end.
+    """
+    ordered = sorted((int(first), int(last) + 1) for first, last in ranges)
+    inside = {position for span in ordered for position in range(*span)}
+    blocks, taken = [], set(inside)
+    for index, (start, end) in enumerate(ordered):
+        around = [position for position in (start - 1, end) if position >= 0 and position not in taken]
+        taken.update(around)
+        blocks.append(VisionBlock(start, end, "image", (1, 1, end - start), index, tuple(around)))
+    reach = max((block.reach for block in blocks), default=0)
+    return PromptLayout((RowLayout(max(length, reach), 0, tuple(blocks)),))
+
+
+def sparse_requests(step: Any) -> tuple[SparseRequest, ...]:
+    """The requests of a step that read image tokens.
+
+    Args:
+        step: vLLM's `CommonAttentionMetadata`: of it `query_start_loc_cpu`, `seq_lens`, `block_table_tensor`
+            and `mm_req_doc_ranges` (request -> first and last position of each image).
+    """
+    found = []
+    starts = step.query_start_loc_cpu.tolist()
+    lengths = step.seq_lens.tolist()
+    for index, ranges in sorted((step.mm_req_doc_ranges or {}).items()):
+        if not ranges or index >= len(lengths):
+            continue
+        first = lengths[index] - (starts[index + 1] - starts[index])  # position of the first new token
+        spans = [(max(a, first), min(b + 1, lengths[index])) for a, b in ranges]
+        spans = [span for span in spans if span[0] < span[1]]
+        if not spans:
+            continue
+        begin, end = min(a for a, _ in spans), max(b for _, b in spans)
+        row = starts[index] - first
+        layout = request_layout(ranges, lengths[index])
+        found.append(SparseRequest((row + begin, row + end), end, step.block_table_tensor[index], layout))
+    return tuple(found)
+
+
+class SparsePrefill:
+    """A head map as one process of the engine applies it."""
+
+    def __init__(self, head_map: HeadMap, rank: int = 0, size: int = 1) -> None:
+        """Take the heads that this process has.
+
+        Args:
+            head_map: of the whole model.
+            rank: of this process among those that share the heads (tensor parallelism).
+            size: processes that share them; divides the number of heads.
+        """
+        own = head_map.num_heads // size
+        self.options = head_map.options
+        self.categories = tuple(layer[rank * own : (rank + 1) * own] for layer in head_map.categories)
+
+    def attend(
+        self,
+        layer: int,
+        requests: Sequence[SparseRequest],
+        query: Tensor,
+        kv_cache: Tensor,
+        scaling: float,
+        output: Tensor,
+    ) -> None:
+        """Write the attention of image tokens over what the dense kernel wrote.
+
+        Args:
+            layer: index of the layer.
+            requests: of this step.
+            query: `[tokens, Hq, D]`, after RoPE, of all requests of the step.
+            kv_cache: of this layer, which holds the step's keys and values already; see `read_tokens`.
+            scaling: factor on the scores.
+            output: `[tokens, Hq, D]` or `[tokens, Hq * D]`; image tokens (and text between them) are written.
+        """
+        categories = self.categories[layer]
+        if all(category is Category.DENSE for category in categories):
+            return
+        out = output.view(query.shape)
+        for request in requests:
+            key, value = read_tokens(kv_cache, request.blocks, request.keys)
+            rows = slice(*request.rows)
+            found = sparse_attention(
+                query[rows].transpose(0, 1)[None],
+                key[None],
+                value[None],
+                request.layout,
+                categories,
+                options=self.options,
+                scaling=scaling,
+            )  # [1, Hq, S, D]
+            out[rows] = found[0].transpose(0, 1)

@@ -1,0 +1,103 @@
+"""Head maps inside vLLM give the tokens and log-probabilities of transformers. Needs vLLM; CPU, fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+import capsight
+from capsight import HeadMap
+from capsight.blindsight import Category
+from capsight.reference import load_reference_vlm, reference_path, split_prompt
+from capsight.serving.export import export_checkpoint
+from serving.ask_vllm import ask
+
+COUNTS = (1, 2, 4, 8, 3)
+TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return load_reference_vlm()
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory, vlm):
+    """Text, picture files and model inputs of questions about one to eight pictures, and of one without."""
+    folder, made = tmp_path_factory.mktemp("pictures"), []
+    for number, count in enumerate((*COUNTS, 0)):
+        prompt = split_prompt("test", number, count or 1)
+        files = [str(folder / f"{number}-{index}.png") for index in range(count)]
+        scenes = prompt.scenes[:count]
+        for scene, file in zip(scenes, files, strict=True):
+            scene.image.save(file)
+        content = [{"type": "image"}] * count + [{"type": "text", "text": prompt.questions[0].text}]
+        text = vlm[1].apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        images = {"images": [[scene.image for scene in scenes]]} if count else {}
+        made.append((text, files, vlm[1](text=[text], return_tensors="pt", **images)))
+    return made
+
+
+def expected(model, inputs, head_map):
+    """Tokens and their log-probabilities on the transformers path."""
+    options = {"max_new_tokens": TOKENS, "do_sample": False, "return_dict_in_generate": True}
+    with torch.no_grad(), capsight.enable(model, head_map=head_map) as fast:
+        out = fast.generate(**inputs, **options, output_logits=True)
+    tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    rows = torch.stack(out.logits)[:, 0].float().log_softmax(-1)
+    return tokens, [rows[i, token].item() for i, token in enumerate(tokens)]
+
+
+MAPS = {
+    "calibrated": lambda: HeadMap.from_pretrained("reference"),
+    "mixed": lambda: HeadMap.random(8, 8, dict.fromkeys(Category, 16), seed=3),
+}
+
+
+@pytest.fixture(scope="module", params=MAPS)
+def exported(request, tmp_path_factory, vlm, prompts):
+    """An exported folder and what transformers says with the same head map."""
+    head_map = MAPS[request.param]()
+    out = tmp_path_factory.mktemp("exported") / "model"
+    export_checkpoint(reference_path(), out, vlm[0], head_map=head_map)
+    return out, [expected(vlm[0], inputs, head_map) for _, _, inputs in prompts]
+
+
+def check(found, right, prompts):
+    for answer, (tokens, logprobs), (_, _, inputs) in zip(found, right, prompts, strict=True):
+        assert answer["prompt"] == inputs["input_ids"][0].tolist()
+        assert answer["tokens"] == tokens
+        gaps = [abs(a - b) for a, b in zip(answer["logprobs"], logprobs, strict=True)]
+        assert max(gaps) <= 1e-4
+
+
+WAYS = {
+    "single chunk, then prefix-cached": {"rounds": 2},
+    "chunks of 64 tokens": {"max_num_batched_tokens": 64, "max_num_seqs": 4, "enable_prefix_caching": False},
+    "engine in another process": {"environment": {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}},
+    "heads shared by two processes": {
+        "tensor_parallel_size": 2,
+        "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+    },
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tokens_are_those_of_transformers(tmp_path, exported, prompts, way):
+    folder, right = exported
+    rounds = ask(tmp_path, folder, [(text, files) for text, files, _ in prompts], tokens=TOKENS, **WAYS[way])
+    for found in rounds:
+        check(found, right, prompts)
+    if len(rounds) > 1:
+        assert sum(answer["cached"] for answer in rounds[1]) > 0.7 * sum(
+            len(answer["prompt"]) for answer in rounds[1]
+        )
+
+
+def test_the_map_changes_something(vlm, prompts, exported):
+    dense = [expected(vlm[0], inputs, None) for _, _, inputs in prompts]
+    assert any(abs(a[1][0] - b[1][0]) > 1e-3 for a, b in zip(dense, exported[1], strict=True))
