@@ -159,10 +159,9 @@ def test_what_is_rebuilt_is_mean_and_axes(vlm):
         keys, values = cache.layers[i]._rebuilt(cache.layers[i].placement, empty, empty)
         x = torch.einsum("tr,rkhd->tkhd", z, axes_of(codec)) + codec.mean
         k = codec.rotary.turn(x[:, 0].float().transpose(0, 1), *codec.rotary.tables(places)).transpose(0, 1)
-        torch.testing.assert_close(
-            keys.transpose(1, 2)[seen], k, atol=0.05, rtol=0.02
-        )  # a code may be the next
-        torch.testing.assert_close(values.transpose(1, 2)[seen], x[:, 1].float(), atol=0.05, rtol=0.02)
+        close = {"atol": 0.1, "rtol": 0.02}  # products in bfloat16: some codes may be the next
+        torch.testing.assert_close(keys.transpose(1, 2)[seen], k, **close)
+        torch.testing.assert_close(values.transpose(1, 2)[seen], x[:, 1].float(), **close)
         real = ~seen & inputs["attention_mask"].bool()
         torch.testing.assert_close(keys.transpose(1, 2)[real], full.layers[i].keys.transpose(1, 2)[real])
 

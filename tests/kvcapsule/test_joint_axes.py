@@ -18,12 +18,12 @@ from capsight.evaluation.asking import process
 from capsight.kvcapsule import KVCapsule
 from capsight.kvcapsule.attention.native import missing
 from capsight.kvcapsule.capsule_file import KIND
-from capsight.kvcapsule.codecs import joint, joint_tensors
+from capsight.kvcapsule.codecs import joint, joint_tensors, levels
 from capsight.kvcapsule.codecs.gathered import Gathered
 from capsight.kvcapsule.codecs.joint import JointCodec
 from capsight.kvcapsule.codecs.joint_axes import in_steps, numbers
 from capsight.kvcapsule.codecs.joint_tensors import for_file
-from capsight.kvcapsule.codecs.levels import GROUP
+from capsight.kvcapsule.codecs.levels import GROUP, Levels, pack, unpack
 from capsight.kvcapsule.rest import for_rest
 from capsight.kvcapsule.rest.parts import learnt_fingerprint
 from capsight.kvcapsule.store import read_folder, write_folder
@@ -146,11 +146,11 @@ def test_latents_are_sums_over_layers_up_to_rounding(seed, dtype):
     turned = torch.linalg.qr(torch.randn(192, 192, generator=g))[0]
     x = (torch.randn(50, 192, generator=g) * sizes) @ turned.T
     held = Gathered.none(x, 50, 96)
-    for layer in range(3):
-        own = slice(layer * 64, layer * 64 + 64)
-        held = held.plus(x[:, own].to(dtype), x[:, own].square().sum(), turned[own, :96].T)
+    for layer in range(6):  # more than are projected together
+        own = slice(layer * 32, layer * 32 + 32)
+        held.add(x[:, own].to(dtype), x[:, own].square().sum(), turned[own, :96].T)
     exact = x.double() @ turned.double()[:, :96]
-    error = (held.latents - exact).square().mean(0)
+    error = (held.sum() - exact).square().mean(0)
     assert (error < 2e-5 * exact.square().mean(0).sum()).all()
     assert (error < (3e-3 if dtype == torch.bfloat16 else 1e-9) * exact.square().mean(0)).all()
     assert float(held.energy) == pytest.approx(float(x.double().square().sum()), rel=1e-5)
@@ -180,7 +180,7 @@ def test_native_code_centres_as_torch_does(data):
     )
     codec._dtype = work
     keys, values = x.to(dtype).unbind(1)
-    tables = codec.rotary.tables(torch.randint(0, 99, (3, tokens), generator=g))
+    tables = codec.rotary.back(*codec.rotary.tables(torch.randint(0, 99, (3, tokens), generator=g)))
     found = codec._centred(keys, values, tables)
     with mock.patch.object(joint, "supports", return_value=False):
         expected = codec._centred(keys, values, tables)
@@ -188,3 +188,19 @@ def test_native_code_centres_as_torch_does(data):
     close = 1e-5 if work == torch.float32 else 1e-2
     torch.testing.assert_close(found[0], expected[0], atol=close, rtol=close)
     torch.testing.assert_close(found[1], expected[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(bool(missing()), reason="no C++ compiler")
+@given(st.integers(0, 99), st.tuples(*[st.integers(0, 2)] * 3).filter(any), st.integers(0, 5))
+def test_native_code_packs_latents_as_torch_does(seed, groups, tokens):
+    """Coordinates of any size, of nothing and of no number; columns beyond those that get bits are left."""
+    chosen, g = Levels(*(GROUP * n for n in groups)), torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, chosen.rank + 32, generator=g) * torch.logspace(1, -6, chosen.rank + 32)
+    x[:1], x[1:2, 0] = 0, (torch.nan, torch.inf)[seed % 2]
+    codes, scales = pack(x, chosen)
+    with mock.patch.object(levels, "supports", return_value=False):
+        expected = pack(x, chosen)
+    assert (codes.shape, codes.dtype) == (expected[0].shape, expected[0].dtype)
+    torch.testing.assert_close(scales, expected[1], atol=0, rtol=2e-3, equal_nan=True)
+    ours, theirs = (unpack(*each, chosen, torch.float32) for each in ((codes, scales), expected))
+    torch.testing.assert_close(ours.nan_to_num(7, 7, 7), theirs.nan_to_num(7, 7, 7), atol=1e-7, rtol=2e-2)

@@ -160,14 +160,21 @@ class JointCodec(LayerCodec):
             positions: of the T tokens.
         """
         assert positions is not None
-        flat, energy = self._centred(keys[:, :, 0], values[:, :, 0], positions.tables(self.rotary))
+        back = positions.tables(self.rotary, back=True)
+        flat, energy = self._centred(keys[:, :, 0], values[:, :, 0], back)
         held = Gathered.none(self.mean, len(keys), self.levels.rank) if held is None else held
         axes = numbers(self.axes, self.steps * self.weight[:, None], torch.float32)  # of U^T
-        return held.plus(flat, energy, axes.flatten(1))
+        held.add(flat, energy, axes.flatten(1))
+        return held
 
     def _centred(self, keys: Tensor, values: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """W (x - mean) `[T, 2 H D]` in the dtype of products, and the sum of its squares."""
-        tables = self.rotary.back(*tables)
+        """W (x - mean) `[T, 2 H D]` in the dtype of products, and the sum of its squares.
+
+        Args:
+            keys: `[T, H, D]`, after RoPE.
+            values: `[T, H, D]`.
+            tables: what undoes RoPE, `[T, P]` each.
+        """
         if supports(keys):
             how = self.rotary.interleaved, self.mean, self.weight, self._dtype
             return centre(keys, values, tables, *how)
@@ -181,8 +188,9 @@ class JointCodec(LayerCodec):
         """Store latents that all layers have added to."""
         first = codecs[0]
         left_out = first.lost[first.levels.rank // GROUP :, 0].sum() / first.lost[:, 0].sum()
+        latents = held.sum()
         held.compare(float(first.typical) + float(left_out))
-        codes, scales = pack(held.latents, first.levels)
+        codes, scales = pack(latents, first.levels)
         return [JointPayload({"codes": codes, "scales": scales})] * len(codecs)
 
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:

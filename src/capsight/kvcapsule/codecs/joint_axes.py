@@ -18,7 +18,7 @@ def in_steps(axes: Tensor, bits: int = AXIS_BITS) -> tuple[Tensor, Tensor]:
 
 def numbers(axes: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:
     """The axes `[K, 2, H, D]` of what `in_steps` gave; memory lies as that of `axes`."""
-    return axes.to(dtype).mul_(steps.T[:, :, None, None].to(dtype))
+    return axes * steps.T[:, :, None, None].to(dtype)
 
 
 def coordinates_together(axes: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from capsight.errors import OptionError
 from capsight.execution import own_precision
+from capsight.kvcapsule.attention import native
+from capsight.kvcapsule.attention.native import supports
 
 GROUP = 32
 """Coordinates that share a scale."""
@@ -56,6 +58,8 @@ def pack(latents: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
     Returns:
         Codes uint8 `[T, C]` and scales float16 `[T, R / GROUP]`.
     """
+    if supports(latents) and latents.dtype == torch.float32 and latents.stride(1) == 1:
+        return native.pack(latents, levels.counts, GROUP, (_INNER + _OUTER) / 2)
     codes, scales, first = [], [], 0
     for bits, count in levels.parts:
         groups = latents[:, first : first + count].float().unflatten(1, (-1, GROUP))  # [T, G, GROUP]

@@ -21,10 +21,12 @@ class TokenPositions:
         self.thw, self._layers, self._left = thw, layers, 0
         self._tables: tuple[object, Tensor, Tensor] | None = None
 
-    def tables(self, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of `rotary` for these tokens: float32 `[T, P]` each."""
-        if self._tables is None or self._tables[0] != rotary.key:
-            self._tables, self._left = (rotary.key, *rotary.tables(self.thw)), self._layers
+    def tables(self, rotary: Rotary, back: bool = False) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of `rotary` for these tokens, or what undoes them: float32 `[T, P]` each."""
+        key = *rotary.key, back
+        if self._tables is None or self._tables[0] != key:
+            tables = rotary.tables(self.thw)
+            self._tables, self._left = (key, *(rotary.back(*tables) if back else tables)), self._layers
         _, cosines, sines = self._tables
         self._left -= 1
         if self._left <= 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from capsight.kvcapsule.attention.native.build import NativeBuildError, missing
 from capsight.kvcapsule.attention.native.centre import centre
 from capsight.kvcapsule.attention.native.decode import decode_attention, supports
+from capsight.kvcapsule.attention.native.pack import pack
 from capsight.kvcapsule.attention.native.source import Source, Steps
 
-__all__ = ["NativeBuildError", "Source", "Steps", "centre", "decode_attention", "missing", "supports"]
+__all__ = ["NativeBuildError", "Source", "Steps", "centre", "decode_attention", "missing", "pack", "supports"]

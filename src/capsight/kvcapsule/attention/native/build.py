@@ -29,8 +29,8 @@ from capsight.execution import has_amx
 SWITCH = "CAPSIGHT_NATIVE"
 """Environment variable: 0 keeps attention with torch, 1 makes it an error if native code cannot be used."""
 
-INTERFACE = 3
-UNITS = ("centre.cpp", "decode.cpp", "joint.cpp")
+INTERFACE = 4
+UNITS = ("centre.cpp", "decode.cpp", "joint.cpp", "pack.cpp")
 HEADERS = (
     *("amx.h", "amx_open.h", "chunk.h", "fold.h", "joint_chunk.h", "latents.h", "rebuild.h", "softmax.h"),
     *("tile.h", "vectors.h"),
@@ -54,6 +54,7 @@ FUNCTIONS = {
         *(_P, _P, _N, ctypes.c_int32, _P, _P, _N, _P, ctypes.c_int32, _P),
     ),
     "capsight_joint": (_P, _P, ctypes.c_int32, _N, _N, _N, *_AFTER),
+    "capsight_pack": (_P, _N, _N, _P, ctypes.c_float, _N, _P, _P),
 }
 
 _TIMEOUT_S = 300
