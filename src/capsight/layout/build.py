@@ -31,11 +31,11 @@ def build_layout(inputs: Mapping[str, Any], config: Any) -> PromptLayout:
     """
     family = family_for(config)
     rows = _token_rows(inputs)
-    found = family.blocks(rows, inputs, config)
+    by_row = family.blocks(rows, inputs, config)
     layout = PromptLayout(
         tuple(
             RowLayout(len(row.ids), row.pad_left, tuple(blocks))
-            for row, blocks in zip(rows, found, strict=True)
+            for row, blocks in zip(rows, by_row, strict=True)
         )
     )
     for key in ("mm_token_type_ids", "token_type_ids"):

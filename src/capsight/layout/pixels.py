@@ -66,7 +66,7 @@ def select_images(
         for kind in ("image", "video")
     }
     by_block = {kind: [(r, block.image) for r, block in blocks if block.kind == kind] for kind in keys}
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for name, value in inputs.items():
         if not name.startswith(VISION_PREFIXES) or value is None or name == "batch_num_images":
             continue
@@ -77,22 +77,22 @@ def select_images(
             patches = [int(np.prod([int(n) for n in grid])) for grid in grids]
             picked = np.repeat(_chosen(owners, wanted, name, len(grids)), patches)
         elif name in _STRIPS and inputs.get(_STRIPS[name]) is not None:
-            found[name] = _strips(value, inputs[_STRIPS[name]], by_block[kind], wanted)
+            entries[name] = _strips(value, inputs[_STRIPS[name]], by_block[kind], wanted)
             continue
         elif _by_row(inputs, kind) and isinstance(value, Tensor):
-            found[name] = _tiles(inputs["pixel_values"], value, by_block["image"], wanted, layout)
+            entries[name] = _tiles(inputs["pixel_values"], value, by_block["image"], wanted, layout)
             continue
         else:
             owners = owners if len(owners) == len(value) else by_block[kind]
             picked = _chosen(owners, wanted, name, len(value))
-        found[name] = _pick(value, picked)
+        entries[name] = _pick(value, picked)
     if inputs.get("batch_num_images") is not None:
         counts = [int(n) for n in inputs["batch_num_images"] if int(n)]
         alone = [n == 1 for n in counts for _ in range(n)]
-        found["batch_num_images"] = _counts(
+        entries["batch_num_images"] = _counts(
             alone, _chosen(keys["image"], wanted, "batch_num_images", len(alone))
         )
-    return {name: value for name, value in found.items() if len(value)}
+    return {name: value for name, value in entries.items() if len(value)}
 
 
 def _chosen(
@@ -134,8 +134,8 @@ def _tiles(
     if not most:
         return value.new_zeros(0)
     out = value.new_zeros(len(by_row), most, *value.shape[2:])
-    for row, own in enumerate(by_row):
-        out[row, : len(own)] = own
+    for row, row_tiles in enumerate(by_row):
+        out[row, : len(row_tiles)] = row_tiles
     return out
 
 
@@ -143,8 +143,8 @@ def _strips(value: Tensor, sizes: Tensor, owners: list[ImageKey], wanted: Collec
     """The patches of the images wanted, side by side as in `[1, C, patch, patches * patch]`."""
     picked = _chosen(owners, wanted, "target_sizes", len(sizes))
     columns = sizes.prod(-1).cpu().numpy() * value.shape[2]
-    kept = value[..., torch.from_numpy(np.repeat(picked, columns)).to(value.device)]
-    return kept if kept.numel() else value.new_zeros(0)
+    patches = value[..., torch.from_numpy(np.repeat(picked, columns)).to(value.device)]
+    return patches if patches.numel() else value.new_zeros(0)
 
 
 def _counts(alone: list[bool], picked: NDArray[np.bool_]) -> list[int]:

@@ -185,8 +185,8 @@ class RowLayout:
         """
         if not 0 <= n <= self.length:
             raise LayoutError(f"prefix({n}) of a row of {self.length} tokens")
-        kept = tuple(_cut(block, n) for block in self.blocks if block.start < n)
-        return RowLayout(n, min(self.pad_left, n), kept)
+        blocks = tuple(_cut(block, n) for block in self.blocks if block.start < n)
+        return RowLayout(n, min(self.pad_left, n), blocks)
 
 
 def _gaps(start: int, end: int, blocks: tuple[VisionBlock, ...]) -> Iterator[Span]:

@@ -63,7 +63,7 @@ ENTRY_POINTS = "capsight.families"
 @cache
 def _registered() -> dict[str, Family]:
     """All adapters by model type: those of this package, and those that other packages add."""
-    found = dict(_BY_MODEL_TYPE)
+    adapters = dict(_BY_MODEL_TYPE)
     for point in entry_points(group=ENTRY_POINTS):
         try:
             made = point.load()
@@ -74,13 +74,13 @@ def _registered() -> dict[str, Family]:
                 f"the entry point {point.name!r} of {ENTRY_POINTS} cannot be used ({error!r}); repair or "
                 "remove the package that registers it"
             ) from error
-        taken = sorted(added.keys() & found.keys())
+        taken = sorted(added.keys() & adapters.keys())
         if taken:
             raise UnsupportedModelError(
                 f"the entry point {point.name!r} of {ENTRY_POINTS} registers {taken[0]}, which is taken"
             )
-        found |= added
-    return found
+        adapters |= added
+    return adapters
 
 
 def supported_families() -> tuple[str, ...]:

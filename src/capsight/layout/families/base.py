@@ -142,16 +142,16 @@ def check_length(row: TokenRow, span: Span, expected: int, what: str) -> None:
     Raises:
         LayoutError: it has not; the message says which of the usual reasons is likely.
     """
-    found = span[1] - span[0]
-    if found == expected:
+    length = span[1] - span[0]
+    if length == expected:
         return
-    if found < expected and (span[0] == row.pad_left or span[1] == len(row.ids)):
+    if length < expected and (span[0] == row.pad_left or span[1] == len(row.ids)):
         reason = "the prompt was truncated inside an image; raise max_length or turn truncation off"
-    elif expected and found % expected == 0:
+    elif expected and length % expected == 0:
         reason = "neighbouring images stand there without the delimiters that the family writes between them"
     else:
         reason = "the images and the prompt do not belong together"
-    raise row.error(f"{found} vision tokens at {span[0]}, but {what} calls for {expected}: {reason}")
+    raise row.error(f"{length} vision tokens at {span[0]}, but {what} calls for {expected}: {reason}")
 
 
 def enclosing(row: TokenRow, span: Span, opener: int, closer: int) -> tuple[int, int]:
@@ -178,16 +178,16 @@ def enclosing(row: TokenRow, span: Span, opener: int, closer: int) -> tuple[int,
     return span[0] - 1, span[1]
 
 
-def check_pictures(inputs: Mapping[str, Any], found: int) -> None:
+def check_pictures(inputs: Mapping[str, Any], count: int) -> None:
     """Check that `pixel_values`, where given, holds one picture for each block found.
 
     Raises:
         LayoutError: it does not.
     """
     pixels = inputs.get("pixel_values")
-    if pixels is not None and len(pixels) != found:
+    if pixels is not None and len(pixels) != count:
         raise LayoutError(
-            f"pixel_values holds {len(pixels)} pictures, but the prompts hold vision tokens for {found}; "
+            f"pixel_values holds {len(pixels)} pictures, but the prompts hold vision tokens for {count}; "
             "the prompt was truncated or a placeholder is missing"
         )
 

@@ -24,7 +24,7 @@ class Cohere2Vision(PlainRope):
         """See `Family.blocks`."""
         vision = config.vision_config
         tokens = (vision.image_size // vision.patch_size // config.downsample_factor) ** 2
-        found: list[list[VisionBlock]] = []
+        by_row: list[list[VisionBlock]] = []
         marks: list[set[int | None]] = [set(), set(), set()]  # start, break, end
         for row in rows:
             blocks: list[VisionBlock] = []
@@ -33,7 +33,7 @@ class Cohere2Vision(PlainRope):
                 check_length(row, (start, end), tokens, f"the vision tower ({tokens} a tile)")
                 first = index == 0 or spans[index - 1][1] + 1 < start
                 last = index + 1 == len(spans) or end + 1 < spans[index + 1][0]
-                own = (*((start - 1,) if first else ()), end, *((end + 1,) if last else ()))
+                delimiters = (*((start - 1,) if first else ()), end, *((end + 1,) if last else ()))
                 for kind, place in (
                     (0, start - 1 if first else None),
                     (1, end),
@@ -47,7 +47,7 @@ class Cohere2Vision(PlainRope):
                         "in the same pair of delimiters as others; was the prompt truncated?"
                     )
                 image = blocks[-1].image + first if blocks else 0
-                blocks.append(VisionBlock(start, end, "image", square(tokens), image, own))
-            found.append(blocks)
-        check_pictures(inputs, sum(len(blocks) for blocks in found))
-        return found
+                blocks.append(VisionBlock(start, end, "image", square(tokens), image, delimiters))
+            by_row.append(blocks)
+        check_pictures(inputs, sum(len(blocks) for blocks in by_row))
+        return by_row

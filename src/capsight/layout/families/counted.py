@@ -30,7 +30,7 @@ class Counted(PlainRope):
             raise LayoutError("VideoLLaMA 3 leaves out tokens of frames that are alike; give it pictures")
         images = Supply(inputs, "image_sizes" if config.model_type == "lighton_ocr" else "image_grid_thw")
         videos, merges = Supply(inputs, "video_grid_thw"), _merges(inputs, config)
-        found: list[list[VisionBlock]] = []
+        by_row: list[list[VisionBlock]] = []
         for row in rows:
             blocks: list[VisionBlock] = []
             for start, end in row.runs(config.image_token_id, getattr(config, "video_token_id", -1)):
@@ -45,10 +45,10 @@ class Counted(PlainRope):
                     kind: Kind = "image" if is_image else "video"
                     blocks.append(VisionBlock(start, stop, kind, grid, len(blocks)))
                     start = stop
-            found.append(blocks)
+            by_row.append(blocks)
         images.finish()
         videos.finish()
-        return found
+        return by_row
 
     def row_positions(self, row: RowLayout, config: Any) -> NDArray[np.int64]:
         """See `Family.row_positions`. EXAONE 4.5 numbers padding, too."""

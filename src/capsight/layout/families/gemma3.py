@@ -29,9 +29,9 @@ class Gemma3(PlainRope):
         self, rows: Sequence[TokenRow], inputs: Mapping[str, Any], config: Any
     ) -> list[list[VisionBlock]]:
         """See `Family.blocks`."""
-        found = [self._row(row, config) for row in rows]
-        check_pictures(inputs, sum(len(blocks) for blocks in found))
-        return found
+        by_row = [self._row(row, config) for row in rows]
+        check_pictures(inputs, sum(len(blocks) for blocks in by_row))
+        return by_row
 
     def _row(self, row: TokenRow, config: Any) -> list[VisionBlock]:
         blocks: list[VisionBlock] = []

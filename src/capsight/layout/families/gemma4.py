@@ -42,7 +42,7 @@ class Gemma4(PlainRope):
         grids, used = _grids(inputs, config), 0
         counts = inputs.get("num_frames_per_video")
         frames, left = iter([] if counts is None else [int(n) for n in counts]), 0
-        found: list[list[VisionBlock]] = []
+        by_row: list[list[VisionBlock]] = []
         for row in rows:
             blocks: list[VisionBlock] = []
             image = -1
@@ -62,7 +62,7 @@ class Gemma4(PlainRope):
                     check_length(row, span, grid[1] * grid[2], f"image_position_ids (merged grid {grid})")
                 pair = enclosing(row, span, config.boi_token_id, config.eoi_token_id)
                 blocks.append(VisionBlock(*span, "image" if is_image else "video", grid, image, pair))
-            found.append(blocks)
+            by_row.append(blocks)
         if left or next(frames, None) is not None:
             raise LayoutError(
                 "num_frames_per_video calls for more frames than the prompts hold; the prompt was truncated "
@@ -73,7 +73,7 @@ class Gemma4(PlainRope):
                 f"image_position_ids has {len(grids)} entries, but the prompts hold tokens for {used}; "
                 "the prompt was truncated or a placeholder is missing"
             )
-        return found
+        return by_row
 
 
 def _grids(inputs: Mapping[str, Any], config: Any) -> list[Grid] | None:

@@ -36,15 +36,15 @@ class InternVL(PlainRope):
         for row, span in runs:
             _check_run(row, span, config.image_seq_length)
         pair = _delimiter_ids(rows, runs, config) if runs else None
-        found: list[list[VisionBlock]] = []
+        by_row: list[list[VisionBlock]] = []
         for row in rows:
             blocks: list[VisionBlock] = []
             for image, span in enumerate(row.runs(config.image_token_id)):
                 assert pair is not None
                 blocks += _tiles(span, enclosing(row, span, *pair), image, config.image_seq_length)
-            found.append(blocks)
-        check_pictures(inputs, sum(len(blocks) for blocks in found))
-        return found
+            by_row.append(blocks)
+        check_pictures(inputs, sum(len(blocks) for blocks in by_row))
+        return by_row
 
 
 def _check_run(row: TokenRow, span: Span, per_tile: int) -> None:

@@ -25,7 +25,7 @@ class LFM2VL(PlainRope):
     ) -> list[list[VisionBlock]]:
         """See `Family.blocks`."""
         shapes = Supply(inputs, "spatial_shapes")
-        found: list[list[VisionBlock]] = []
+        by_row: list[list[VisionBlock]] = []
         marks: set[tuple[int | None, int | None]] = set()
         for row in rows:
             blocks: list[VisionBlock] = []
@@ -45,12 +45,12 @@ class LFM2VL(PlainRope):
                     sound = opener == blocks[-1].end
                 _check(row, span, sound and row.at(span[0] - 1) not in tags, marks)
                 tags.add(row.at(span[0] - 1))
-                own = (*range(opener, span[0]), *((span[1],) if last else ()))
-                blocks.append(VisionBlock(*span, "image", grid, image, own))
+                delimiters = (*range(opener, span[0]), *((span[1],) if last else ()))
+                blocks.append(VisionBlock(*span, "image", grid, image, delimiters))
                 image, first = image + last, last
-            found.append(blocks)
+            by_row.append(blocks)
         shapes.finish()
-        return found
+        return by_row
 
 
 def _check(row: TokenRow, span: Span, sound: bool, marks: set[tuple[int | None, int | None]]) -> None:

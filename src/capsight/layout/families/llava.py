@@ -27,18 +27,18 @@ class Llava(PlainRope):
         if config.vision_config.model_type == "pixtral":
             return rows_of_pixtral(rows, inputs, config.vision_config.patch_size, config)
         tokens = base_tokens(config)
-        found: list[list[VisionBlock]] = []
+        by_row: list[list[VisionBlock]] = []
         for row in rows:
             blocks: list[VisionBlock] = []
             for span in row.runs(config.image_token_id):
-                whole = max(round((span[1] - span[0]) / tokens), 1) * tokens
-                check_length(row, span, whole, f"the vision tower ({tokens} a picture)")
+                expected = max(round((span[1] - span[0]) / tokens), 1) * tokens
+                check_length(row, span, expected, f"the vision tower ({tokens} a picture)")
                 for start in range(*span, tokens):
                     end = start + tokens
                     blocks.append(VisionBlock(start, end, "image", square(tokens), len(blocks)))
-            found.append(blocks)
-        check_pictures(inputs, sum(len(blocks) for blocks in found))
-        return found
+            by_row.append(blocks)
+        check_pictures(inputs, sum(len(blocks) for blocks in by_row))
+        return by_row
 
 
 def base_tokens(config: Any) -> int:

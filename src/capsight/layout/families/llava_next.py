@@ -26,14 +26,14 @@ class LlavaNext(PlainRope):
     ) -> list[list[VisionBlock]]:
         """See `Family.blocks`."""
         sizes = Supply(inputs, "image_sizes")
-        found: list[list[VisionBlock]] = []
+        by_row: list[list[VisionBlock]] = []
         for row in rows:
             blocks: list[VisionBlock] = []
             for span in row.runs(config.image_token_id):
                 blocks += _pictures(row, span, blocks[-1].image + 1 if blocks else 0, sizes, config)
-            found.append(blocks)
+            by_row.append(blocks)
         sizes.finish()
-        return found
+        return by_row
 
 
 def _pictures(row: TokenRow, span: Span, image: int, sizes: Supply, config: Any) -> list[VisionBlock]:

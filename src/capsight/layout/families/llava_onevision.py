@@ -28,7 +28,7 @@ class LlavaOnevision(PlainRope):
     ) -> list[list[VisionBlock]]:
         """See `Family.blocks`."""
         sizes, alone, frames = Supply(inputs, "image_sizes"), _alone(inputs), _frames(inputs)
-        found: list[list[VisionBlock]] = []
+        by_row: list[list[VisionBlock]] = []
         for row in rows:
             blocks: list[VisionBlock] = []
             for span in row.runs(config.image_token_id, config.video_token_id):
@@ -36,10 +36,10 @@ class LlavaOnevision(PlainRope):
                     blocks += _images(row, span, _next(blocks), sizes, alone, config)
                 else:
                     blocks += _videos(row, span, _next(blocks), frames, config)
-            found.append(blocks)
+            by_row.append(blocks)
         sizes.finish()
         frames.finish()
-        return found
+        return by_row
 
 
 def _next(blocks: list[VisionBlock]) -> int:

@@ -29,7 +29,7 @@ class MiniCPMV46(PlainRope):
         images, videos = Supply(inputs, "target_sizes"), Supply(inputs, "target_sizes_videos")
         whole: tuple[int | None, int | None] | None = None
         part: tuple[int | None, int | None] | None = None
-        found: list[list[VisionBlock]] = []
+        by_row: list[list[VisionBlock]] = []
         used: Counter[int | None] = Counter()
         for row in rows:
             blocks: list[VisionBlock] = []
@@ -47,7 +47,7 @@ class MiniCPMV46(PlainRope):
                 marks = enclosing(row, span, *((whole if new else part) or whole))  # type: ignore[arg-type]
                 image = len({block.image for block in blocks}) - (not new)
                 blocks.append(VisionBlock(*span, "image" if is_image else "video", grid, image, marks))
-            found.append(blocks)
+            by_row.append(blocks)
         images.finish()
         videos.finish()
         written = Counter(token for row in rows for token in row.ids[row.pad_left :])
@@ -59,7 +59,7 @@ class MiniCPMV46(PlainRope):
                 "pictures are not each enclosed in one pair of delimiters, and slices in another one, that "
                 "stand nowhere else; build the prompt with the model's own chat template and processor"
             )
-        return found
+        return by_row
 
 
 def _grid(patches: tuple[int, ...], tokens: int) -> Grid:

@@ -31,11 +31,11 @@ class MiniCPMV47(MiniCPMV46):
         self, rows: Sequence[TokenRow], inputs: Mapping[str, Any], config: Any
     ) -> list[list[VisionBlock]]:
         """See `Family.blocks`."""
-        found = super().blocks(rows, inputs, config)
+        by_row = super().blocks(rows, inputs, config)
         marks = (config.image_start_id, config.image_end_id, config.slice_start_id, config.slice_end_id)
         return [
             _with_markers(row, blocks, (*marks, config.newline_id))
-            for row, blocks in zip(rows, found, strict=True)
+            for row, blocks in zip(rows, by_row, strict=True)
         ]
 
     def row_positions(self, row: RowLayout, config: Any) -> NDArray[np.int64]:
@@ -53,13 +53,13 @@ class MiniCPMV47(MiniCPMV46):
 
 def _with_markers(row: TokenRow, blocks: list[VisionBlock], marks: tuple[int, ...]) -> list[VisionBlock]:
     limits = [*(block.delimiters[0] for block in blocks[1:]), len(row.ids)][: len(blocks)]
-    found = []
+    marked = []
     for block, limit in zip(blocks, limits, strict=True):
         end = block.reach
         while end < limit and row.ids[end] in marks:
             end += 1
-        found.append(replace(block, delimiters=(*block.delimiters, *range(block.reach, end))))
-    return found
+        marked.append(replace(block, delimiters=(*block.delimiters, *range(block.reach, end))))
+    return marked
 
 
 def _frame(
@@ -102,9 +102,9 @@ def _place(
     rows: NDArray[np.int64],
     columns: NDArray[np.int64],
 ) -> None:
-    own = positions[:, block.start : block.end]
-    own[0] = origin
-    own[1:] = origin + np.stack(np.meshgrid(rows, columns, indexing="ij")).reshape(2, -1)
+    coordinates = positions[:, block.start : block.end]
+    coordinates[0] = origin
+    coordinates[1:] = origin + np.stack(np.meshgrid(rows, columns, indexing="ij")).reshape(2, -1)
 
 
 def _stretched(canvas: int, count: int) -> NDArray[np.int64]:

@@ -43,7 +43,7 @@ def rows_of_pixtral(
         LayoutError: the tokens are not those of pictures of these sizes.
     """
     sizes = Supply(inputs, "image_sizes")
-    found: list[list[VisionBlock]] = []
+    by_row: list[list[VisionBlock]] = []
     breaks: set[int] = set()
     ends: set[int] = set()
     for row in rows:
@@ -61,9 +61,9 @@ def rows_of_pixtral(
                     "prompt with the model's own processor"
                 )
             blocks.append(block)
-        found.append(blocks)
+        by_row.append(blocks)
     sizes.finish()
-    return found
+    return by_row
 
 
 def _picture(row: TokenRow, lines: list[Span], height: int, width: int, image: int) -> VisionBlock:

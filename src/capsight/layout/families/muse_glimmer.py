@@ -26,7 +26,7 @@ class MuseGlimmer(PlainRope):
         """See `Family.blocks`."""
         images, videos = Supply(inputs, "image_grid_thw"), Supply(inputs, "video_grid_thw")
         merge, pairs = config.vision_config.merge_size, set[tuple[int | None, int | None]]()
-        found: list[list[VisionBlock]] = []
+        by_row: list[list[VisionBlock]] = []
         for row in rows:
             blocks: list[VisionBlock] = []
             spans, image = row.runs(config.image_token_id, config.video_token_id), 0
@@ -41,7 +41,7 @@ class MuseGlimmer(PlainRope):
                     raise row.error(f"{supply.key} calls for {t} frames at {start}, but there are fewer")
                 for first, end in frames:
                     check_length(row, (first, end), grid[1] * grid[2], f"{supply.key} (merged grid {grid})")
-                    own = (first - 1, end) if kind == "image" else (end,)
+                    delimiters = (first - 1, end) if kind == "image" else (end,)
                     if kind == "image":
                         pairs.add((row.at(first - 1), row.at(end)))
                     if row.at(end) is None or len(pairs) > 1 or None in set().union(*pairs):
@@ -49,9 +49,9 @@ class MuseGlimmer(PlainRope):
                             f"the vision tokens at {first} are not enclosed as others are; build the prompt "
                             "with the model's own processor, and see that it was not truncated"
                         )
-                    blocks.append(VisionBlock(first, end, kind, grid, image, own))
+                    blocks.append(VisionBlock(first, end, kind, grid, image, delimiters))
                 image += 1
-            found.append(blocks)
+            by_row.append(blocks)
         images.finish()
         videos.finish()
-        return found
+        return by_row

@@ -21,9 +21,9 @@ class Ovis2(PlainRope):
         """See `Family.blocks`."""
         vision = config.vision_config
         tokens = (vision.image_size // vision.patch_size // vision.hidden_stride) ** 2
-        found = [self._row(row, tokens, config.visual_indicator_token_ids, config) for row in rows]
-        check_pictures(inputs, sum(len(blocks) for blocks in found))
-        return found
+        by_row = [self._row(row, tokens, config.visual_indicator_token_ids, config) for row in rows]
+        check_pictures(inputs, sum(len(blocks) for blocks in by_row))
+        return by_row
 
     def _row(self, row: TokenRow, tokens: int, marks: Sequence[int], config: Any) -> list[VisionBlock]:
         opener, grid, column, line, closer = marks
@@ -40,8 +40,8 @@ class Ovis2(PlainRope):
                 )
             image += not is_open
             after = range(end, end + 1 + (last and row.at(end) == grid))
-            own = (*((start - 1,) if not is_open else ()), *after)
-            blocks.append(VisionBlock(start, end, "image", square(tokens), image, own))
+            delimiters = (*((start - 1,) if not is_open else ()), *after)
+            blocks.append(VisionBlock(start, end, "image", square(tokens), image, delimiters))
             is_open = not last
         if is_open:
             raise row.error("the prompt ends inside an image; raise max_length or turn truncation off")

@@ -21,11 +21,11 @@ class Qwen25VL(Qwen2VL):
         self, rows: Sequence[TokenRow], inputs: Mapping[str, Any], config: Any
     ) -> list[list[VisionBlock]]:
         """See `Family.blocks`."""
-        found = super().blocks(rows, inputs, config)
+        by_row = super().blocks(rows, inputs, config)
         if inputs.get("second_per_grid_ts") is None:
-            return found
+            return by_row
         seconds = [float(entry) for entry in inputs["second_per_grid_ts"]]
-        videos = sum(block.kind == "video" for blocks in found for block in blocks)
+        videos = sum(block.kind == "video" for blocks in by_row for block in blocks)
         if len(seconds) != videos:
             raise LayoutError(
                 f"second_per_grid_ts has {len(seconds)} entries, but the prompts hold {videos} videos; pass "
@@ -34,7 +34,7 @@ class Qwen25VL(Qwen2VL):
         times = iter(seconds)
         return [
             [replace(b, frame_seconds=next(times)) if b.kind == "video" else b for b in blocks]
-            for blocks in found
+            for blocks in by_row
         ]
 
     def frame_step(self, block: VisionBlock, config: Any) -> float:

@@ -20,10 +20,10 @@ class Qwen2VL(MRope):
     ) -> list[list[VisionBlock]]:
         """See `Family.blocks`."""
         images, videos = Supply(inputs, "image_grid_thw"), Supply(inputs, "video_grid_thw")
-        found = [self._row(row, images, videos, config) for row in rows]
+        by_row = [self._row(row, images, videos, config) for row in rows]
         images.finish()
         videos.finish()
-        return found
+        return by_row
 
     def _row(self, row: TokenRow, images: Supply, videos: Supply, config: Any) -> list[VisionBlock]:
         blocks: list[VisionBlock] = []

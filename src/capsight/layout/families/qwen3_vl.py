@@ -26,10 +26,10 @@ class Qwen3VL(MRope):
     ) -> list[list[VisionBlock]]:
         """See `Family.blocks`."""
         images, videos = Supply(inputs, "image_grid_thw"), Supply(inputs, "video_grid_thw")
-        found = [self._row(row, images, videos, config) for row in rows]
+        by_row = [self._row(row, images, videos, config) for row in rows]
         images.finish()
         videos.finish()
-        return found
+        return by_row
 
     def spans(self, row: TokenRow, config: Any) -> list[tuple[Kind, Span]]:
         """Images and video frames of a row, in order."""
@@ -55,7 +55,7 @@ class Qwen3VL(MRope):
             frames, spans = spans[:t], spans[t:]
             for _, span in frames:
                 check_length(row, span, h * w, f"{supply.key} (merged grid {(1, h, w)} a frame)")
-            if len(frames) < t or any(own != kind for own, _ in frames):
+            if len(frames) < t or any(other != kind for other, _ in frames):
                 raise row.error(f"{supply.key} calls for {t} frames at {start}, but the prompt holds fewer")
             pairs = [enclosing(row, span, *self.pair(config)) for _, span in frames]
             outer = () if kind == "image" else _outer_pair(row, pairs, *self.outer_pair(config))
@@ -64,8 +64,12 @@ class Qwen3VL(MRope):
                     f"the video at {start} lacks its start or end token; was the prompt truncated?"
                 )
             for index, ((_, span), pair) in enumerate(zip(frames, pairs, strict=True)):
-                own = [*pair, *(outer[:1] if index == 0 else ()), *(outer[1:] if index == t - 1 else ())]
-                blocks.append(VisionBlock(*span, kind, (1, h, w), image, tuple(sorted(own))))
+                delimiters = [
+                    *pair,
+                    *(outer[:1] if index == 0 else ()),
+                    *(outer[1:] if index == t - 1 else ()),
+                ]
+                blocks.append(VisionBlock(*span, kind, (1, h, w), image, tuple(sorted(delimiters))))
             image += 1
         return blocks
 

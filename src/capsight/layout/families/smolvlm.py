@@ -33,7 +33,7 @@ class SmolVLM(PlainRope):
         """See `Family.blocks`."""
         vision = config.vision_config
         tokens = (vision.image_size // vision.patch_size // config.scale_factor) ** 2
-        found: list[list[VisionBlock]] = []
+        by_row: list[list[VisionBlock]] = []
         last_tags: set[tuple[int, ...]] = set()
         other_tags: set[tuple[int, ...]] = set()
         for row in rows:
@@ -41,7 +41,7 @@ class SmolVLM(PlainRope):
             for span in spans:
                 check_length(row, span, tokens, f"the vision tower ({tokens} a tile)")
             groups = _images(row, spans) if spans else []
-            found.append(_blocks(groups, tokens))
+            by_row.append(_blocks(groups, tokens))
             last_tags |= {_tag(row, group[-1]) for group in groups}
             other_tags |= {_tag(row, tile) for group in groups for tile in group[:-1]}
             if len(last_tags) > 1 or last_tags & other_tags:
@@ -49,8 +49,8 @@ class SmolVLM(PlainRope):
                     "the last tile of each image, and no other, carries the tag of the whole picture; "
                     "build the prompt with the model's own processor"
                 )
-        _check_tiles(inputs, [len(blocks) for blocks in found])
-        return found
+        _check_tiles(inputs, [len(blocks) for blocks in by_row])
+        return by_row
 
 
 def _check_tiles(inputs: Mapping[str, Any], tiles: list[int]) -> None:
