@@ -131,13 +131,13 @@ def _pool(row: RowLayout) -> tuple[Tensor, int]:
 def _attention(call: LayerCall, head: int, row: RowLayout) -> Tensor:
     """Attention of one head, in pixels: the mean over queries, the sum over keys. `[P, P]`."""
     pixel, side = _pool(row)
-    found = intervals(row, Category.DENSE, MaskOptions(), call.rule, whole(row))
+    visible = intervals(row, Category.DENSE, MaskOptions(), call.rule, whole(row))
     key = call.key[0, head * call.key.shape[1] // call.query.shape[1]].float().cpu()  # [S, D]
     picture = torch.zeros(side, side)
     for start in range(row.pad_left, row.length, CHUNK):
         rows = torch.arange(start, min(start + CHUNK, row.length))
         scores = call.query[0, head, rows].float().cpu() @ key.T * call.scaling  # [n, S]
-        weights = scores.masked_fill(~found.seen(rows, torch.arange(row.length)), -torch.inf).softmax(-1)
+        weights = scores.masked_fill(~visible.seen(rows, torch.arange(row.length)), -torch.inf).softmax(-1)
         pooled = torch.zeros(len(rows), side).index_add_(1, pixel, weights)
         picture.index_add_(0, pixel[rows], pooled)
     return picture / pixel.bincount(minlength=side)[:, None]
@@ -146,11 +146,11 @@ def _attention(call: LayerCall, head: int, row: RowLayout) -> Tensor:
 def _mask(row: RowLayout, category: Category, options: MaskOptions, rule: BaseRule) -> Tensor:
     """The mask in pixels, mean over both sides: `[P, P]`."""
     pixel, side = _pool(row)
-    found = intervals(row, category, options, rule, whole(row))
+    visible = intervals(row, category, options, rule, whole(row))
     picture = torch.zeros(side, side)
     for start in range(0, row.length, CHUNK):
         rows = torch.arange(start, min(start + CHUNK, row.length))
-        seen = found.seen(rows, torch.arange(row.length)).float()  # [n, S]
+        seen = visible.seen(rows, torch.arange(row.length)).float()  # [n, S]
         picture.index_add_(0, pixel[rows], torch.zeros(len(rows), side).index_add_(1, pixel, seen))
     size = pixel.bincount(minlength=side).float()
     return picture / (size[:, None] * size)

@@ -130,8 +130,8 @@ class HeadMap:
 
     def counts(self) -> dict[Category, int]:
         """How many heads each category has; categories without a head are there with 0."""
-        found = Counter(category for layer in self.categories for category in layer)
-        return {category: found[category] for category in Category}
+        counter = Counter(category for layer in self.categories for category in layer)
+        return {category: counter[category] for category in Category}
 
     def replaced(self, changes: Mapping[tuple[int, int], Category]) -> HeadMap:
         """This map with some heads changed.
@@ -233,5 +233,5 @@ def union(categories: Sequence[Category]) -> Category:
     """
     if Category.DENSE in categories:
         return Category.DENSE
-    found = set(categories)
-    return next(iter(found)) if len(found) == 1 else SPARSE[-1]
+    distinct = set(categories)
+    return next(iter(distinct)) if len(distinct) == 1 else SPARSE[-1]

@@ -170,15 +170,15 @@ def intervals(
     lo = torch.full_like(last, max(row.pad_left, chunk.first_key))
     if rule.sliding_window is not None:
         lo = torch.maximum(lo, last - rule.sliding_window + 1)
-    found = Intervals(front_positions(row, category, options, chunk), lo, lo.clone(), last)
+    visible = Intervals(front_positions(row, category, options, chunk), lo, lo.clone(), last)
     starts = extents(row)
     for block, sinks in zip(row.blocks, sink_counts(row, options), strict=True):
-        _fill_block(found, block, starts[block.image][0], sinks, category, options, rule, chunk)
-    return found
+        _fill_block(visible, block, starts[block.image][0], sinks, category, options, rule, chunk)
+    return visible
 
 
 def _fill_block(
-    found: Intervals,
+    visible: Intervals,
     block: VisionBlock,
     image_start: int,
     sinks: int,
@@ -193,12 +193,12 @@ def _fill_block(
     rows = slice(start - chunk.first_query, end - chunk.first_query)
     position = torch.arange(start, end)  # [n]
     if rule.bidirectional_images:
-        found.last[rows] = end - 1
+        visible.last[rows] = end - 1
     if category is Category.DENSE:
         return
     if category.sees_own_image:
-        found.split[rows] = image_start
+        visible.split[rows] = image_start
         return
-    found.split[rows] = (position - options.own_window + 1).clamp(min=image_start)
+    visible.split[rows] = (position - options.own_window + 1).clamp(min=image_start)
     nearest = (position + options.own_window - 1).clamp(min=block.start + sinks - 1)
-    found.last[rows] = torch.minimum(found.last[rows], nearest)
+    visible.last[rows] = torch.minimum(visible.last[rows], nearest)

@@ -48,8 +48,8 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     size = count // parts
     q, k, v = (x[:, :, : parts * size].unflatten(2, (parts, size)) for x in (query, k, v))  # [N, G, P, n, D]
     q_own, k_own, v_own = (x.flatten(0, 1) for x in (q, k, v))
-    found = partial_attention(q_own, k_own, v_own, None, scaling, causal=True)
-    out, lse = (x.unflatten(0, (kv_heads, each)) for x in found)  # [N, G, P, n, D] and [N, G, P, n]
+    diagonal = partial_attention(q_own, k_own, v_own, None, scaling, causal=True)
+    out, lse = (x.unflatten(0, (kv_heads, each)) for x in diagonal)  # [N, G, P, n, D] and [N, G, P, n]
     done = [out[:, :, 0]]
     for part in range(1, parts):
         k, v = (x[None, :, : part * size] for x in (key, value))  # [1, N, m, D]

@@ -53,7 +53,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, work: Work, scaling: float
     tiles = (plan.partial_count, plan.partial, plan.full_count, plan.full)
     try:
         with torch.no_grad(), _LOCK, _config():
-            found = _compiled()(q, k, v, *tiles, plan.bounds, plan.codes, scaling)  # [H, 1, Q, D]
+            packed = _compiled()(q, k, v, *tiles, plan.bounds, plan.codes, scaling)  # [H, 1, Q, D]
     except FailOnRecompileLimitHit as error:
         raise FlexUnavailableError(
             f"FlexAttention was compiled {COMPILE_LIMIT} times in this process, for that many dtypes, head "
@@ -64,8 +64,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, work: Work, scaling: float
             f'FlexAttention does not compile here ({error}); use implementation="segments"'
         ) from error
     out = query.new_zeros(query.shape)
-    found = found[:, 0].index_select(1, plan.slots)  # [H, S', D]
-    return out.index_copy_(2, plan.targets, found.unflatten(0, query.shape[:2]))
+    packed = packed[:, 0].index_select(1, plan.slots)  # [H, S', D]
+    return out.index_copy_(2, plan.targets, packed.unflatten(0, query.shape[:2]))
 
 
 @contextmanager
@@ -117,11 +117,11 @@ def _tiled_attention(
     scaling: float,
 ) -> Tensor:
     """`[H, 1, Q, D]` from query `[H, 1, Q, D]`, key and value `[H, 1, K, D]`; the rest as in `FlexPlan`."""
-    lo, split, own, last = bounds.unbind(0)
+    lo, split, own_start, last = bounds.unbind(0)
 
     def seen(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         code = codes[k]
-        return ((code >= lo[q]) & (code < split[q])) | ((code >= own[q]) & (code <= last[q]))
+        return ((code >= lo[q]) & (code < split[q])) | ((code >= own_start[q]) & (code <= last[q]))
 
     mask = BlockMask.from_kv_blocks(
         partial_count,

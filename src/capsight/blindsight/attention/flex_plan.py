@@ -85,13 +85,13 @@ def flex_plan(work: Work, device: torch.device) -> FlexPlan:
 
 
 def _plan(work: Work) -> FlexPlan:
-    found = intervals(work.row, work.category, work.options, work.rule, work.chunk)
+    visible = intervals(work.row, work.category, work.options, work.rule, work.chunk)
     row_slots, is_text = _query_slots(work)  # [Q] positions, -1 empty
-    key_slots, codes, is_rest = _key_slots(work, found)  # [K]
+    key_slots, codes, is_rest = _key_slots(work, visible)  # [K]
     held = row_slots >= 0
     rows = (row_slots - work.chunk.first_query).clamp(min=0)  # [Q]
-    own = torch.maximum(found.lo, found.split) + OWN
-    bounds = torch.stack((found.lo, found.split, own, found.last + OWN))[:, rows]  # [4, Q]
+    own_start = torch.maximum(visible.lo, visible.split) + OWN
+    bounds = torch.stack((visible.lo, visible.split, own_start, visible.last + OWN))[:, rows]  # [4, Q]
     partial, full = _tiles(bounds, held, codes)
     apart = is_rest[None, :] & ~is_text[:, None]  # image rows see no text outside images but in front
     partial_count, partial_list = _lists(partial & ~apart)
@@ -128,7 +128,7 @@ def _range(work: Work, span: tuple[int, int]) -> Tensor:
     return torch.arange(start, max(start, end))
 
 
-def _key_slots(work: Work, found: Intervals) -> tuple[Tensor, Tensor, Tensor]:
+def _key_slots(work: Work, visible: Intervals) -> tuple[Tensor, Tensor, Tensor]:
     """Position and code of the key in each slot `[K]`; which tiles `[K / 128]` are text outside images."""
     chunk = work.chunk
     spans = [] if work.category is Category.DENSE else extents(work.row)
@@ -139,7 +139,7 @@ def _key_slots(work: Work, found: Intervals) -> tuple[Tensor, Tensor, Tensor]:
         image = torch.arange(max(start, chunk.first_key), max(min(end, chunk.end), start, chunk.first_key))
         outside[image] = False
         images.append(image)
-    parts = [_pack([found.front]), _pack(images), _pack([outside.nonzero().squeeze(-1)])]
+    parts = [_pack([visible.front]), _pack(images), _pack([outside.nonzero().squeeze(-1)])]
     slots = _at_least_two_tiles(torch.cat(parts))
     is_own = torch.arange(len(slots)) >= len(parts[0])
     codes = torch.where(slots >= 0, slots + OWN * is_own, -1)

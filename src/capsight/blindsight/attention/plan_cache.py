@@ -49,7 +49,7 @@ def remembered(make: Make[P]) -> Make[P]:
         plan = make(work, device)
         with lock:
             plans[work, device] = plan
-            total = sum(kept.nbytes for kept in plans.values())
+            total = sum(cached.nbytes for cached in plans.values())
             while len(plans) > 1 and (total > BYTES or len(plans) > PLANS):
                 total -= plans.popitem(last=False)[1].nbytes
         return plan

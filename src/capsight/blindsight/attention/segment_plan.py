@@ -42,7 +42,7 @@ class Segment:
         rows: which queries, counted from the first: a slice, or int64 `[n]`.
         seen: keys at these positions are seen by all rows, and are not among the following; may be empty.
         context: so many of the first front keys come first.
-        own: then the keys at these positions.
+        own: then the keys at these positions, those of the rows' own image (of text rows: all after the front).
         mask: bool `[n, m]` for those keys, or None where all is seen (or `causal` says what).
         causal: the last n keys are the queries' own, and causal; those before are all seen.
     """
@@ -89,8 +89,8 @@ def segment_plan(work: Work, device: torch.device) -> SegmentPlan:
 
 
 def _plan(work: Work, device: torch.device) -> SegmentPlan:
-    found = intervals(work.row, work.category, work.options, work.rule, work.chunk)
-    segments = [_segment(work, found, rows) for rows in _merged(list(_pieces(work, found)))]
+    visible = intervals(work.row, work.category, work.options, work.rule, work.chunk)
+    segments = [_segment(work, visible, rows) for rows in _merged(list(_pieces(work, visible)))]
     moved = tuple(
         Segment(
             s.rows.to(device) if isinstance(s.rows, Tensor) else s.rows,
@@ -102,7 +102,7 @@ def _plan(work: Work, device: torch.device) -> SegmentPlan:
         )
         for s in segments
     )
-    return SegmentPlan((found.front - work.chunk.first_key).to(device), moved)
+    return SegmentPlan((visible.front - work.chunk.first_key).to(device), moved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class _Piece:
     whole: bool
 
 
-def _pieces(work: Work, found: Intervals) -> Iterator[_Piece]:
+def _pieces(work: Work, visible: Intervals) -> Iterator[_Piece]:
     sparse = work.category is not Category.DENSE
     runs = [(span, True) for span in (work.row.text_spans if sparse else ((0, work.chunk.end),))]
     runs += [((block.start, block.end), False) for block in work.row.blocks if sparse]
@@ -123,7 +123,7 @@ def _pieces(work: Work, found: Intervals) -> Iterator[_Piece]:
         start = max(start, work.first_row)
         if start >= end:
             continue
-        if _one_call(work, found, (start, end), is_text):
+        if _one_call(work, visible, (start, end), is_text):
             yield _Piece((start, end), is_text, True)
             continue
         step = PIECE if is_text or work.category.sees_own_image else WINDOW_PIECE
@@ -131,7 +131,7 @@ def _pieces(work: Work, found: Intervals) -> Iterator[_Piece]:
             yield _Piece((first, min(first + step, end)), is_text, False)
 
 
-def _one_call(work: Work, found: Intervals, span: Span, is_text: bool) -> bool:
+def _one_call(work: Work, visible: Intervals, span: Span, is_text: bool) -> bool:
     """Whether a run of rows needs no mask: all see the same, or it is causal and short of keys before it."""
     if not is_text and not work.category.sees_own_image:
         return False
@@ -141,23 +141,23 @@ def _one_call(work: Work, found: Intervals, span: Span, is_text: bool) -> bool:
         return work.rule.sliding_window is None
     if work.rule != CAUSAL and (work.rule.sliding_window is not None or work.category is Category.DENSE):
         return False
-    context, own = _keys(found, slice(span[0] - work.chunk.first_query, span[1] - work.chunk.first_query))
+    context, own = _keys(visible, slice(span[0] - work.chunk.first_query, span[1] - work.chunk.first_query))
     before = context + span[0] - own[0]
     return before <= CAUSAL_SLACK * (span[1] - span[0])
 
 
-def _keys(found: Intervals, rows: slice | Tensor) -> tuple[int, Span]:
+def _keys(visible: Intervals, rows: slice | Tensor) -> tuple[int, Span]:
     """The front keys (how many of the first) and then own keys (where) that cover what these rows see."""
-    lo, split = found.lo[rows], found.split[rows]
+    lo, split = visible.lo[rows], visible.split[rows]
     start = int(torch.maximum(lo, split).min())
-    context = int((found.front < start).sum()) if bool((split > lo).any()) else 0
-    return context, (start, int(found.last[rows].max()) + 1)
+    context = int((visible.front < start).sum()) if bool((split > lo).any()) else 0
+    return context, (start, int(visible.last[rows].max()) + 1)
 
 
-def _seen_by_all(found: Intervals, rows: slice | Tensor, own: Span) -> Span:
+def _seen_by_all(visible: Intervals, rows: slice | Tensor, own: Span) -> Span:
     """The first own keys, if all rows see them and they are many; never the last key that a row sees."""
-    starts = torch.maximum(found.lo[rows], found.split[rows])
-    end = int(found.last[rows].min())
+    starts = torch.maximum(visible.lo[rows], visible.split[rows])
+    end = int(visible.last[rows].min())
     many = end - own[0] >= SEEN and int(starts.max()) == own[0]
     return own[0], end if many else own[0]
 
@@ -182,18 +182,18 @@ def _fits(group: list[_Piece], piece: _Piece) -> bool:
     return alike and near and rows <= PIECE
 
 
-def _segment(work: Work, found: Intervals, pieces: list[_Piece]) -> Segment:
+def _segment(work: Work, visible: Intervals, pieces: list[_Piece]) -> Segment:
     first = work.chunk.first_query
     spans = [(p.span[0] - first, p.span[1] - first) for p in pieces]
     neighbours = sum(end - start for start, end in spans) == spans[-1][1] - spans[0][0]
     rows: slice | Tensor = slice(spans[0][0], spans[-1][1])
     if not neighbours:
         rows = torch.cat([torch.arange(*span) for span in spans])  # [n]
-    context, own = _keys(found, rows)
+    context, own = _keys(visible, rows)
     if pieces[0].whole:
         two_way = work.rule.bidirectional_images and not pieces[0].is_text
         return Segment(rows, (own[0], own[0]), context, own, None, not two_way)
-    seen = _seen_by_all(found, rows, own)
+    seen = _seen_by_all(visible, rows, own)
     own = seen[1], own[1]
-    mask = found.seen(rows, torch.cat((found.front[:context], torch.arange(*own))))  # [n, m]
+    mask = visible.seen(rows, torch.cat((visible.front[:context], torch.arange(*own))))  # [n, m]
     return Segment(rows, seen, context, own, None if mask.all() else mask, False)

@@ -66,8 +66,8 @@ def _one_call(
     if causal:
         query = cat((query.new_zeros(*query.shape[:2], other, query.shape[3]), query), 2)  # [N, G, m, D]
     k, v = (_shared(x, query.shape[1]) for x in (key, value))
-    found = scaled_dot_product_attention(query, k, v, attn_mask=mask, is_causal=causal, scale=scaling)
-    return found[:, :, -n:]
+    out = scaled_dot_product_attention(query, k, v, attn_mask=mask, is_causal=causal, scale=scaling)
+    return out[:, :, -n:]
 
 
 def _shared(x: Tensor, heads: int) -> Tensor:

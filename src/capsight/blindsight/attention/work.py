@@ -75,21 +75,21 @@ def attend_all(
     Returns:
         `[B, Hq, S, D]`; rows of padding are zero.
     """
-    groups = [(c, [h for h, own in enumerate(categories) if own is c]) for c in Category if c in categories]
+    groups = [(c, [h for h, kind in enumerate(categories) if kind is c]) for c in Category if c in categories]
     size = query.shape[1] // key.shape[1]
     out = torch.empty_like(query) if len(groups) > 1 or layout.batch_size > 1 else None
     for index, row in enumerate(layout.rows):
         for category, heads in groups:
             work = Work(row, _effective(row, category), options, rule, chunk)
             q, k, v = _grouped(query[index], key[index], value[index], heads, size)
-            found = choose(work, q)(q, k, v, work, scaling)  # [N, G, S, D]
+            output = choose(work, q)(q, k, v, work, scaling)  # [N, G, S, D]
             if out is None:
-                return found.flatten(0, 1)[None]
+                return output.flatten(0, 1)[None]
             neighbours = _in_a_row(heads)
             if neighbours:
-                out[index, neighbours].unflatten(0, found.shape[:2]).copy_(found)
+                out[index, neighbours].unflatten(0, output.shape[:2]).copy_(output)
             else:
-                out[index, heads] = found.flatten(0, 1)
+                out[index, heads] = output.flatten(0, 1)
     assert out is not None
     return out
 

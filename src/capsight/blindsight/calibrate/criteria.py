@@ -36,21 +36,21 @@ Criterion = Callable[[Any, Prompt, MaskOptions, int], Tensor]
 
 def mass(model: Any, prompt: Prompt, options: MaskOptions, together: int = 1) -> Tensor:
     """Attention probability cut off, mean over rows; of heads switched together, the largest."""
-    found: dict[int, Tensor] = {}
+    losses: dict[int, Tensor] = {}
 
     def observe(call: LayerCall) -> Tensor:
         lost = missing_mass(attention_mass(call, prompt.layout, options)).cpu()  # [3, Hq]
-        found[call.layer] = lost.view(len(SPARSE), -1, together).amax(-1)
+        losses[call.layer] = lost.view(len(SPARSE), -1, together).amax(-1)
         return call.attend_uniform(prompt.layout, Category.DENSE, options)
 
-    return _collect(model, prompt, observe, found, together)
+    return _collect(model, prompt, observe, losses, together)
 
 
 def output(model: Any, prompt: Prompt, options: MaskOptions, together: int = 1) -> Tensor:
     """Root-mean-square change of the attention output through W_O, over the root mean square of it."""
     layout = prompt.layout
     rows = [later_rows(row) for row in layout.rows]
-    found: dict[int, Tensor] = {}
+    losses: dict[int, Tensor] = {}
 
     def observe(call: LayerCall) -> Tensor:
         dense = call.attend_uniform(layout, Category.DENSE, options)
@@ -64,10 +64,10 @@ def output(model: Any, prompt: Prompt, options: MaskOptions, together: int = 1) 
             after = call.attend_uniform(layout, category, options)
             delta = _grouped(after, rows, together) - _grouped(dense, rows, together)  # [G, N, g * D]
             moved.append(((delta @ grams) * delta).sum((1, 2)))
-        found[call.layer] = (torch.stack(moved).clamp(min=0) / whole).sqrt().cpu()
+        losses[call.layer] = (torch.stack(moved).clamp(min=0) / whole).sqrt().cpu()
         return dense
 
-    return _collect(model, prompt, observe, found, together)
+    return _collect(model, prompt, observe, losses, together)
 
 
 def distribution(model: Any, prompt: Prompt, options: MaskOptions, together: int = 1) -> Tensor:
@@ -75,14 +75,14 @@ def distribution(model: Any, prompt: Prompt, options: MaskOptions, together: int
     layers, heads = shape_of(model)
     dense = HeadMap.uniform(Category.DENSE, layers, heads, options)
     answers = Answers(model, prompt)
-    found = torch.zeros(layers, len(SPARSE), heads)
+    losses = torch.zeros(layers, len(SPARSE), heads)
     for layer in range(layers):
         for index, category in enumerate(SPARSE):
             for first in range(0, heads, together):
                 switched = range(first, first + together)
                 changed = dense.replaced({(layer, head): category for head in switched})
-                found[layer, index, first : first + together] = answers.kl(changed).mean()
-    return found
+                losses[layer, index, first : first + together] = answers.kl(changed).mean()
+    return losses
 
 
 CRITERIA: dict[str, Criterion] = {"mass": mass, "output": output, "distribution": distribution}
@@ -98,13 +98,13 @@ def _collect(
     model: Any,
     prompt: Prompt,
     observe: Callable[[LayerCall], Tensor],
-    found: dict[int, Tensor],
+    losses: dict[int, Tensor],
     together: int,
 ) -> Tensor:
-    """Run the model; what was found per layer and switch `[3, G]` as `[L, 3, Hq]`."""
+    """Run the model; losses per layer and switch `[3, G]` as `[L, 3, Hq]`."""
     with watching(model, observe):
         model(**prompt.inputs, use_cache=False, logits_to_keep=1)
-    return torch.stack([found[layer] for layer in sorted(found)]).float().repeat_interleave(together, -1)
+    return torch.stack([losses[layer] for layer in sorted(losses)]).float().repeat_interleave(together, -1)
 
 
 def _grouped(output: Tensor, rows: list[Tensor], together: int) -> Tensor:
@@ -152,13 +152,13 @@ def attention_mass(call: LayerCall, layout: PromptLayout, options: MaskOptions) 
     total = call.query.new_zeros(call.query.shape[1], 5, dtype=torch.float32)
     count = 0
     for index, row in enumerate(layout.rows):
-        found = intervals(row, Category.DENSE, options, call.rule, whole(row))
+        visible = intervals(row, Category.DENSE, options, call.rule, whole(row))
         table = token_table(row, options)
         step = max(1, SCORES_AT_ONCE // (call.query.shape[1] * row.length))
         for block in (block for block in row.blocks if block.image > 0):
             for start in range(block.start, block.end, step):
                 rows = torch.arange(start, min(start + step, block.end))
-                total += _chunk(call, index, rows, found, _bins(row, table, block.image, rows, options))
+                total += _chunk(call, index, rows, visible, _bins(row, table, block.image, rows, options))
                 count += len(rows)
     return total / count if count else total + torch.nan
 
@@ -182,14 +182,14 @@ def _bins(row: RowLayout, table: TokenTable, image: int, rows: Tensor, options: 
     return torch.where(own & (table.is_sink | (distance < options.own_window)), NEAR, bins)
 
 
-def _chunk(call: LayerCall, index: int, rows: Tensor, found: Intervals, bins: Tensor) -> Tensor:
+def _chunk(call: LayerCall, index: int, rows: Tensor, visible: Intervals, bins: Tensor) -> Tensor:
     """Summed probabilities of some queries of prompt `index` by bin: float32 `[Hq, 5]`."""
     device = call.query.device
     key = call.key[index].float()  # [Hkv, S, D]
     query = call.query[index].index_select(1, rows.to(device)).float()  # [Hq, n, D]
     hq, n, d = query.shape
     scores = (query.view(key.shape[0], -1, d) @ key.mT).view(hq, n, -1) * call.scaling  # [Hq, n, S]
-    seen = found.seen(rows, torch.arange(key.shape[1]))  # [n, S]
+    seen = visible.seen(rows, torch.arange(key.shape[1]))  # [n, S]
     probability = scores.masked_fill_(~seen.to(device), -torch.inf).softmax(-1)
     bins = bins.to(device)
     return torch.stack([(probability * (bins == b)).sum((1, 2)) for b in range(5)], 1)

@@ -59,9 +59,9 @@ def recover(
     on_step()
     while enough - few > 1:
         middle = (few + enough) // 2
-        found = measured(middle)
-        if found[1] <= tolerance:
-            best, enough = found, middle
+        candidate = measured(middle)
+        if candidate[1] <= tolerance:
+            best, enough = candidate, middle
         else:
             few = middle
     return best

@@ -106,13 +106,13 @@ def calibrate(
     together = {"head": 1, "kv_group": heads // _kv_heads(model, heads), "layer": heads}[unit]
     votes, errors = Votes(layers, heads), Losses(layers, heads)
     recovers = tolerance is not None and alpha is not None
-    digest, kept = Digest(), list[Prompt]()
+    digest, reserved = Digest(), list[Prompt]()
     set_aside = tolerance is not None and evaluate is None and held_out is None
     read = prompts(model, processor, samples)
     with tqdm(read, f"judging heads by {criterion}", _length(samples), disable=not progress) as bar:
         for index, prompt in enumerate(prompt for prompt in bar if prompt.is_multi_image):
             if set_aside and index % HOLD_EVERY == HOLD_EVERY - 1:
-                kept.append(prompt)
+                reserved.append(prompt)
                 continue
             digest.add(prompt)
             lost = CRITERIA[criterion](model, prompt, chosen, together)
@@ -127,7 +127,7 @@ def calibrate(
         head_map = HeadMap(votes.decide(thresholds), chosen)
     else:
         if evaluate is None:
-            evaluate = HeldOut(model, kept or prompts(model, processor, held_out or ())).changed
+            evaluate = HeldOut(model, reserved or prompts(model, processor, held_out or ())).changed
         with tqdm(desc="measuring the drop", disable=not progress) as bar:
             if recovers:
                 voted = HeadMap(votes.decide(thresholds), chosen)
@@ -217,15 +217,15 @@ def loosest(
         on_step()
         return head_map, drop, chosen
 
-    found = measured(len(alphas) - 1)
-    if found[1] <= tolerance:
-        return found
+    candidate = measured(len(alphas) - 1)
+    if candidate[1] <= tolerance:
+        return candidate
     within, beyond, best = -1, len(alphas) - 1, None
     while beyond - within > 1:
         middle = (within + beyond) // 2
-        found = measured(middle)
-        if found[1] <= tolerance:
-            within, best = middle, found
+        candidate = measured(middle)
+        if candidate[1] <= tolerance:
+            within, best = middle, candidate
         else:
             beyond = middle
     if best is None:
