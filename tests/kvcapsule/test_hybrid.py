@@ -122,21 +122,21 @@ def test_saved_states(hybrid, tmp_path):
 
 
 def test_a_saved_cache_without_a_state_is_refused(hybrid, tmp_path):
-    from capsight.kvcapsule.cache_parts import put_together, take_apart
+    from capsight.kvcapsule.cache_parts import deserialize, serialize
 
     inputs, capsule = batch(hybrid), fitted(hybrid, 0.4)
     cache = capsule.cache(inputs)
     run(hybrid, inputs, cache)
     devices = dict.fromkeys(range(4), torch.device("cpu"))
-    for name in [name for name in take_apart(cache)[1] if name.startswith("layers.0.")]:
-        header, tensors = take_apart(cache)
+    for name in [name for name in serialize(cache)[1] if name.startswith("layers.0.")]:
+        header, tensors = serialize(cache)
         tensors[name] = tensors[name][:1]
         with pytest.raises(CapsuleFileError, match=name):
-            put_together(header, tensors, capsule, hybrid.config, devices)
-        header, tensors = take_apart(cache)
+            deserialize(header, tensors, capsule, hybrid.config, devices)
+        header, tensors = serialize(cache)
         del tensors[name]
         with pytest.raises(CapsuleFileError, match=name):
-            put_together(header, tensors, capsule, hybrid.config, devices)
+            deserialize(header, tensors, capsule, hybrid.config, devices)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gemma4"])

@@ -55,7 +55,7 @@ def fit(
     prompts out.
     """
     join_launched()
-    processes = Processes.found()
+    processes = Processes.launched()
     with processes.together():
         check_folder(out)
         vlm, made = load_model(model, dtype, device, processor)

@@ -59,11 +59,11 @@ def share_to_keep(
         if not isinstance(compression_ratio, Real) or not 0 <= compression_ratio < 1:
             raise OptionError(f"compression_ratio is a fraction in [0, 1), not {compression_ratio!r}")
         return round(1 - compression_ratio, 12)
-    found = default if retained is None else retained
-    if found is None:
+    share = default if retained is None else retained
+    if share is None:
         raise OptionError("give retained or compression_ratio (which is 1 - retained)")
-    check_share(found)
-    return found
+    check_share(share)
+    return share
 
 
 @dataclass(frozen=True, slots=True)

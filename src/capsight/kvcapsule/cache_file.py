@@ -19,7 +19,7 @@ from capsight.errors import CapsightError, CapsuleFileError, LayoutError, ModelM
 from capsight.files import replace_file
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.cache.conversation import Conversation
-from capsight.kvcapsule.cache_parts import conversation_of, put_together, take_apart
+from capsight.kvcapsule.cache_parts import conversation_of, deserialize, serialize
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.fingerprint import tensors_fingerprint
 
@@ -39,7 +39,7 @@ def save_cache(path: str | os.PathLike[str], cache: CapsuleCache, capsule: KVCap
         CapsuleFileError: the file cannot be written; what was there before is unharmed.
         CapsightError: the cache is empty, holds NaN or infinite numbers, or nobody has said what it read.
     """
-    header, tensors = take_apart(cache)
+    header, tensors = serialize(cache)
     read = conversation_of(cache)
     tensors["input_ids"] = read.input_ids[:, : cache.get_seq_length()]
     tensors = {name: _own(tensor) for name, tensor in tensors.items()}
@@ -90,7 +90,7 @@ def load_cache(
             weights: Any = header.get("weights")
             capsule = capsule.with_weights(weights)
         ids = tensors.pop("input_ids", None)
-        cache = put_together(
+        cache = deserialize(
             header, tensors, capsule, capsule.config if config is None else config, devices or cpu
         )
         if tensors:

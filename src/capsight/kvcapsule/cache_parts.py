@@ -1,4 +1,4 @@
-"""Takes a capsule cache apart into named tensors and puts it together again, checking every one of them."""
+"""Serializes a capsule cache to named tensors; deserializing checks every one of them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def conversation_of(cache: CapsuleCache) -> Conversation:
     return read
 
 
-def take_apart(cache: CapsuleCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def serialize(cache: CapsuleCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """All that a cache holds.
 
     Returns:
@@ -93,14 +93,14 @@ def take_apart(cache: CapsuleCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
-def put_together(
+def deserialize(
     header: Mapping[str, Any],
     tensors: dict[str, Tensor],
     capsule: KVCapsule,
     config: PreTrainedConfig,
     devices: Mapping[int, torch.device],
 ) -> CapsuleCache:
-    """The cache whose parts `take_apart` gave.
+    """The cache whose parts `serialize` gave.
 
     Args:
         header: its JSON-ready values.

@@ -68,7 +68,7 @@ class KVCapsule(FittedCapsule):
             ElsewhereError: another process failed; a `CalibrationError`.
             OptionError: an option is unknown or out of range.
         """
-        processes = Processes.found()
+        processes = Processes.launched()
         with processes.together():
             named = {"codec": codec, "block_size": block_size}
             chosen = CapsuleConfig.of(config, options | {k: v for k, v in named.items() if v is not None})

@@ -101,8 +101,8 @@ def _codecs(
         prefix = f"layers.{layer.index}."
         names = [name for name in tensors if name.startswith(prefix)]
         try:
-            own = {name.removeprefix(prefix): tensors.pop(name) for name in names}
-            codecs[layer.index] = make_codec(own, info, layer, lean)
+            layer_tensors = {name.removeprefix(prefix): tensors.pop(name) for name in names}
+            codecs[layer.index] = make_codec(layer_tensors, info, layer, lean)
         except OptionError as error:
             raise CapsuleFileError(
                 f"{folder}, layer {layer.index}: {error}; fit the capsule again"

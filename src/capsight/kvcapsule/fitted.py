@@ -46,18 +46,18 @@ class FittedCapsule(PretrainedCapsule):
         Raises:
             OptionError: it has to be fitted for that.
         """
-        own = self.capsule_config
-        fixed = [dict(each.options, weights=None, block_size=each.block_size) for each in (own, config)]
+        current = self.capsule_config
+        fixed = [dict(each.options, weights=None, block_size=each.block_size) for each in (current, config)]
         if fixed[0] != fixed[1]:
             raise OptionError("block_size and options other than weights are what a capsule was fitted with")
-        changed = self if config.codec == own.codec else self.with_codec(config.codec)
-        if config.sharing != own.sharing:
+        changed = self if config.codec == current.codec else self.with_codec(config.codec)
+        if config.sharing != current.sharing:
             changed = changed.with_budget(config.sharing)
-        if config.share != own.share:
+        if config.share != current.share:
             changed = changed.with_retained(config.share)
         if "weights" in config.options:
             changed = changed.with_weights(config.options["weights"])
-        return changed if config.bits == own.bits else changed.with_bits(config.bits)
+        return changed if config.bits == current.bits else changed.with_bits(config.bits)
 
     def with_retained(self, retained: float | None = None, *, compression_ratio: float | None = None) -> Self:
         """This capsule at another retained fraction, without fitting again (not static, static-mlp).
@@ -72,8 +72,8 @@ class FittedCapsule(PretrainedCapsule):
         retained = share_to_keep(retained, compression_ratio)
         if self.info.share is not None:
             lean = self.origin is not None
-            found = self.whole_codecs().items()
-            codecs = {i: codec.at(retained, lean) for i, codec in found if isinstance(codec, JointCodec)}
+            whole = self.whole_codecs().items()
+            codecs = {i: codec.at(retained, lean) for i, codec in whole if isinstance(codec, JointCodec)}
             return type(self)(codecs, replace(self.info, share=retained), self.origin)
         return self._resized(kept_tokens(retained, self.info.block_size), self.info.budget)
 

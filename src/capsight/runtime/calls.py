@@ -89,7 +89,7 @@ class Served:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`: that of the `FastModel`, or the model's own where nothing is enabled here."""
-        own = type(self._model).generate if self._own is None else self._own
+        original = type(self._model).generate if self._own is None else self._own
         before = (self._model,) if self._own is None else ()
         fast = (
             None
@@ -97,7 +97,7 @@ class Served:
             else serving_here(self._model)
         )
         if fast is None or (fast.capsule is None and fast.head_map is None):
-            return own(*before, *args, **kwargs)
+            return original(*before, *args, **kwargs)
         bound = inspect.signature(type(self._model).generate).bind(self._model, *args, **kwargs)
         given = {name: value for name, value in bound.arguments.items() if name != "self"}
         return fast.generate(**given | given.pop("kwargs", {}))
@@ -156,9 +156,14 @@ def _installed(model: Any) -> ExitStack:
     )
     for hook in hooks:
         stack.callback(hook.remove)
-    own = model.__dict__.get("generate")
+    original = model.__dict__.get("generate")
     model.generate = served
-    stack.callback(delattr if own is None else setattr, model, "generate", *(() if own is None else (own,)))
+    stack.callback(
+        delattr if original is None else setattr,
+        model,
+        "generate",
+        *(() if original is None else (original,)),
+    )
     return stack
 
 

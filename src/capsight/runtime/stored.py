@@ -13,7 +13,7 @@ from torch import Tensor
 from capsight.errors import CapsuleFileError, CapsuleStoreWarning, OptionError
 from capsight.kvcapsule import CapsuleCache, KVCapsule
 from capsight.kvcapsule.cache.conversation import Conversation
-from capsight.kvcapsule.cache_parts import put_together
+from capsight.kvcapsule.cache_parts import deserialize
 from capsight.kvcapsule.rest import CapsuleStore, ImageKey
 from capsight.kvcapsule.rest.entropy import check_coder
 from capsight.kvcapsule.rest.parts import can_reread, image_sizes, joint_codec, open_latents, packed
@@ -83,15 +83,15 @@ class _Pages:
 
     def prefix(self, read: Read) -> CapsuleCache:
         """Images from the first on, as long as the store has them after what stands before them here."""
-        found: list[Tensor] = []
+        stored: list[Tensor] = []
         for index in range(len(self._keys)):
             if (latents := self._get(index)) is None:
                 break
-            found.append(latents)
-        cache = self._joined(found) if found else None
-        if len(found) < len(self._keys):
+            stored.append(latents)
+        cache = self._joined(stored) if stored else None
+        if len(stored) < len(self._keys):
             cache = read(**self._inputs, **({} if cache is None else {"past_key_values": cache}))
-            self._put_all(range(len(found), len(self._keys)), cache)
+            self._put_all(range(len(stored), len(self._keys)), cache)
         assert cache is not None
         return cache
 
@@ -99,12 +99,12 @@ class _Pages:
         """All images from the store, those that it does not have after reading each by itself."""
         latents = []
         for index, key in enumerate(self._keys):
-            own = self._get(index)
-            if own is None:
+            image_latents = self._get(index)
+            if image_latents is None:
                 cache = read(**self._alone(index))
-                own = open_latents(cache, self._codec)
-                self._put(key if key.first else self._key_alone(index), own)
-            latents.append(own)
+                image_latents = open_latents(cache, self._codec)
+                self._put(key if key.first else self._key_alone(index), image_latents)
+            latents.append(image_latents)
         return self._joined(latents)
 
     def _joined(self, latents: Sequence[Tensor]) -> CapsuleCache:
@@ -119,7 +119,7 @@ class _Pages:
             tensors[f"layers.{index}.tail"] = exact.new_empty(2, 1, 0, *exact.shape[2:])
         devices = {index: exact.device for index, exact in text.items()}
         header = {"layout": layout.to_dict(), "settled": end, "sliding": {}}
-        cache = put_together(header, tensors, self._capsule, self._model.config, devices)
+        cache = deserialize(header, tensors, self._capsule, self._model.config, devices)
         whole = Conversation.of(self._inputs, self._layout)
         images = tuple(row[: len(latents)] for row in whole.images)
         cache.conversation = Conversation(cache.layout, self._ids[:, :end], end, images)
@@ -129,9 +129,9 @@ class _Pages:
         """Processor outputs of one image after what stands before the first."""
         start, end = self._spans[index]
         head = self._spans[0][0]
-        kept = torch.cat((torch.arange(head), torch.arange(start, end)))
+        columns = torch.cat((torch.arange(head), torch.arange(start, end)))
         tokens = {
-            name: value[..., kept.to(value.device)]
+            name: value[..., columns.to(value.device)]
             for name, value in self._inputs.items()
             if name in TOKEN_ENTRIES
         }
@@ -145,8 +145,8 @@ class _Pages:
         at = 0
         for index, (start, end) in enumerate(self._spans):
             before.update(self._ids[0, at:start].numpy().tobytes())
-            own = self._ids[0, start:end]
-            image = _image_hash(self._inputs, self._layout, index, own, self._read_as)
+            ids = self._ids[0, start:end]
+            image = _image_hash(self._inputs, self._layout, index, ids, self._read_as)
             yield ImageKey(image, before.hexdigest()[:32], index == 0)
             before.update(image.encode())
             at = end

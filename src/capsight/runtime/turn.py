@@ -83,24 +83,26 @@ class Turn:
         whole = build_layout(inputs, config) if pictured else None
         if whole is not None and known is not None:
             known.check_images(inputs, whole)
-        kept = {k: v for k, v in inputs.items() if not k.startswith(PIXEL_PREFIXES)}
+        entries = {k: v for k, v in inputs.items() if not k.startswith(PIXEL_PREFIXES)}
         if has_vision(tokens_after(inputs, seen), config):
             if whole is None:
                 raise OptionError(
                     "the new turn has image tokens, but no pixels were passed; pass the processor's outputs "
                     "for the whole conversation"
                 )
-            kept |= select_images(inputs, whole, _since(whole, seen))
+            entries |= select_images(inputs, whole, _since(whole, seen))
             layout: PromptLayout | None = whole
         else:
             before = _layout(cache, known, rows)
             layout = whole if before is None else before.continued(seen, length)
             if layout is not None and inputs.get("attention_mask") is not None:
-                told = text_position_ids(layout, config, inputs["attention_mask"])
-                kept |= {} if told is None or "position_ids" in inputs else {"position_ids": told}
+                positions = text_position_ids(layout, config, inputs["attention_mask"])
+                entries |= (
+                    {} if positions is None or "position_ids" in inputs else {"position_ids": positions}
+                )
         if layout is None:
-            return cls(kept, None, None, seen)
-        return cls._of(kept, layout, Conversation.of(inputs, layout, known), seen, config)
+            return cls(entries, None, None, seen)
+        return cls._of(entries, layout, Conversation.of(inputs, layout, known), seen, config)
 
     @classmethod
     def _of(

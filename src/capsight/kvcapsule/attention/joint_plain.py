@@ -31,8 +31,8 @@ def plain_joint_attention(
     for row, (start, count) in enumerate(zip(tokens.starts.tolist(), tokens.counts.tolist(), strict=True)):
         if not count:
             continue
-        own = slice(start, start + count)
-        z = latents[own].to(work)
+        span = slice(start, start + count)
+        z = latents[span].to(work)
         keys, values = (  # [H, n, D]
             (z * steps.to(work)) @ axes.to(work).mT + mean[:, None].to(work)
             for axes, steps, mean in (
@@ -42,7 +42,7 @@ def plain_joint_attention(
         )
         pairs = torch.arange(len(turning.axes))
         first, second = (2 * pairs, 2 * pairs + 1) if turning.interleaved else (pairs, pairs + len(pairs))
-        angles = tokens.positions[:, own].double()[turning.axes].T * turning.frequencies  # [n, P]
+        angles = tokens.positions[:, span].double()[turning.axes].T * turning.frequencies  # [n, P]
         cos, sin = ((x * turning.scaling).to(work) for x in (angles.cos(), angles.sin()))
         a, b = keys[..., first], keys[..., second]
         keys = keys.index_copy(2, first, a * cos - b * sin).index_copy(2, second, b * cos + a * sin)

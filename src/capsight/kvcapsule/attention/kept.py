@@ -49,34 +49,34 @@ def _side_by_side(
     """Attention of queries `[B, H, C, D]` over exact tokens and copies of kept ones: `[B, H, C, D]`."""
     sizes = q.shape[:2]
     k, v = (
-        torch.cat((own, runs.gather(x).unflatten(0, sizes)), 2)
-        for own, x in ((keys, kept.keys), (values, kept.values))
+        torch.cat((exact, runs.gather(x).unflatten(0, sizes)), 2)
+        for exact, x in ((keys, kept.keys), (values, kept.values))
     )
     hidden = runs.hidden.to(q.dtype).view(*sizes, 1, -1)  # [B, H, 1, W]
     if mask is None:
-        whole = torch.nn.functional.pad(hidden, (keys.shape[2], 0))
+        whole_mask = torch.nn.functional.pad(hidden, (keys.shape[2], 0))
     else:
         if mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf)
         every = (*sizes, mask.shape[2], -1)
-        whole = torch.cat((mask.to(q.dtype).expand(every), hidden.expand(every)), 3)  # [B, H, C, X + W]
-    return scaled_dot_product_attention(q, k, v, attn_mask=whole, scale=scaling)
+        whole_mask = torch.cat((mask.to(q.dtype).expand(every), hidden.expand(every)), 3)  # [B, H, C, X + W]
+    return scaled_dot_product_attention(q, k, v, attn_mask=whole_mask, scale=scaling)
 
 
 def _with_chunks(exact: Partial, q: Tensor, kept: KeptTokens, chunks: Chunks, scaling: float) -> Tensor:
     """Attention of queries `[B, H, C, D]` over kept tokens and, already there, over exact ones."""
     asked = q.flatten(0, 1).index_select(0, chunks.piece)  # [n + R, C, D]
     k, v = (chunks.where_they_lie(x)[None] for x in (kept.keys, kept.values))  # [1, n, size, D]
-    found = [[x[0] for x in partial_attention(asked[None, : chunks.count], k, v, None, scaling)]]
+    partials = [[x[0] for x in partial_attention(asked[None, : chunks.count], k, v, None, scaling)]]
     if chunks.rest is not None:
         k, v = (chunks.rest.gather(x)[:, None] for x in (kept.keys, kept.values))  # [R, 1, W, D]
         hidden = chunks.rest.hidden.to(q.dtype)[:, None, None].expand(-1, -1, q.shape[2], -1)
         rest = partial_attention(asked[chunks.count :, None], k, v, hidden, scaling)
-        found.append([x[:, 0] for x in rest])
-    found.append([x.flatten(0, 1) for x in exact])
+        partials.append([x[:, 0] for x in rest])
+    partials.append([x.flatten(0, 1) for x in exact])
     out, lse = (  # [B H, T, C, D] and [B H, T, C]
         torch.cat(parts).index_select(0, chunks.parts).unflatten(0, chunks.none.shape[:2])
-        for parts in zip(*found, strict=True)
+        for parts in zip(*partials, strict=True)
     )
     shares = (lse + chunks.none).softmax(1)[..., None]
     return (out * shares).sum(1).view(q.shape)

@@ -58,11 +58,11 @@ class LatentTokens:
         """Of so many channels those of each axis, int64: first halves of pairs, second halves, then,
         on the first axis, all that are not turned.
         """
-        axes, inter, found = self.turning.axes, self.turning.interleaved, []
+        axes, inter, channels = self.turning.axes, self.turning.interleaved, []
         for axis in range(3):
             pairs = (axes == axis).nonzero().flatten()
-            found.append(torch.cat([2 * pairs, 2 * pairs + 1] if inter else [pairs, pairs + len(axes)]))
-        return [torch.cat((found[0], torch.arange(2 * len(axes), size))), *found[1:]]
+            channels.append(torch.cat([2 * pairs, 2 * pairs + 1] if inter else [pairs, pairs + len(axes)]))
+        return [torch.cat((channels[0], torch.arange(2 * len(axes), size))), *channels[1:]]
 
     @cached_property
     def tables(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -71,9 +71,9 @@ class LatentTokens:
         An axis that turns nothing has one place.
         """
         which, cosines, sines = [], [], []
-        for axis, own in enumerate(self.positions):
+        for axis, coords in enumerate(self.positions):
             turned = self.turning.axes == axis
-            places, index = (own if turned.any() else torch.zeros_like(own)).unique(return_inverse=True)
+            places, index = (coords if turned.any() else torch.zeros_like(coords)).unique(return_inverse=True)
             angles = places[:, None] * self.turning.frequencies[turned]
             which.append(index.int())
             cosines.append((angles.cos() * self.turning.scaling).float())
@@ -86,11 +86,11 @@ class LatentTokens:
             places, *tables = self.tables
             channels = self.channels(size)
             made: list[list[Tensor]] = [[], []]
-            for own, cosine, sine in zip(channels, *tables, strict=True):
-                rest = len(own) - 2 * cosine.shape[1]
+            for of_axis, cosine, sine in zip(channels, *tables, strict=True):
+                rest = len(of_axis) - 2 * cosine.shape[1]
                 for to, parts, of_rest in ((0, (cosine, cosine), 1.0), (1, (sine, -sine), 0.0)):
                     wide = torch.cat((*parts, torch.full((len(cosine), rest), of_rest)), 1)
-                    made[to].append(torch.nn.functional.pad(wide, (0, -len(own) % PAD)).contiguous())
+                    made[to].append(torch.nn.functional.pad(wide, (0, -len(of_axis) % PAD)).contiguous())
             self.__dict__["_native"] = size, (places, channels, *made)
         return self.__dict__["_native"][1]
 

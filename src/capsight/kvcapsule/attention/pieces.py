@@ -44,9 +44,9 @@ class Runs:
 
     def gather(self, x: Tensor) -> Tensor:
         """These of tokens `[E, D]`: `[R, W, D]`."""
-        found = x.index_select(0, self.index).unflatten(0, self.hidden.shape)
+        gathered = x.index_select(0, self.index).unflatten(0, self.hidden.shape)
         # Padding repeats a run's last token; runs without any must not see, as nothing times NaN, another's.
-        return found.masked_fill(self.none, 0) if self.none is not None else found
+        return gathered.masked_fill(self.none, 0) if self.none is not None else gathered
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,14 +83,14 @@ class Chunks:
         rest = list(_rest(ends, size))
         piece = [row * heads + head for head in range(heads) for row in range(batch)]
         asking = [piece[first] for first in (*firsts, *(run[0] for run in rest))]
-        own: list[list[int]] = [[] for _ in piece]
+        by_piece: list[list[int]] = [[] for _ in piece]
         for part, (which, alone) in enumerate(zip(asking, [*whole, *(True for _ in rest)], strict=True)):
             if alone:  # what several pieces share is of none of them: their runs have it
-                own[which].append(part)
-        most = 1 + max(map(len, own))
-        filled = [parts + [len(asking) + p] * (most - len(parts)) for p, parts in enumerate(own)]
-        again = [[place > len(parts) for place in range(most)] for parts in own]
-        none = torch.zeros(len(own), most, device=device)
+                by_piece[which].append(part)
+        most = 1 + max(map(len, by_piece))
+        filled = [parts + [len(asking) + p] * (most - len(parts)) for p, parts in enumerate(by_piece)]
+        again = [[place > len(parts) for place in range(most)] for parts in by_piece]
+        none = torch.zeros(len(by_piece), most, device=device)
         return cls(
             size,
             len(firsts),
@@ -116,14 +116,14 @@ def pieces_of(kept: KeptTokens, rows: BlockRows, batch: int) -> Runs | Chunks | 
         return None
     if kept.counts not in rows.plans:
         rows.plans[kept.counts] = _pieces_of(kept, rows, batch)
-    found: Runs | Chunks = rows.plans[kept.counts]
-    return found
+    plan: Runs | Chunks = rows.plans[kept.counts]
+    return plan
 
 
 def _pieces_of(kept: KeptTokens, rows: BlockRows, batch: int) -> Runs | Chunks:
     sizes = []  # [H][B], those of rows that have none, too
-    for own in kept.sizes(rows):
-        of_row = dict(zip(rows.spans, own, strict=True))
+    for head_sizes in kept.sizes(rows):
+        of_row = dict(zip(rows.spans, head_sizes, strict=True))
         sizes.append([of_row.get(row, 0) for row in range(batch)])
     if len(sizes) * batch * max(map(max, sizes)) * kept.keys[0].nbytes > _SHORT:
         return Chunks.of(sizes, kept.keys.device)

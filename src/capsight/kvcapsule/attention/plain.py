@@ -34,13 +34,13 @@ def attend(
         mask = mask.expand(batch, -1, -1, -1)
     work = torch.promote_types(query.dtype, torch.float32)
     for row in range(batch):
-        own = blocks.part(*rows.spans[row]) if row in rows.spans else None
+        row_blocks = blocks.part(*rows.spans[row]) if row in rows.spans else None
         for start in range(0, count, _QUERIES):
             new = slice(start, start + _QUERIES)
             q = (query[row, :, new].to(work) * scaling).reshape(keys.shape[1], -1, head_dim)
             seen = None if mask is None else mask[row, :, new]
-            found = _attend_row(q, keys[row], values[row], own, seen)  # [H, C / H, D], C = Hq * Q
-            out[row, new] = found.view(query_heads, -1, head_dim).transpose(0, 1)
+            row_out = _attend_row(q, keys[row], values[row], row_blocks, seen)  # [H, C / H, D], C = Hq * Q
+            out[row, new] = row_out.view(query_heads, -1, head_dim).transpose(0, 1)
     return out
 
 
@@ -64,10 +64,10 @@ def _attend_row(
         exact = _masked(exact.view(-1, *mask.shape[1:]), mask)
     exact = exact.view(len(q) * q.shape[1], -1)  # [C, X]
     parts = [] if blocks is None else _scores(q, blocks)  # [C, M, r], [C, M, T]
-    p_exact, *found = _softmax([exact[:, None], *parts])
+    p_exact, *p_blocks = _softmax([exact[:, None], *parts])
     out = p_exact.view(*q.shape[:2], -1) @ values.to(q.dtype)  # [H, C / H, D]
     if blocks is not None:
-        _add_values(out, found, blocks)
+        _add_values(out, p_blocks, blocks)
     return out
 
 
@@ -86,8 +86,8 @@ def _softmax(parts: list[Tensor]) -> list[Tensor]:
     for width, part in zip(widths, parts, strict=True):
         scores[:, start : start + width].view(part.shape).copy_(part)
         start += width
-    found = scores.softmax(-1).split(widths, 1)
-    return [columns.view(part.shape) for columns, part in zip(found, parts, strict=True)]
+    probabilities = scores.softmax(-1).split(widths, 1)
+    return [columns.view(part.shape) for columns, part in zip(probabilities, parts, strict=True)]
 
 
 def _scores(q: Tensor, blocks: LatentBlocks) -> list[Tensor]:

@@ -65,8 +65,8 @@ class Room:
         room = with_room(room, held, count)
         if not self._known or self._known[0] is not room:
             self._known = room, *room.transpose(2, 3)
-        for own, new in zip(self._known[1:], (keys, values), strict=True):
-            own.narrow(2, held, count).copy_(new)
+        for side, new in zip(self._known[1:], (keys, values), strict=True):
+            side.narrow(2, held, count).copy_(new)
         return room
 
 

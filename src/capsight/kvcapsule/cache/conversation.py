@@ -96,20 +96,20 @@ class Conversation:
         rows = self.layout.batch_size
         if rows % len(ids):
             raise LayoutError(f"the cache holds {rows} rows, the prompts are {len(ids)}")
-        each = rows // len(ids)
-        ids = ids.cpu().repeat_interleave(each, 0)  # as `generate` will
-        own = self.input_ids[:, :seen]
-        if self.branched and seen > own.shape[1]:
+        copies = rows // len(ids)
+        ids = ids.cpu().repeat_interleave(copies, 0)  # as `generate` will
+        known = self.input_ids[:, :seen]
+        if self.branched and seen > known.shape[1]:
             raise LayoutError(
-                f"the cache went on with beams, and its rows are not the answers; crop it to {own.shape[1]} "
-                "tokens, the prompt, or make a new one"
+                f"the cache went on with beams, and its rows are not the answers; crop it to "
+                f"{known.shape[1]} tokens, the prompt, or make a new one"
             )
-        wrong = (ids[:, : own.shape[1]] != own).nonzero()
+        wrong = (ids[:, : known.shape[1]] != known).nonzero()
         if len(wrong):
             row, at = wrong[0].tolist()
             raise LayoutError(
                 f"the cache was made from another prompt: token {at} of row {row} is {int(ids[row, at])}, "
-                f"in the cache it is {int(own[row, at])}; pass the same conversation with the new turn at "
+                f"in the cache it is {int(known[row, at])}; pass the same conversation with the new turn at "
                 "its end, or make a new cache"
             )
 

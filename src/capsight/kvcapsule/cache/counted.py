@@ -30,14 +30,14 @@ class CountedCache(Cache):
             layer.exact_nbytes if isinstance(layer, CapsuleLayer) else stock_nbytes(layer)
             for layer in self.layers
         )
-        kept = 0 if self._states is None else self._states.nbytes(self.layers)
-        return exact + sum(payload.nbytes for payload in payloads.values()) + shared + kept
+        state_bytes = 0 if self._states is None else self._states.nbytes(self.layers)
+        return exact + sum(payload.nbytes for payload in payloads.values()) + shared + state_bytes
 
     @property
     def state_nbytes(self) -> int:
         """Bytes of linear-attention and convolution states among `nbytes`, the kept copy included."""
-        kept = 0 if self._states is None else self._states.state_nbytes
-        return sum(map(state_nbytes, self.layers)) + kept
+        copy_bytes = 0 if self._states is None else self._states.state_nbytes
+        return sum(map(state_nbytes, self.layers)) + copy_bytes
 
     @property
     def layer_nbytes(self) -> list[int]:

@@ -80,14 +80,14 @@ class ExactRows:
         version = 0 if mask is None or mask.is_inference() else mask._version
         asked = version, queries, exact
         if self._bias is None or self._bias[0] is not mask or self._bias[1] != asked:
-            found = self.mask(mask, queries, exact)
-            if found is not None and found.dtype == torch.bool:
-                found = torch.zeros(found.shape).masked_fill(~found, -torch.inf)
-            if found is not None and queries == 1 and not self._hides(found):
-                found = None  # the usual step: what is padding lies nowhere
-            if found is not None and found.shape[1] == 1 and queries > 1:
-                found = found.expand(-1, query_heads, -1, -1)
-            self._bias = mask, asked, None if found is None else found.float().contiguous()
+            bias = self.mask(mask, queries, exact)
+            if bias is not None and bias.dtype == torch.bool:
+                bias = torch.zeros(bias.shape).masked_fill(~bias, -torch.inf)
+            if bias is not None and queries == 1 and not self._hides(bias):
+                bias = None  # the usual step: what is padding lies nowhere
+            if bias is not None and bias.shape[1] == 1 and queries > 1:
+                bias = bias.expand(-1, query_heads, -1, -1)
+            self._bias = mask, asked, None if bias is None else bias.float().contiguous()
         return self._bias[2]
 
     def _hides(self, bias: Tensor) -> bool:

@@ -123,10 +123,10 @@ class CapsuleLayer(DynamicLayer):
         """Leave all that is stored to attention."""
         assert self._packed is not None
         assert self._room is not None
-        own = payload, self._ledger.exact_rows(placement), self._packed, self._room
-        if self._left is None or not self._left.are(*own):
+        parts = payload, self._ledger.exact_rows(placement), self._packed, self._room
+        if self._left is None or not self._left.are(*parts):
             places = self._ledger.latent_tokens(placement) if self.codec.needs_positions else None
-            self._left = LayerTokens(self.codec, *own, places)
+            self._left = LayerTokens(self.codec, *parts, places)
         self._bias, self._ledger.left = None, (self._left, self._held)
 
     def _rebuilt(self, placement: Placement, new_keys: Tensor, new_values: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,9 +204,9 @@ class CapsuleLayer(DynamicLayer):
         if remaining >= settled:
             self._tail = self._tail[:, :, : remaining - settled].clone()
             return
-        kept = self.placement.exact_cols < remaining
-        self._packed, self._tail = self._packed[:, kept], self._tail[:, :, :0].clone()
-        self.placement = self._ledger.place(self.placement.runs, remaining, kept.device)
+        stays = self.placement.exact_cols < remaining
+        self._packed, self._tail = self._packed[:, stays], self._tail[:, :, :0].clone()
+        self.placement = self._ledger.place(self.placement.runs, remaining, stays.device)
 
     def check_crop(self, removed: int) -> None:
         """Refuse to remove the last `removed` tokens if that would cut a capsule.

@@ -76,8 +76,8 @@ class LayerTokens:
         if query_heads // heads * count <= _FEW and self._kept is not None and supports(query):
             bias = self.rows.bias(mask, count, exact, query_heads)
             self._tail.counts.fill_(held)
-            own = [self._packed, self._tail] if bias is None else self._biased(bias)
-            return decode_attention(query, [self._kept, *own], scaling)[0].transpose(1, 2)
+            exact_sources = [self._packed, self._tail] if bias is None else self._biased(bias)
+            return decode_attention(query, [self._kept, *exact_sources], scaling)[0].transpose(1, 2)
         keys, values = (
             self.rows.lined_up(self.packed[kind], self.room[kind, :, :held], scratch, role).transpose(1, 2)
             for kind, role in enumerate(("keys", "values"))
@@ -91,8 +91,8 @@ class LayerTokens:
         count, exact = query.shape[2], self.rows.width + held
         bias = self.rows.bias(mask, count, exact, query.shape[1])
         self._tail.counts.fill_(held)
-        own = [self._packed, self._tail] if bias is None else self._biased(bias)
-        return self._joint.attend(query, own, scaling)[0].transpose(1, 2)
+        exact_sources = [self._packed, self._tail] if bias is None else self._biased(bias)
+        return self._joint.attend(query, exact_sources, scaling)[0].transpose(1, 2)
 
     @cached_property
     def _kept(self) -> Source | None:

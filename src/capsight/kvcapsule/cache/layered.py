@@ -128,8 +128,8 @@ class LayeredCache(CountedCache):
         Raises:
             CapsightError: the last prefill gave NaN or infinite keys or values.
         """
-        found, self._finite = self._finite, []
-        wrong = [index for index, total in found if not torch.isfinite(total)]
+        totals, self._finite = self._finite, []
+        wrong = [index for index, total in totals if not torch.isfinite(total)]
         if wrong:
             raise CapsightError(
                 f"layer {wrong[0]} gives NaN or infinite keys or values; pixels, weights or dtype "
@@ -177,10 +177,10 @@ class LayeredCache(CountedCache):
             capsule_layer.check_crop(drop)
         back = self._states if drop and self.kept_states == length - drop else None
         if drop and back is None and any(map(cannot_crop, self.layers)):
-            kept = "none were" if self._states is None else f"those of {self._states.length} tokens were"
+            copied = "none were" if self._states is None else f"those of {self._states.length} tokens were"
             raise CapsightError(
                 f"cannot crop to {length - drop} tokens: states and full sliding windows go back only "
-                f"to a length whose states were kept, as `encapsulate` does, and {kept}"
+                f"to a length whose states were kept, as `encapsulate` does, and {copied}"
             )
         layers: list[Any] = list(self.layers)
         for layer in layers:

@@ -143,8 +143,8 @@ class Ledger:
             for run in placement.runs:
                 counts[run.row] += run.length
             thw = self.positions(placement.runs, placement.run_rows.device).thw
-            found = LatentTokens(counts.cumsum(0) - counts, counts, thw, self._rotary)
-            self._latents = placement, found
+            tokens = LatentTokens(counts.cumsum(0) - counts, counts, thw, self._rotary)
+            self._latents = placement, tokens
         return self._latents[1]
 
     def exact_rows(self, placement: Placement) -> ExactRows:

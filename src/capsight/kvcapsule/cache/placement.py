@@ -71,8 +71,8 @@ class Placement:
         """Flat positions of the runs' T tokens in rows of `length` tokens: int64 `[T]`."""
         first = self.run_rows * length + self.run_starts  # [M]
         before = self.run_lengths.cumsum(0) - self.run_lengths
-        own = torch.repeat_interleave(first - before, self.run_lengths)
-        return own + torch.arange(len(own), device=own.device)
+        offsets = torch.repeat_interleave(first - before, self.run_lengths)
+        return offsets + torch.arange(len(offsets), device=offsets.device)
 
     def exact_slots(self, length: int) -> Tensor:
         """Flat positions of the exact tokens in rows of `length` tokens: int64 `[E]`."""

@@ -27,12 +27,12 @@ class BlockSample:
         self._draws = torch.empty(0, dtype=torch.float64)
         self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def add(self, found: Blocks, index: int) -> None:
+    def add(self, blocks: Blocks, index: int) -> None:
         """See the blocks of the calibration sample with this number."""
-        if found:
+        if blocks:
             generator = torch.Generator().manual_seed(index)
-            count = len(next(iter(found.values()))[0])
-            self._merge(torch.rand(count, generator=generator, dtype=torch.float64), found)
+            count = len(next(iter(blocks.values()))[0])
+            self._merge(torch.rand(count, generator=generator, dtype=torch.float64), blocks)
 
     def join(self, other: BlockSample) -> None:
         """See what another sample has seen, of other calibration samples."""
@@ -42,14 +42,14 @@ class BlockSample:
         """What the blocks that are kept have drawn, and their keys and values, by layer."""
         return self._draws.tolist(), dict(self._blocks)
 
-    def restore(self, draws: list[float], kept: Blocks) -> None:
+    def restore(self, draws: list[float], blocks: Blocks) -> None:
         """Go on from a `state`.
 
         Raises:
             ValueError: it is malformed.
         """
-        self._draws, self._blocks = torch.tensor(draws, dtype=torch.float64), dict(kept)
-        if any(len(x) != len(draws) for pair in kept.values() for x in pair):
+        self._draws, self._blocks = torch.tensor(draws, dtype=torch.float64), dict(blocks)
+        if any(len(x) != len(draws) for pair in blocks.values() for x in pair):
             raise ValueError("the sampled blocks do not fit together")
 
     def blocks(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ class BlockSample:
         keys, values = self._blocks[layer]
         return keys.float(), values.float()
 
-    def _merge(self, draws: Tensor, found: Blocks) -> None:
+    def _merge(self, draws: Tensor, blocks: Blocks) -> None:
         if len(self._draws) == _BLOCKS:
             smaller = (draws < self._draws[-1]).nonzero()[:, 0]
         else:
@@ -66,7 +66,7 @@ class BlockSample:
             return
         drawn = torch.cat([self._draws, draws[smaller]])
         stay = drawn.argsort()[:_BLOCKS]
-        for layer, pair in found.items():
+        for layer, pair in blocks.items():
             more = [x[smaller.to(x.device)].cpu() for x in pair]
             before = self._blocks.get(layer, [x[:0] for x in more])
             keys, values = (torch.cat(x)[stay] for x in zip(before, more, strict=True))

@@ -89,7 +89,9 @@ class CapsuleConfig:
         """
         known = {each.name for each in fields(cls)}
         changed = {name: value for name, value in named.items() if name in known - {"options"}}
-        own = {name: value for name, value in named.items() if name not in known | {"compression_ratio"}}
+        codec_options = {
+            name: value for name, value in named.items() if name not in known | {"compression_ratio"}
+        }
         if given is not None and not isinstance(given, CapsuleConfig):
             if changed.get("retained") is not None:
                 raise OptionError("retained is given twice")
@@ -97,7 +99,7 @@ class CapsuleConfig:
         if named.get("compression_ratio") is not None:
             changed["retained"] = share_to_keep(changed.get("retained"), named["compression_ratio"])
         base = given if isinstance(given, cls) else cls()
-        return replace(base, **changed, options={**base.options, **named.get("options", {}), **own})
+        return replace(base, **changed, options={**base.options, **named.get("options", {}), **codec_options})
 
     @property
     def share(self) -> float:

@@ -60,42 +60,42 @@ def calibrate(
     """
     processes = processes or Processes.alone()
     journal = None if resume is None else FitJournal(resume, model, block_size, processes)
-    found = Calibration() if journal is None else journal.found
+    calibration = Calibration() if journal is None else journal.calibration
     for index, inputs in calibration_inputs(model, processor, samples, progress, processes):
         if journal is not None and journal.has(inputs):
             continue
-        add_sample(found, model, inputs, block_size, index)
+        add_sample(calibration, model, inputs, block_size, index)
         if journal is not None:
             journal.record()
     if journal is not None:
         journal.finish()
-    processes.joined(found, Calibration.join)
-    if processes.rank == 0 and not found.moments:
+    processes.joined(calibration, Calibration.join)
+    if processes.rank == 0 and not calibration.moments:
         raise CalibrationError(
             f"no calibration sample has an image of at least {block_size} tokens; use larger images or a "
             "smaller block_size"
         )
-    return found
+    return calibration
 
 
 def add_sample(
-    found: Calibration, model: Any, inputs: Mapping[str, Any], block_size: int, index: int = 0
+    calibration: Calibration, model: Any, inputs: Mapping[str, Any], block_size: int, index: int = 0
 ) -> None:
-    """Prefill `inputs`, the sample with this number, and add its image blocks to `found`.
+    """Prefill `inputs`, the sample with this number, and add its image blocks to `calibration`.
 
     Raises:
         CalibrationError: keys or values are not finite.
     """
-    with found.attention.watching(model, build_layout(inputs, model.config)):
+    with calibration.attention.watching(model, build_layout(inputs, model.config)):
         blocks = prefilled_blocks(model, inputs, block_size)
     for layer, (keys, values) in blocks.items():
-        if layer not in found.moments:
-            found.moments[layer] = LayerMoments(*keys.shape[1:])
+        if layer not in calibration.moments:
+            calibration.moments[layer] = LayerMoments(*keys.shape[1:])
         try:
-            found.moments[layer].update(keys, values)
+            calibration.moments[layer].update(keys, values)
         except CalibrationError as error:
             raise CalibrationError(f"layer {layer}: {error}") from error
-    found.sample.add(blocks, index)
+    calibration.sample.add(blocks, index)
 
 
 def prefilled_blocks(
@@ -151,25 +151,25 @@ def solve(
     }
 
 
-def measure_needs(found: Calibration, codec: str, options: Mapping[str, Any]) -> LayerNeeds | None:
+def measure_needs(calibration: Calibration, codec: str, options: Mapping[str, Any]) -> LayerNeeds | None:
     """Errors of every layer at several retained fractions, and what it attends to.
 
     `heads` and `evict` are measured as `adaptive`; codecs fitted for one fraction are not measured (None).
 
     Args:
-        found: of the calibration pass.
+        calibration: of the calibration pass.
         codec: name of the codec.
         options: the codec's own.
     """
     if codec not in MEASURED:
         return None
-    own = {name: value for name, value in options.items() if name != "weights"}
+    fit_options = {name: value for name, value in options.items() if name != "weights"}
     errors = []
-    for index, layer in sorted(found.moments.items()):
-        counts, blocks = measured_counts(layer.block_size), found.sample.blocks(index)
-        fitted = AdaptiveCodec.fit(layer, layer.block_size, **own)
+    for index, layer in sorted(calibration.moments.items()):
+        counts, blocks = measured_counts(layer.block_size), calibration.sample.blocks(index)
+        fitted = AdaptiveCodec.fit(layer, layer.block_size, **fit_options)
         errors.append(tuple(round(relative_error(fitted.resized(count), *blocks), 6) for count in counts))
-    shares = tuple(round(found.attention.share(index), 6) for index in sorted(found.moments))
+    shares = tuple(round(calibration.attention.share(index), 6) for index in sorted(calibration.moments))
     return LayerNeeds(counts, tuple(errors), shares)
 
 

@@ -35,30 +35,30 @@ def fit_capsule(
         return _joint(model, processor, samples, config, progress, resume, processes)
     if config.codec == StaticMlpCodec.name and not isinstance(samples, Sequence):
         samples = list(samples)  # they are read twice
-    found = calibrate(model, processor, samples, config.block_size, progress, resume, processes)
-    codecs, info = processes.from_first(lambda: _solved(model, found, config))
+    calibration = calibrate(model, processor, samples, config.block_size, progress, resume, processes)
+    codecs, info = processes.from_first(lambda: _solved(model, calibration, config))
     if config.codec == StaticMlpCodec.name:
         codecs = train_key_mlps(codecs, model, processor, samples, progress, processes)
     return codecs, info
 
 
 def _solved(
-    model: Any, found: Calibration, config: CapsuleConfig
+    model: Any, calibration: Calibration, config: CapsuleConfig
 ) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
     size = config.block_size
-    needs = measure_needs(found, config.codec, config.options)
-    kept = share_out(config.sharing, needs, len(found.moments), kept_tokens(config.share, size), size)
-    codecs = solve(found.moments, config.codec, kept, config.options)
+    needs = measure_needs(calibration, config.codec, config.options)
+    kept = share_out(config.sharing, needs, len(calibration.moments), kept_tokens(config.share, size), size)
+    codecs = solve(calibration.moments, config.codec, kept, config.options)
     info = CapsuleInfo(
         codec=config.codec,
         block_size=size,
         layers=tuple(
             LayerInfo(index, codecs[index].kept, layer.shape[0], layer.shape[2])
-            for index, layer in sorted(found.moments.items())
+            for index, layer in sorted(calibration.moments.items())
         ),
         options=dict(config.options),
         **_about(model),
-        blocks=next(iter(found.moments.values())).blocks,
+        blocks=next(iter(calibration.moments.values())).blocks,
         bits=config.bits,
         budget=config.sharing,
         needs=needs,

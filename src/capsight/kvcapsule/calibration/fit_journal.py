@@ -41,12 +41,12 @@ class FitJournal:
             CapsuleFileError: the folder holds something else, or is damaged.
             CalibrationError: it holds the fit of another model or block size.
         """
-        own = f"{processes.rank + 1}-of-{processes.count}" if processes.count > 1 else ""
-        self._folder, self._block_size = Path(folder) / own, block_size
+        subfolder = f"{processes.rank + 1}-of-{processes.count}" if processes.count > 1 else ""
+        self._folder, self._block_size = Path(folder) / subfolder, block_size
         self._about = {"model": model_fingerprint(model), "block_size": block_size}
         self._written, self._seen, self._chain = time.monotonic(), 0, ""
         self._header: dict[str, Any] = {"samples": 0}
-        self.found = Calibration()
+        self.calibration = Calibration()
         if (self._folder / HEADER_FILE).exists():
             self._restore()
 
@@ -64,13 +64,13 @@ class FitJournal:
         return self._seen <= int(self._header["samples"])
 
     def record(self) -> None:
-        """Write what was found, if the last write is long ago.
+        """Write the sums so far, if the last write is long ago.
 
         Raises:
             CapsuleFileError: the folder cannot be written.
         """
         if time.monotonic() - self._written >= EVERY:
-            header, tensors = _taken_apart(self.found)
+            header, tensors = _serialize(self.calibration)
             header |= {**self._about, "samples": self._seen, "chain": self._chain}
             write_folder(self._folder, KIND, header, tensors)
             self._written = time.monotonic()
@@ -90,7 +90,7 @@ class FitJournal:
             if header.get(name) != value:
                 self._refuse(f"another {name.replace('_', ' ')}")
         try:
-            self.found = _put_together(header, tensors, self._block_size)
+            self.calibration = _deserialize(header, tensors, self._block_size)
             self._header = {"samples": int(header["samples"]), "chain": str(header["chain"])}
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CapsuleFileError(
@@ -104,28 +104,28 @@ class FitJournal:
         )
 
 
-def _taken_apart(found: Calibration) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _serialize(calibration: Calibration) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A calibration as a header and tensors."""
     tensors: dict[str, Tensor] = {}
-    for layer, moments in found.moments.items():
+    for layer, moments in calibration.moments.items():
         for kind in ("keys", "values"):
             for name in _SUMS:
                 tensors[f"{layer}.{kind}.{name}"] = getattr(getattr(moments, kind), name)
-    draws, sample = found.sample.state()
+    draws, sample = calibration.sample.state()
     for layer, (keys, values) in sample.items():
         tensors |= {f"{layer}.sample.keys": keys, f"{layer}.sample.values": values}
-    tensors |= {f"tokens.{name}": tensor for name, tensor in found.tokens.state().items()}
+    tensors |= {f"tokens.{name}": tensor for name, tensor in calibration.tokens.state().items()}
     header = {
-        "blocks": {str(layer): moments.blocks for layer, moments in found.moments.items()},
+        "blocks": {str(layer): moments.blocks for layer, moments in calibration.moments.items()},
         "sampled": draws,
-        "attention": {str(layer): list(pair) for layer, pair in found.attention.state().items()},
+        "attention": {str(layer): list(pair) for layer, pair in calibration.attention.state().items()},
     }
     return header, tensors
 
 
-def _put_together(header: Mapping[str, Any], tensors: Mapping[str, Tensor], block_size: int) -> Calibration:
+def _deserialize(header: Mapping[str, Any], tensors: Mapping[str, Tensor], block_size: int) -> Calibration:
     """The calibration of a header and tensors; all errors that malformed ones raise are built in."""
-    found = Calibration()
+    calibration = Calibration()
     samples: dict[int, tuple[Tensor, Tensor]] = {}
     for name, blocks in header["blocks"].items():
         layer = int(name)
@@ -139,11 +139,11 @@ def _put_together(header: Mapping[str, Any], tensors: Mapping[str, Tensor], bloc
                     raise ValueError(f"tensor {layer}.{kind}.{part} is {tuple(tensor.shape)} {tensor.dtype}")
                 setattr(sums, part, tensor)
             sums.blocks = int(blocks)
-        found.moments[layer] = moments
+        calibration.moments[layer] = moments
         samples[layer] = tensors[f"{layer}.sample.keys"], tensors[f"{layer}.sample.values"]
-    found.sample.restore(list(header["sampled"]), samples)
+    calibration.sample.restore(list(header["sampled"]), samples)
     if "tokens.seen" in tensors:
-        own = {name: tensors[f"tokens.{name}"] for name in ("tokens", "keys", "total", "seen")}
-        found.tokens.restore(own)
-    found.attention.restore({int(k): (float(t), int(n)) for k, (t, n) in header["attention"].items()})
-    return found
+        token_state = {name: tensors[f"tokens.{name}"] for name in ("tokens", "keys", "total", "seen")}
+        calibration.tokens.restore(token_state)
+    calibration.attention.restore({int(k): (float(t), int(n)) for k, (t, n) in header["attention"].items()})
+    return calibration

@@ -61,18 +61,18 @@ def fit_joint(
         CalibrationError: no sample has an image, layers differ in shape, or numbers are not finite.
     """
     journal = None if resume is None else FitJournal(resume, model, 1, processes)
-    sample = TokenSample() if journal is None else journal.found.tokens
+    sample = TokenSample() if journal is None else journal.calibration.tokens
     rotary: Rotary | None = None
     layers: list[int] = []
     shape = 0, 0
     for index, inputs in calibration_inputs(model, processor, samples, progress, processes):
-        found = (
+        by_layer = (
             vision_tokens(model, inputs) if rotary is None or not (journal and journal.has(inputs)) else {}
         )
-        if not found:
+        if not by_layer:
             continue
         if rotary is None:
-            layers, shape = sorted(found), _one_shape(found)
+            layers, shape = sorted(by_layer), _one_shape(by_layer)
             rotary = find_rotary(model, layers)
             if journal and journal.has(inputs):
                 continue
@@ -80,7 +80,7 @@ def fit_joint(
         places = rope_positions(layout, model.config)
         spans = [(row, block) for row, r in enumerate(layout.rows) for block in r.blocks]
         positions = torch.cat([places[:, row, block.start : block.end] for row, block in spans], 1)
-        sample.add(token_vectors(found, rotary, positions), index)
+        sample.add(token_vectors(by_layer, rotary, positions), index)
         if journal is not None:
             journal.record()
     if journal is not None:
@@ -111,8 +111,8 @@ def vision_tokens(model: Any, inputs: Mapping[str, Any]) -> dict[int, tuple[Tens
     }
 
 
-def _one_shape(found: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[int, int]:
-    shapes = {tuple(x.shape[1:]) for pair in found.values() for x in pair}
+def _one_shape(by_layer: Mapping[int, tuple[Tensor, Tensor]]) -> tuple[int, int]:
+    shapes = {tuple(x.shape[1:]) for pair in by_layer.values() for x in pair}
     if len(shapes) != 1:
         raise CalibrationError(
             f"keys and values of this model's layers differ in shape ({sorted(shapes)}); use codec='heads'"

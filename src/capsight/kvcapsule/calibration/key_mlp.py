@@ -128,10 +128,10 @@ class _Data:
             blocks: int64 `[m]`, which blocks count.
         """
         wanted = self.wanted[blocks]
-        found = (self.base[blocks] + mlp(self.kept[blocks])).view_as(wanted)
-        error = found - wanted
+        predicted = (self.base[blocks] + mlp(self.kept[blocks])).view_as(wanted)
+        error = predicted - wanted
         relative = error.square().sum() / wanted.square().sum().clamp_min(1e-12)
-        cosine = 1 - cosine_similarity(found, wanted, dim=-1, eps=SHORTEST).mean()
+        cosine = 1 - cosine_similarity(predicted, wanted, dim=-1, eps=SHORTEST).mean()
         logits = self._logits(error) / self._logits(wanted).clamp_min(1e-12)
         return relative + cosine + logits
 

@@ -62,21 +62,21 @@ def collect_keys(
         CalibrationError: fewer than two samples have an image as long as a block.
     """
     processes = processes or Processes.alone()
-    own: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}  # by sample and layer: keys, query moment
+    local: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}  # by sample and layer: keys, query moment
     for index, inputs in calibration_inputs(model, processor, samples, progress, processes):
         with recorded_queries(model) as queries:
-            found = prefilled_blocks(model, inputs, block_size)
-        if not found:
+            by_layer = prefilled_blocks(model, inputs, block_size)
+        if not by_layer:
             continue
         firsts = first_questions(inputs, model)
-        own[index] = {
+        local[index] = {
             layer: (
                 blocks[spread(len(blocks))].cpu(),
                 query_moment(queries[layer], firsts, blocks.shape[1]).cpu(),
             )
-            for layer, (blocks, _) in found.items()
+            for layer, (blocks, _) in by_layer.items()
         }
-    seen = sorted(entry for part in processes.gathered(own) for entry in part.items())
+    seen = sorted(entry for part in processes.gathered(local) for entry in part.items())
     if len(seen) < 2:
         raise CalibrationError(
             f"an MLP for keys needs two calibration samples or more with images of {block_size} tokens or "

@@ -57,7 +57,7 @@ class Processes:
     """
 
     def __init__(self, rank: int, count: int, group: Any) -> None:
-        """Use `alone` or `found`."""
+        """Use `alone` or `launched`."""
         self.rank, self.count, self._group = rank, count, group
 
     @classmethod
@@ -66,13 +66,13 @@ class Processes:
         return cls(0, 1, None)
 
     @classmethod
-    def found(cls) -> Processes:
+    def launched(cls) -> Processes:
         """All processes of torch.distributed, each of which has to call this; this one where it is off."""
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
             return cls.alone()
         return cls(dist.get_rank(), dist.get_world_size(), _over_gloo(dist.group.WORLD))
 
-    def own(self, samples: Iterable[T]) -> Iterator[tuple[int, T]]:
+    def shard(self, samples: Iterable[T]) -> Iterator[tuple[int, T]]:
         """The samples of this process with their numbers; of a sequence no others are touched."""
         if isinstance(samples, Sequence):
             return ((index, samples[index]) for index in range(self.rank, len(samples), self.count))
@@ -94,8 +94,8 @@ class Processes:
             raise
         self._tell(None)
 
-    def joined(self, own: T, join: Callable[[T, T], None]) -> T:
-        """In the first process `own` with that of all others joined to it, in order; elsewhere `own`.
+    def joined(self, local: T, join: Callable[[T, T], None]) -> T:
+        """In the first process `local` with that of all others joined to it, in order; elsewhere `local`.
 
         Raises:
             ElsewhereError: another process failed before it came here.
@@ -103,21 +103,21 @@ class Processes:
         self._tell(None)
         for other in range(1, self.count):
             if self.rank == 0:
-                found: list[Any] = [None]
-                self._reach(partial(dist.recv_object_list, found, other, self._group))
-                join(own, found[0])
+                received: list[Any] = [None]
+                self._reach(partial(dist.recv_object_list, received, other, self._group))
+                join(local, received[0])
             elif self.rank == other:
-                self._reach(partial(dist.send_object_list, [own], 0, self._group))
-        return own
+                self._reach(partial(dist.send_object_list, [local], 0, self._group))
+        return local
 
-    def gathered(self, own: T) -> list[T]:
+    def gathered(self, local: T) -> list[T]:
         """What every process has, in their order, in all of them.
 
         Raises:
             ElsewhereError: another process failed before it came here.
         """
         self._tell(None)
-        return self._gather(own)
+        return self._gather(local)
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What the first process makes, in all of them.
@@ -141,11 +141,11 @@ class Processes:
         if first != self.rank:
             raise ElsewhereError(f"process {first} of the fit failed: {reasons[first]}") from error
 
-    def _gather(self, own: T) -> list[T]:
-        found: list[Any] = [own] * self.count
+    def _gather(self, local: T) -> list[T]:
+        gathered: list[Any] = [local] * self.count
         if self.count > 1:
-            self._reach(partial(dist.all_gather_object, found, own, self._group))
-        return found
+            self._reach(partial(dist.all_gather_object, gathered, local, self._group))
+        return gathered
 
     def _reach(self, call: Callable[[], object]) -> None:
         try:

@@ -29,7 +29,7 @@ def calibration_inputs(
     training = model.training
     model.eval()
     try:
-        with tqdm(processes.own(samples), "calibrating", total, disable=hidden) as bar:
+        with tqdm(processes.shard(samples), "calibrating", total, disable=hidden) as bar:
             for index, sample in bar:
                 yield index, sample_inputs(sample, processor, index)
     finally:

@@ -95,9 +95,9 @@ class HeadsCodec(LearntCodec):
         """
         scores = scores.scatter(2, scores.argmax(2, keepdim=True), torch.inf)
         keep = []
-        for own in scores.split(list(blocks)):
-            chosen = own.flatten().topk(self.kept * own.shape[0] * own.shape[1], sorted=False).indices
-            none = torch.zeros(own.numel(), dtype=torch.bool, device=own.device)
+        for row in scores.split(list(blocks)):
+            chosen = row.flatten().topk(self.kept * row.shape[0] * row.shape[1], sorted=False).indices
+            none = torch.zeros(row.numel(), dtype=torch.bool, device=row.device)
             keep.append(none.scatter(0, chosen, True))
         return torch.cat(keep).view(scores.shape)
 

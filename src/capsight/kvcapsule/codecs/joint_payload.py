@@ -33,8 +33,8 @@ class JointPayload(Payload):
     def select(self, index: Tensor) -> Self:
         """The tokens at `index`: the same object for the same index, so that layers go on sharing."""
         if self._selected is None or self._selected[0] is not index:
-            own = next(iter(self.tensors.values())).device  # of the first layer; others may lie elsewhere
-            self._selected = index, Payload.select(self, index.to(own))
+            device = next(iter(self.tensors.values())).device  # of the first layer; others may lie elsewhere
+            self._selected = index, Payload.select(self, index.to(device))
         return self._selected[1]
 
     def join(self, other: Payload) -> Self:

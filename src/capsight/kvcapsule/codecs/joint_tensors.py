@@ -63,16 +63,16 @@ def of_file(tensors: Mapping[str, Tensor], heads: int, head_dim: int) -> dict[st
 
 
 def _joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = dict(tensors)
-    nibbles = found.pop("nibbles", None)
-    axes = found.get("axes")
+    unpacked = dict(tensors)
+    nibbles = unpacked.pop("nibbles", None)
+    axes = unpacked.get("axes")
     if axes is None or axes.ndim != 4:
-        return found
-    if "steps" not in found and nibbles is None:
-        found["axes"], found["steps"] = in_steps(axes)
+        return unpacked
+    if "steps" not in unpacked and nibbles is None:
+        unpacked["axes"], unpacked["steps"] = in_steps(axes)
     if nibbles is None:
-        return found
+        return unpacked
     if (axes.dtype, nibbles.dtype) == (torch.int8, torch.uint8) and nibbles.shape[1:] == axes.shape[1:]:
-        both = torch.stack((nibbles & 15, nibbles >> 4), 1).flatten(0, 1).to(torch.int8)
-        found["axes"] = torch.cat((axes, torch.where(both > 7, both - 16, both)))
-    return found
+        values = torch.stack((nibbles & 15, nibbles >> 4), 1).flatten(0, 1).to(torch.int8)
+        unpacked["axes"] = torch.cat((axes, torch.where(values > 7, values - 16, values)))
+    return unpacked

@@ -104,11 +104,11 @@ def greedy_selection(covariance: Tensor, gram: Tensor, count: int) -> Selection:
             row = past[:, :j].gather(3, at[:, None, None, None].expand(-1, j, 2, -1))[..., 0]
             sides = torch.stack((row * variance[:, :j], row.flip(2)), 1).flatten(2)  # [L * M * G, 2, 2 j]
             columns.baddbmm_(sides, past[:, :j].flatten(1, 2), alpha=-1)
-        own = columns.gather(2, at[:, None, None].expand(-1, 2, -1))  # [L * M * G, 2, 1]
-        w = columns[:, 0] / own[:, 0]
-        b = torch.addcmul(columns[:, 1], w, own[:, 1], value=-0.5)
+        at_pivot = columns.gather(2, at[:, None, None].expand(-1, 2, -1))  # [L * M * G, 2, 1]
+        w = columns[:, 0] / at_pivot[:, 0]
+        b = torch.addcmul(columns[:, 1], w, at_pivot[:, 1], value=-0.5)
         energy.sub_((w * b).view(-1, groups, size).sum(1), alpha=2)
-        past[:, j, 0], past[:, j, 1], variance[:, j, 0] = w, b, own[:, 0, 0]
+        past[:, j, 0], past[:, j, 1], variance[:, j, 0] = w, b, at_pivot[:, 0, 0]
     factor = past[:, :, 0].mT.unflatten(0, (layers, blocks, groups))
     return Selection(torch.stack(order, 1).view(layers, blocks, count), factor)
 

@@ -64,9 +64,9 @@ class QuantisedCodec(BlockCodec):
         runs: Sequence[Run],
     ) -> list[Payload]:
         """Make capsules in several layers as the inner codecs do, and quantise them."""
-        own = [codec for codec in codecs if isinstance(codec, cls)]
-        payloads = type(own[0].inner).encode_layers([codec.inner for codec in own], keys, values, runs)
-        return [codec.closed(payload) for codec, payload in zip(own, payloads, strict=True)]
+        outer = [codec for codec in codecs if isinstance(codec, cls)]
+        payloads = type(outer[0].inner).encode_layers([codec.inner for codec in outer], keys, values, runs)
+        return [codec.closed(payload) for codec, payload in zip(outer, payloads, strict=True)]
 
     def closed(self, payload: Payload) -> Payload:
         """Capsules of the inner codec, quantised."""

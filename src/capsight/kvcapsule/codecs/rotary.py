@@ -92,12 +92,12 @@ def find_rotary(model: Any, layers: Sequence[int]) -> Rotary:
     """
     decoder = model.get_decoder()
     positions = _tried(model.config)
-    found = _keys_at(model, decoder, layers, positions)
-    if not found.isfinite().all():
+    raw_keys = _keys_at(model, decoder, layers, positions)
+    if not raw_keys.isfinite().all():
         raise CalibrationError(
             "calibration keys hold NaN or infinite values; run the model in float32 or bfloat16"
         )
-    keys = found.double().cpu()  # [L, positions, H, D]
+    keys = raw_keys.double().cpu()  # [L, positions, H, D]
     if float((keys - keys[:, :1]).norm()) <= 1e-6 * float(keys.norm()):
         still = torch.zeros(keys.shape[-1] // 2)
         return Rotary(still.double(), still.long(), False, 1.0)
@@ -109,7 +109,7 @@ def find_rotary(model: Any, layers: Sequence[int]) -> Rotary:
         plain = rotary.unturn(keys[:, :1].transpose(1, 2), cos[:1], sin[:1])  # [L, H, 1, D]
         turned = rotary.turn(plain.expand(-1, -1, len(cos), -1), cos, sin)
         error = (turned - keys.transpose(1, 2)).flatten(1).norm(dim=1) / keys.flatten(1).norm(dim=1)
-        if float(error.max()) < _CLOSE.get(found.dtype, 0.06):
+        if float(error.max()) < _CLOSE.get(raw_keys.dtype, 0.06):
             return rotary
     raise CalibrationError(
         f"cannot tell how this {model.config.model_type} model turns keys by their positions; "
@@ -132,9 +132,9 @@ def _frequencies(decoder: Any) -> tuple[Tensor, float]:
     """Frequencies `[P]` and scaling of the rotary module of full-attention layers, as last used."""
     module = getattr(decoder, "rotary_emb", None)
     for prefix in ("", "full_attention_"):
-        found = getattr(module, f"{prefix}inv_freq", None)
-        if isinstance(found, Tensor) and found.ndim == 1:
-            return found.double().cpu(), float(getattr(module, f"{prefix}attention_scaling", 1.0))
+        frequencies = getattr(module, f"{prefix}inv_freq", None)
+        if isinstance(frequencies, Tensor) and frequencies.ndim == 1:
+            return frequencies.double().cpu(), float(getattr(module, f"{prefix}attention_scaling", 1.0))
     raise CalibrationError(
         f"{type(decoder).__name__} has no rotary frequencies that capsight knows; fit with codec='heads'"
     )

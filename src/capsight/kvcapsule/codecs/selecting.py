@@ -51,11 +51,11 @@ class SelectingCodec(LearntCodec):
             alike.setdefault(kind, []).append(index)
         payloads: dict[int, Payload] = {}
         for group in alike.values():
-            own: list[Any] = [codecs[index] for index in group]
-            selection = cls._selection(own, [keys[i] for i in group], [values[i] for i in group])
+            group_codecs: list[Any] = [codecs[index] for index in group]
+            selection = cls._selection(group_codecs, [keys[i] for i in group], [values[i] for i in group])
             for place, index in enumerate(group):
-                chosen = selection.layer(place).first(own[place].kept)
-                payloads[index] = own[place]._pack(keys[index], values[index], chosen)
+                chosen = selection.layer(place).first(group_codecs[place].kept)
+                payloads[index] = group_codecs[place]._pack(keys[index], values[index], chosen)
         return [payloads[index] for index in range(len(codecs))]
 
     @staticmethod

@@ -91,12 +91,12 @@ class StaticCodec(LayerCodec):
 
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Map the kept keys to all keys, keeping theirs; expand the values."""
-        kept, latent = payload.tensors["keys"], payload.tensors["latent"]  # [M, r, H, D]
+        kept_keys, latent = payload.tensors["keys"], payload.tensors["latent"]  # [M, r, H, D]
         if self.kept == self.block_size:
-            return kept.transpose(1, 2), latent.transpose(1, 2)
-        shape = (-1, self.block_size, *kept.shape[2:])
-        keys = self.rebuilt_keys(kept.flatten(2)).view(shape)
-        keys[:, self.kept_index] = kept
+            return kept_keys.transpose(1, 2), latent.transpose(1, 2)
+        shape = (-1, self.block_size, *kept_keys.shape[2:])
+        keys = self.rebuilt_keys(kept_keys.flatten(2)).view(shape)
+        keys[:, self.kept_index] = kept_keys
         values = (self.value_basis.to(latent.dtype) @ latent.flatten(2)).view(shape)
         values += self.value_mean.to(latent.dtype)[:, None, None]
         return keys.transpose(1, 2), values.transpose(1, 2)
@@ -110,9 +110,9 @@ class StaticCodec(LayerCodec):
         keys, latent = payload.tensors["keys"], payload.tensors["latent"]
         if self.kept == self.block_size:
             return LatentBlocks(keys, latent, TokenMap(), TokenMap())
-        kept = torch.zeros(self.block_size, dtype=torch.bool, device=keys.device)
-        kept[self.kept_index] = True
-        order = kept.sort(stable=True, descending=True).indices  # [N]
+        is_kept = torch.zeros(self.block_size, dtype=torch.bool, device=keys.device)
+        is_kept[self.kept_index] = True
+        order = is_kept.sort(stable=True, descending=True).indices  # [N]
         values = TokenMap(
             copied=False,
             weights=self.value_basis[order][None],

@@ -67,10 +67,10 @@ class StaticMlpCodec(StaticCodec):
         """The codec for blocks of `shape` (H, N, D) whose `state_dict()` gave `tensors`."""
         rest = {name: tensor for name, tensor in tensors.items() if name not in MLP}
         linear = StaticCodec.from_tensors(rest, shape, kept)
-        own = {name: tensor for name, tensor in tensors.items() if name in MLP}
-        width = own["mlp_bias"].numel() if "mlp_bias" in own else None
+        mlp_tensors = {name: tensor for name, tensor in tensors.items() if name in MLP}
+        width = mlp_tensors["mlp_bias"].numel() if "mlp_bias" in mlp_tensors else None
         shapes = {"mlp_in": (width, kept), "mlp_bias": (width,), "mlp_out": (shape[1] - kept, width)}
-        return cls(*linear.state_dict().values(), mlp=TokenMlp(*take_tensors(own, shapes, {})))
+        return cls(*linear.state_dict().values(), mlp=TokenMlp(*take_tensors(mlp_tensors, shapes, {})))
 
     @property
     def mlp(self) -> TokenMlp:

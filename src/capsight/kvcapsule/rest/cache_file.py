@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from capsight.errors import CapsightError, CapsuleFileError, LayoutError, ModelMismatchError
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.cache.conversation import Conversation
-from capsight.kvcapsule.cache_parts import put_together
+from capsight.kvcapsule.cache_parts import deserialize
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.codecs import Payload
 from capsight.kvcapsule.rest.container import MAGIC, Container, checked
@@ -95,7 +95,7 @@ def load_rest(
             tensors = _text(opened, layout, ids, payload, reread, len(sizes), sorted(capsule.codecs))
         first = min(capsule.codecs)
         tensors |= {f"layers.{first}.capsule.{name}": x for name, x in payload.tensors.items()}
-        cache = put_together(header, tensors, capsule, config, devices)
+        cache = deserialize(header, tensors, capsule, config, devices)
         if tensors:
             raise CapsuleFileError(f"tensors of no layer: {sorted(tensors)[:3]}; save the cache again")
         images, prompt = tuple(tuple(map(str, row)) for row in header["images"]), int(header["prompt"])
@@ -143,7 +143,7 @@ def _text(
     at: int,
     layers: list[int],
 ) -> dict[str, Tensor]:
-    """Tensors of text as `put_together` takes them."""
+    """Tensors of text as `deserialize` takes them."""
     if opened.header["reread"] is not True:
         return load(checked(opened.piece(at)))
     if not can_reread(layout, ids):

@@ -57,9 +57,9 @@ def decode(data: bytes, tokens: int, rank: int, top: int) -> Integers:
         coder = library.stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
         classes = np.cumsum(coder.decode(_differences(), rank)) % _CLASSES
         for kind in np.unique(classes[classes > 0]).tolist():
-            own = classes == kind
-            symbols = coder.decode(_column_model(kind, top), int(own.sum()) * tokens)
-            columns[:, own] = symbols.reshape(-1, tokens).T - top
+            of_kind = classes == kind
+            symbols = coder.decode(_column_model(kind, top), int(of_kind.sum()) * tokens)
+            columns[:, of_kind] = symbols.reshape(-1, tokens).T - top
     except (ValueError, AssertionError) as error:
         raise CapsuleFileError(f"coded latents cannot be read ({error}); encapsulate again") from error
     return columns

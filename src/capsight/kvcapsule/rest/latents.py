@@ -70,13 +70,13 @@ def decode(data: bytes, tokens: int, rank: int) -> Tensor:
     digest, body = data[:_DIGEST], data[_DIGEST:]
     if blake2b(body, digest_size=_DIGEST).digest() != digest or len(body) < _HEAD.size:
         raise CapsuleFileError("the latents of an image were changed since they were written: wrong checksum")
-    found, stored, top, step, checksum = _HEAD.unpack_from(body)
-    if found != tokens or not 0 < step < math.inf:
-        raise CapsuleFileError(f"an image has latents of {found} tokens at rest, the prompt {tokens}")
+    count, stored, top, step, checksum = _HEAD.unpack_from(body)
+    if count != tokens or not 0 < step < math.inf:
+        raise CapsuleFileError(f"an image has latents of {count} tokens at rest, the prompt {tokens}")
     columns = entropy.decode(body[_HEAD.size :], tokens, stored, top)
     if zlib.crc32(columns.astype("<i4").tobytes()) != checksum:
         raise CapsuleFileError("the entropy coder gives other latents than were written; encapsulate again")
     latents = torch.zeros(tokens, rank)
-    kept = min(stored, rank)
-    latents[:, :kept] = torch.from_numpy(columns[:, :kept]).float() * step
+    used = min(stored, rank)
+    latents[:, :used] = torch.from_numpy(columns[:, :used]).float() * step
     return latents

@@ -28,9 +28,9 @@ def learnt_fingerprint(capsule: KVCapsule) -> str:
     if (known := _LEARNT.get(capsule)) is None:
         tensors: dict[str, Tensor] = {}
         for i, codec in capsule.codecs.items():
-            own = codec.state_dict()
-            own |= {"axes": own["axes"][:GROUP], "steps": own["steps"][:, :GROUP]}
-            tensors |= {f"{i}.{name}": tensor for name, tensor in own.items()}
+            state = codec.state_dict()
+            state |= {"axes": state["axes"][:GROUP], "steps": state["steps"][:, :GROUP]}
+            tensors |= {f"{i}.{name}": tensor for name, tensor in state.items()}
         known = _LEARNT[capsule] = tensors_fingerprint(tensors, [capsule.info.codec])
     return known
 
@@ -62,8 +62,8 @@ def for_rest(capsule: KVCapsule, quality: float) -> KVCapsule:
         OptionError: the capsule is of another codec, or `quality` is not between 0 and 1.
     """
     rank = rate_of(joint_codec(capsule).lost, check_quality(quality))[1]
-    found = capsule.whole_codecs().items()
-    return KVCapsule({i: c.for_rest(rank) for i, c in found if isinstance(c, JointCodec)}, capsule.info)
+    codecs = capsule.whole_codecs().items()
+    return KVCapsule({i: c.for_rest(rank) for i, c in codecs if isinstance(c, JointCodec)}, capsule.info)
 
 
 def open_latents(cache: CapsuleCache, codec: JointCodec) -> Tensor:

@@ -114,15 +114,15 @@ class Place:
         start = self.path(name)
         try:
             with _errors(f"cannot read {start}"):
-                found: list[Any] = self._fs.ls(start.rsplit("/", 1)[0], detail=False)
+                paths: list[Any] = self._fs.ls(start.rsplit("/", 1)[0], detail=False)
         except FileNotFoundError:
             return []
-        return sorted(str(path) for path in found if str(path).startswith(start))
+        return sorted(str(path) for path in paths if str(path).startswith(start))
 
     def files(self) -> list[StoredFile]:
         """All files of the store, those that were not used for longest first."""
-        found = [file for file in self._all() if _FILE.fullmatch(self._name(file.path))]
-        return sorted(found, key=lambda file: (file.used, file.path))
+        files = [file for file in self._all() if _FILE.fullmatch(self._name(file.path))]
+        return sorted(files, key=lambda file: (file.used, file.path))
 
     def alone(self) -> AbstractContextManager[object]:
         """Keeps others that come here waiting, where the place is a folder."""
@@ -139,10 +139,10 @@ class Place:
 
     def _all(self) -> Iterator[StoredFile]:
         try:
-            found: list[Any] = list(self._fs.find(self._root, detail=True).values())
+            entries: list[Any] = list(self._fs.find(self._root, detail=True).values())
         except Exception:  # not there, or not to be reached: nothing can be removed either
             return
-        for about in found:
+        for about in entries:
             used = about.get("mtime") or about.get("LastModified") or about.get("created") or 0.0
             used = used.timestamp() if hasattr(used, "timestamp") else used
             yield StoredFile(str(about["name"]), int(about["size"]), float(used))

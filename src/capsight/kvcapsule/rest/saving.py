@@ -18,7 +18,7 @@ from safetensors.torch import save
 from capsight.errors import CapsightError, CapsuleFileError, OptionError
 from capsight.files import replace_file
 from capsight.kvcapsule.cache import CapsuleCache
-from capsight.kvcapsule.cache_parts import conversation_of, take_apart
+from capsight.kvcapsule.cache_parts import conversation_of, serialize
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.rest.container import sealed, write_container
 from capsight.kvcapsule.rest.latents import code
@@ -77,7 +77,7 @@ def save_rest(
 
 def _written(cache: CapsuleCache, capsule: KVCapsule, reread: bool) -> Callable[[float], bytes]:
     """The file's content at any quality."""
-    codec, (header, tensors) = joint_codec(capsule), take_apart(cache)
+    codec, (header, tensors) = joint_codec(capsule), serialize(cache)
     read = conversation_of(cache)
     length = cache.get_seq_length()
     layout, ids = cache.layout.continued(length, length), read.input_ids[:, :length]
@@ -104,7 +104,7 @@ def _written(cache: CapsuleCache, capsule: KVCapsule, reread: bool) -> Callable[
 
     def at(quality: float) -> bytes:
         file = BytesIO()
-        pieces = [code(own, codec.lost, quality) for own in latents]
+        pieces = [code(image_latents, codec.lost, quality) for image_latents in latents]
         write_container(file, {**header, "quality": quality}, [*pieces, *text])
         return file.getvalue()
 
@@ -120,11 +120,11 @@ def _best(at: Callable[[float], bytes], nbytes: int) -> bytes:
     for _ in range(_HALVINGS):
         quality = 1 - ((1 - low) * (1 - high)) ** 0.5  # what is lost is halved
         try:
-            found = at(quality)
+            data = at(quality)
         except OptionError:  # integers would be too large
-            found = b""
-        if found and len(found) <= nbytes:
-            low, best = quality, found
+            data = b""
+        if data and len(data) <= nbytes:
+            low, best = quality, data
         else:
             high = quality
     return best

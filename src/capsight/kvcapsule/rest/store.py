@@ -171,9 +171,9 @@ class CapsuleStore:
         _check_size(max_bytes, 0)
         with self._place.alone():
             self._place.tidy()
-            found = self.files()
-            left, gone = sum(file.nbytes for file in found), 0
-            for file in found:
+            files = self.files()
+            left, gone = sum(file.nbytes for file in files), 0
+            for file in files:
                 if left <= max_bytes:
                     break
                 if self._place.remove(file.path):
@@ -182,16 +182,16 @@ class CapsuleStore:
 
     def _candidates(self, key: ImageKey, folder: str) -> list[str]:
         """Files that may hold an image, best first."""
-        own = self._place.path(f"{folder}/{_name(key)}")
+        exact = self._place.path(f"{folder}/{_name(key)}")
         if self.reuse == "prefix":
-            return [own]
+            return [exact]
         try:
-            found = self._place.beginning(f"{folder}/{key.image}-")
+            paths = self._place.beginning(f"{folder}/{key.image}-")
         except CapsuleFileError as error:
             self._warn(str(error))
             return []
-        alone = [path for path in found if path.endswith(f"{_ALONE}{SUFFIX}")]
-        return sorted(alone, key=lambda path: path != own)
+        alone = [path for path in paths if path.endswith(f"{_ALONE}{SUFFIX}")]
+        return sorted(alone, key=lambda path: path != exact)
 
     def _warn(self, what: str) -> None:
         warnings.warn(f"store {self.url}: {what}; the image is read anew", CapsuleStoreWarning, stacklevel=4)

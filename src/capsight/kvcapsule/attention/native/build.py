@@ -109,18 +109,18 @@ def library(level: str | None = None) -> ctypes.CDLL:
     compiler = _compiler()
     here = Path(__file__).parent
     text = b"".join((here / name).read_bytes() for name in (*UNITS, *HEADERS))
-    told = repr((flags, compiler, platform.machine(), sys.platform)).encode()
-    path = _folder() / f"decode-{hashlib.sha256(text + told).hexdigest()[:20]}.so"
+    target = repr((flags, compiler, platform.machine(), sys.platform)).encode()
+    path = _folder() / f"decode-{hashlib.sha256(text + target).hexdigest()[:20]}.so"
     for fresh in (not path.exists(), True):
         if fresh:
             _compile(compiler, flags, [str(here / name) for name in UNITS], path)
         try:
-            found = ctypes.CDLL(str(path))
-            if found.capsight_interface() == INTERFACE:
+            loaded = ctypes.CDLL(str(path))
+            if loaded.capsight_interface() == INTERFACE:
                 for name, arguments in FUNCTIONS.items():
-                    function = getattr(found, name)
+                    function = getattr(loaded, name)
                     function.argtypes, function.restype = list(arguments), None
-                return found
+                return loaded
         except (OSError, AttributeError) as error:
             if fresh:
                 raise NativeBuildError(f"{path} cannot be loaded: {error}") from None
@@ -136,9 +136,9 @@ def best_level() -> str:
 def _compiler() -> str:
     named = os.environ.get("CXX", "")
     for name in (named,) if named else ("c++", "g++", "clang++"):
-        found = shutil.which(name)
-        if found:
-            return found
+        path = shutil.which(name)
+        if path:
+            return path
     raise NativeBuildError(f"no C++ compiler ({named or 'c++, g++ or clang++'}) was found")
 
 
@@ -160,8 +160,8 @@ def _compile(compiler: str, flags: list[tuple[str, ...]], units: list[str], path
     try:
         with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
             made = Path(folder) / path.name
-            for own, threads in product(flags, (("-fopenmp",), ())):
-                command = [compiler, *own, *threads, *units, "-o", str(made)]
+            for level_flags, threads in product(flags, (("-fopenmp",), ())):
+                command = [compiler, *level_flags, *threads, *units, "-o", str(made)]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
                 if done.returncode == 0:
                     made.replace(path)

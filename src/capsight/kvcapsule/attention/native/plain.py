@@ -17,11 +17,11 @@ def plain_attention(query: Tensor, sources: Sequence[Source], scaling: float) ->
     out, lse = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf)
     for row in range(batch):
         for head in range(heads):
-            own = q[row, head]
+            queries = q[row, head]
             pairs = [_piece(source, row, head, q.shape[3]) for source in sources]
             keys, values = (torch.cat(x) for x in zip(*pairs, strict=True))
-            bias = torch.cat([_bias(source, row, head, len(own)) for source in sources], 1)
-            scores = scaling * own @ keys.T + bias  # [C, n]
+            bias = torch.cat([_bias(source, row, head, len(queries)) for source in sources], 1)
+            scores = scaling * queries @ keys.T + bias  # [C, n]
             if len(keys):
                 lse[row, head] = scores.logsumexp(1)
                 seen = lse[row, head, :, None] > -torch.inf

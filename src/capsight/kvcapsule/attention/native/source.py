@@ -89,10 +89,10 @@ class Source:
         given: dict[str, Any] = dict(
             zip((*_PARTS, *_STEP_PARTS), (x if x.numel() else None for x in tensors), strict=True)
         )
-        own = {name: given.pop(name) for name in _PARTS}
-        own |= zip(_PARTS[:4], tensors, strict=False)  # even without a token
+        parts = {name: given.pop(name) for name in _PARTS}
+        parts |= zip(_PARTS[:4], tensors, strict=False)  # even without a token
         stride, bits, group = numbers
-        return cls(**own, bias_stride=stride, steps=Steps(bits, **given, group=group) if bits else None)
+        return cls(**parts, bias_stride=stride, steps=Steps(bits, **given, group=group) if bits else None)
 
     @cached_property
     def native(self) -> NativeSource:
