@@ -24,8 +24,8 @@ def _runs_on(module: Any, device: torch.device) -> torch.device:
     if device.type != "meta":
         return device
     hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
-    found = (getattr(hook, "execution_device", None) for hook in hooks)
-    return torch.device(next((d for d in found if d is not None), "cpu"))
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((d for d in devices if d is not None), "cpu"))
 
 
 def check_whole(model: Any) -> None:

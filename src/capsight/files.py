@@ -111,11 +111,11 @@ def read_header(path: Path, kind: str, version: int, name: str) -> dict[str, Any
         raise CapsuleFileError(f"{path} is not JSON ({error}); save or download the {name} again") from error
     if not isinstance(header, dict) or header.get("format") != kind:
         raise CapsuleFileError(f"{path} does not describe a {name}")
-    found = header.get("format_version")
-    if found != version or isinstance(found, (bool, float)):
+    format_version = header.get("format_version")
+    if format_version != version or isinstance(format_version, (bool, float)):
         raise CapsuleFileError(
-            f"{path} has format version {found!r}, this capsight reads {version}; use the capsight that "
-            f"wrote it, or make the {name} again"
+            f"{path} has format version {format_version!r}, this capsight reads {version}; use the capsight "
+            f"that wrote it, or make the {name} again"
         )
     checksum = header.pop(CHECKSUM, None)
     if checksum != _checksum(header):

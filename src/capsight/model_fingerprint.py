@@ -47,15 +47,15 @@ def model_fingerprint(model: Any) -> str:
         UnsupportedModelError: this process holds a part of the model only.
     """
     check_whole(model)
-    own = sorted(_own_parameters(model))
-    weights = [(name, p) for name, p in own if p.ndim > 1 and p.is_floating_point()]
+    parameters = sorted(_own_parameters(model))
+    weights = [(name, p) for name, p in parameters if p.ndim > 1 and p.is_floating_point()]
     projections = [item for item in weights if ".k_proj." in item[0] or ".v_proj." in item[0]]
-    if any(map(_is_quantised, (p for _, p in own))):
+    if any(map(_is_quantised, (p for _, p in parameters))):
         matrices = _UNKNOWN
     else:
         matrices = _digest("", [(item, _NUMBERS) for item in (*_spread(weights), *_spread(projections))])
     essentials = {key: config_value(model.config, key) for key in _CONFIG_KEYS}
-    rest = [item for item in own if item[1].ndim == 1 and item[1].is_floating_point()]
+    rest = [item for item in parameters if item[1].ndim == 1 and item[1].is_floating_point()]
     about = json.dumps([essentials, _rotary(model)], sort_keys=True)
     return _digest(about, [(item, _OF_VECTORS) for item in rest]) + matrices
 
@@ -90,18 +90,18 @@ def _rotary(model: Any) -> list[list[float]]:
     their frequencies with the length of a prompt keep what they began with under another name.
     """
     inner = next((x for x in model.modules() if isinstance(x, PreTrainedModel)), model)
-    decoder, found = inner.get_decoder() or inner, []
+    decoder, frequencies = inner.get_decoder() or inner, []
     for module in decoder.modules():
-        held = {name: b for name, b in vars(module).get("_buffers", {}).items() if "inv_freq" in name}
+        buffers = {name: b for name, b in vars(module).get("_buffers", {}).items() if "inv_freq" in name}
         first = {name: getattr(module, name) for name in dir(module) if "original_inv_freq" in name}
-        for name, buffer in (first or held).items():
+        for name, buffer in (first or buffers).items():
             numbers = buffer.detach().to("cpu", torch.float64).flatten()
             octaves = (numbers[numbers > 2.0**-12].log2() * 16).round().tolist()
             scaling = getattr(
                 module, name.replace("original_inv_freq", "inv_freq")[:-8] + "attention_scaling", 1
             )
-            found.append([round(float(scaling or 1), 3), *octaves])
-    return sorted(found)
+            frequencies.append([round(float(scaling or 1), 3), *octaves])
+    return sorted(frequencies)
 
 
 def _own_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -12,10 +12,10 @@ from capsight.kvcapsule.plan import Run
 
 def runs_by_row(runs: Sequence[Run]) -> dict[int, list[int]]:
     """Indices of the runs of every row that has some."""
-    found: dict[int, list[int]] = {}
+    by_row: dict[int, list[int]] = {}
     for index, run in enumerate(runs):
-        found.setdefault(run.row, []).append(index)
-    return found
+        by_row.setdefault(run.row, []).append(index)
+    return by_row
 
 
 def top_per_head(scores: Tensor, runs: Sequence[Run], counts: Mapping[int, int]) -> Tensor:
@@ -31,9 +31,9 @@ def top_per_head(scores: Tensor, runs: Sequence[Run], counts: Mapping[int, int])
     """
     keep = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     for row, indices in runs_by_row(runs).items():
-        own = scores[indices].transpose(0, 1).flatten(1)  # [H, m * N]
-        best = own.argsort(dim=1, descending=True, stable=True)[:, : counts[row]]
-        chosen = torch.zeros(own.shape, dtype=torch.bool, device=own.device).scatter(1, best, True)
+        flat = scores[indices].transpose(0, 1).flatten(1)  # [H, m * N]
+        best = flat.argsort(dim=1, descending=True, stable=True)[:, : counts[row]]
+        chosen = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device).scatter(1, best, True)
         keep[indices] = chosen.view(scores.shape[1], len(indices), -1).transpose(0, 1)
     return keep
 
@@ -51,9 +51,9 @@ def top_overall(scores: Tensor, runs: Sequence[Run], counts: Mapping[int, int]) 
     """
     keep = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     for row, indices in runs_by_row(runs).items():
-        own = scores[:, indices].flatten()
-        best = own.argsort(descending=True, stable=True)[: counts[row] * scores.shape[0] * scores.shape[2]]
-        chosen = torch.zeros(own.shape, dtype=torch.bool, device=own.device).scatter(0, best, True)
+        flat = scores[:, indices].flatten()
+        best = flat.argsort(descending=True, stable=True)[: counts[row] * scores.shape[0] * scores.shape[2]]
+        chosen = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device).scatter(0, best, True)
         keep[:, indices] = chosen.view(scores.shape[0], len(indices), *scores.shape[2:])
     return keep
 

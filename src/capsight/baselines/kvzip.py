@@ -62,11 +62,11 @@ class KVzipCache(ObservingCache):
         layers = self.observing_layers
         if self._all_kept or not any(layer.pending for layer in layers.values()):
             return known
-        found: dict[int, Observation | None] = known or self._read(run)
+        observations: dict[int, Observation | None] = known or self._read(run)
         for index, layer in layers.items():
-            layer.observed = found[index]
+            layer.observed = observations[index]
         self._thin(list(layers.values()))
-        return found
+        return observations
 
     def _read(self, run: Callable[[Cache], None]) -> dict[int, Observation | None]:
         layers, fork = self.observing_layers, copy.deepcopy(self)

@@ -41,10 +41,10 @@ class NotApplicableError(Exception):
 
 def layout(case: Case) -> str:
     """Every picture is found in the prompt."""
-    found, expected = case.layout, [len(pictures) for pictures, _ in case.rows]
-    counts = [row.num_images for row in found.rows]
+    actual, expected = case.layout, [len(pictures) for pictures, _ in case.rows]
+    counts = [row.num_images for row in actual.rows]
     assert [bool(n) for n in counts] == [bool(n) for n in expected], f"{counts} images, not {expected}"
-    return f"{found.num_images} images, {found.vision_tokens} vision tokens"
+    return f"{actual.num_images} images, {actual.vision_tokens} vision tokens"
 
 
 def positions(case: Case) -> str:
@@ -179,8 +179,8 @@ def blindsight(case: Case) -> str:
     with watching(case.model, masked), torch.no_grad():
         expected = case.model(**case.batch, use_cache=False, logits_to_keep=1).logits[:, -1]
     with capsight.enable(case.model, head_map=head_map) as fast:
-        found = case.generate(fast.generate, case.batch).logits[0]
-    worst = float((found - expected).abs().max())
+        logits = case.generate(fast.generate, case.batch).logits[0]
+    worst = float((logits - expected).abs().max())
     assert worst <= 1e-4, f"logits differ by {worst:.1e}"
     return f"logits within {worst:.0e}"
 
@@ -190,9 +190,9 @@ def video(case: Case) -> str:
     if case.make_video is None:
         raise NotApplicableError("no videos to try")
     inputs = dict(case.make_video())
-    found = build_layout(inputs, case.model.config)
+    prompt = build_layout(inputs, case.model.config)
     detail = same(case.answer(inputs, case.capsule())[0], case.generate(case.model.generate, inputs))
-    return f"{found.num_videos or found.num_images} of {found.vision_tokens} tokens, {detail}"
+    return f"{prompt.num_videos or prompt.num_images} of {prompt.vision_tokens} tokens, {detail}"
 
 
 CHECKS: dict[str, Callable[[Case], str]] = {

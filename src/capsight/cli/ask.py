@@ -69,31 +69,35 @@ def ask(
         raise OptionError("--reuse is for images of a --store; a file is used as it was read")
     chosen = chosen_capsule(capsule, model, retained, bits, compression_ratio)
     if store is not None:
-        kept = CapsuleStore(store, reuse=reuse or "prefix")  # type: ignore[arg-type]  # which checks it
+        capsule_store = CapsuleStore(store, reuse=reuse or "prefix")  # type: ignore[arg-type]  # which checks it
         item = picture_item(image or (), prompt)
         vlm, made = load_model(model, dtype, device, processor)
-        with enable(vlm, capsule=chosen, store=kept) as fast, torch.no_grad():
+        with enable(vlm, capsule=chosen, store=capsule_store) as fast, torch.no_grad():
             answers = ask_item(fast, made, item, "after", max_new_tokens)
         _say(answers.texts[0], model, prompt, answers.nbytes)
         return
     assert cache is not None
     vlm, made = load_model(model, dtype, device, processor)
     with enable(vlm, capsule=chosen) as fast, torch.no_grad():
-        held = fast.load(cache)
+        loaded = fast.load(cache)
         seen = fast.prompt_ids
-        if held.layout.batch_size > 1 or seen.shape[1] < held.get_seq_length() or not held.layout.num_images:
+        if (
+            loaded.layout.batch_size > 1
+            or seen.shape[1] < loaded.get_seq_length()
+            or not loaded.layout.num_images
+        ):
             raise OptionError(f"{cache} holds more than one row, or more than images; load it with fast.load")
-        new = question_tokens(made, vlm.config, held.layout.num_images, [prompt])
+        new = question_tokens(made, vlm.config, loaded.layout.num_images, [prompt])
         ids = torch.cat([seen, torch.tensor(new)], 1).to(vlm.device)
         tokens = fast.generate(
-            past_key_values=held,
+            past_key_values=loaded,
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
             do_sample=False,
         )
     answer = made.tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)[0].strip()
-    _say(answer, model, prompt, CacheBytes.of(held))
+    _say(answer, model, prompt, CacheBytes.of(loaded))
 
 
 def _say(answer: str, model: str, prompt: str, nbytes: CacheBytes) -> None:

@@ -104,11 +104,11 @@ def bench_command(
         for row in bench(vlm, made, timed, batches, counts, new_tokens, runs):
             rows.append(row)
             progress.advance(bar)
-    found = _with_ratios(rows, budget)
+    results = _with_ratios(rows, budget)
     named = str(vlm.dtype).removeprefix("torch.")
     values = {"model": model, "dtype": named, "runs": runs, "new_tokens": new_tokens, "kv_budget": budget}
-    write_json(json, values | {"rows": found, "calibration": fits})
-    _print(out, found, fits, kv_budget)
+    write_json(json, values | {"rows": results, "calibration": fits})
+    _print(out, results, fits, kv_budget)
 
 
 def calibration_seconds(
@@ -116,7 +116,7 @@ def calibration_seconds(
 ) -> list[dict[str, Any]]:
     """Seconds that fitting takes for every method that is fitted; one run each, model loaded."""
     samples = calibration_prompts(processor, REFERENCE, None)[:prompts]
-    found = []
+    timings = []
     for name in names:
         began = time.perf_counter()
         if name in CAPSULES:
@@ -127,8 +127,8 @@ def calibration_seconds(
             kind.fit(model, None, samples, progress=False)
         else:
             continue
-        found.append({"method": name, "prompts": len(samples), "seconds": time.perf_counter() - began})
-    return found
+        timings.append({"method": name, "prompts": len(samples), "seconds": time.perf_counter() - began})
+    return timings
 
 
 def _numbers(name: str, text: str) -> list[int]:
@@ -143,12 +143,12 @@ def _numbers(name: str, text: str) -> list[int]:
 
 def _with_ratios(rows: Sequence[BenchRow], budget: int | None) -> list[dict[str, Any]]:
     """Rows with what they are beside the full cache, and the batch that a budget allows."""
-    full, found = rows[0], []
+    full, results = rows[0], []
     for row in rows:
         full = row if row.method == FULL else full
         values = row.to_dict() | {"name": row.name, "ratios": row.ratios(full)}
-        found.append(values if budget is None else values | {"largest_batch": row.largest_batch(budget)})
-    return found
+        results.append(values if budget is None else values | {"largest_batch": row.largest_batch(budget)})
+    return results
 
 
 def _print(out: Console, rows: list[dict[str, Any]], fits: list[dict[str, Any]], budget: str | None) -> None:

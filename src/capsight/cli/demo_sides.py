@@ -102,10 +102,10 @@ def ask_sides(
     timed = [(side, decode) for side in asked for decode in side.decodes]
     runs: list[list[Timing]] = [[] for _ in timed]
     for _ in range(1 + RUNS):
-        for (side, decode), found in zip(timed, runs, strict=True):
+        for (side, decode), samples in zip(timed, runs, strict=True):
             with enable(model, capsule=side.capsule, head_map=side.head_map, decode=decode) as fast:
-                found.append(time_once(fast, inputs, NEW_TOKENS))
-    timings = {key: medians(found[1:]) for key, found in zip(timed, runs, strict=True)}
+                samples.append(time_once(fast, inputs, NEW_TOKENS))
+    timings = {key: medians(samples[1:]) for key, samples in zip(timed, runs, strict=True)}
     layout, text = build_layout(inputs, model.config), model.config.get_text_config()
     dense = HeadMap.all_dense(text.num_hidden_layers, text.num_attention_heads)
     sides = []

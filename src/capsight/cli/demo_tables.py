@@ -64,18 +64,18 @@ def side_costs(sides: Sequence[Side]) -> dict[str, list[str]]:
 
 def _other_costs(sides: Sequence[Side]) -> dict[str, list[str]]:
     """Rows on the way to decode that was timed besides, empty where a side was not."""
-    full, found = sides[0], [side.other for side in sides]
-    names = [other.decode for other in found if other is not None]
+    full, others = sides[0], [side.other for side in sides]
+    names = [other.decode for other in others if other is not None]
     if not names:
         return {}
     kv, speed = full.answers.nbytes.kv, full.timing.tokens_per_s
     rows: dict[str, list[str]] = {f"decode, {names[0]}": [], "its KV cache": []}
-    for other in found:
+    for other in others:
         cells = ("", "")
         if other is not None:
-            each = other.timing.tokens_per_s
+            other_speed = other.timing.tokens_per_s
             cells = (
-                f"{each:.0f} tok/s ({each / speed:.2f}x)",
+                f"{other_speed:.0f} tok/s ({other_speed / speed:.2f}x)",
                 f"{human_bytes(other.kv_bytes)} ({kv / other.kv_bytes:.2f}x smaller)",
             )
         for row, cell in zip(rows.values(), cells, strict=True):

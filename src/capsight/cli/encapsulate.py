@@ -95,10 +95,10 @@ def pictures(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise OptionError(f"{folder} is no folder; name one of pictures, or single ones with --image")
-    found = sorted(path for path in folder.iterdir() if is_picture(path))
-    if not found:
+    paths = sorted(path for path in folder.iterdir() if is_picture(path))
+    if not paths:
         raise OptionError(f"{folder} holds no pictures")
-    return found
+    return paths
 
 
 def _into_store(folder: Path, vlm: Any, made: Any, paths: list[Path], capsule: Any, quality: float) -> None:

@@ -24,15 +24,15 @@ def file_facts(path: str) -> dict[str, Any]:
     Raises:
         CapsuleFileError: it is truncated or was changed.
     """
-    found = read_rest_file(path)
+    file = read_rest_file(path)
     return {
-        "quality": found.quality,
-        "file": human_bytes(found.nbytes),
-        "tokens": found.layout.length,
-        "vision tokens": found.layout.vision_tokens,
-        "images": len(found.images),
-        "bytes of each image": list(found.images),
-        "text": "read anew from its ids" if not found.text else f"as it was, {human_bytes(found.text)}",
+        "quality": file.quality,
+        "file": human_bytes(file.nbytes),
+        "tokens": file.layout.length,
+        "vision tokens": file.layout.vision_tokens,
+        "images": len(file.images),
+        "bytes of each image": list(file.images),
+        "text": "read anew from its ids" if not file.text else f"as it was, {human_bytes(file.text)}",
     }
 
 

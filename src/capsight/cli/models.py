@@ -40,10 +40,10 @@ def load_model(
     if dtype is not None and dtype not in _DTYPES:
         raise OptionError(f"dtype is {dtype!r}; use one of {', '.join(_DTYPES)}")
     place = checked_device(device)
-    own = None if processor is None else own_processor(processor, name)
+    custom = None if processor is None else own_processor(processor, name)
     if name == REFERENCE:
         vlm, shipped = load_reference_vlm(_DTYPES[dtype or "float32"], place)
-        return vlm, own or shipped
+        return vlm, custom or shipped
     family_for(load_config(name))  # before anything large is loaded or downloaded
     try:
         model: Any = AutoModelForImageTextToText.from_pretrained(
@@ -52,9 +52,9 @@ def load_model(
     except Exception as error:  # of files, the hub, safetensors, strict dataclasses...
         reason = " ".join(str(error).split()) or repr(error)
         raise OptionError(f"cannot load the model {name!r}: {reason}") from error
-    found = own or load_processor(name)
+    loaded = custom or load_processor(name)
     model.to(place)
-    return model.eval(), found
+    return model.eval(), loaded
 
 
 def load_config(name: str) -> Any:

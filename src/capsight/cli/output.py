@@ -75,10 +75,10 @@ def human_bytes(count: float) -> str:
     return f"{count:.2f} GB"
 
 
-def cache_bytes(found: CacheBytes) -> str:
+def cache_bytes(nbytes: CacheBytes) -> str:
     """What a cache takes beside a full one, in words."""
-    states = f", states {human_bytes(found.states)}" if found.states else ""
-    return f"KV cache {human_bytes(found.kv)}, full {human_bytes(found.kv_full)}{states}"
+    states = f", states {human_bytes(nbytes.states)}" if nbytes.states else ""
+    return f"KV cache {human_bytes(nbytes.kv)}, full {human_bytes(nbytes.kv_full)}{states}"
 
 
 def parse_bytes(text: str) -> int:
@@ -87,7 +87,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         OptionError: it is neither.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text, re.IGNORECASE)
-    if found is None or found[2].upper() not in _UNITS:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text, re.IGNORECASE)
+    if match is None or match[2].upper() not in _UNITS:
         raise OptionError(f"{text!r} is no amount of memory; give one such as 80GB or 80GiB")
-    return round(float(found[1]) * _UNITS[found[2].upper()])
+    return round(float(match[1]) * _UNITS[match[2].upper()])

@@ -65,9 +65,9 @@ def plan(
     sparse = HeadMap.from_pretrained(head_map) if head_map is not None else dense_share
     config = load_config(model)
     mix = _mix(config, images or [8], image_size or [], image_tokens or [])
-    found = make_plan(config, mix, text_tokens, budget, new_tokens, sparse)
-    write_json(json, {"model": model, "images": len(mix), "retained": budget.retained, **found.to_dict()})
-    _print(console(json), found, budget, model, len(mix))
+    planned = make_plan(config, mix, text_tokens, budget, new_tokens, sparse)
+    write_json(json, {"model": model, "images": len(mix), "retained": budget.retained, **planned.to_dict()})
+    _print(console(json), planned, budget, model, len(mix))
 
 
 def _mix(config: Any, counts: list[int], sizes: list[str], tokens: list[int]) -> list[ImageGrids]:
@@ -90,37 +90,38 @@ def _mix(config: Any, counts: list[int], sizes: list[str], tokens: list[int]) ->
 
 
 def _pixels(size: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)", size)
-    if found is None:
+    match = re.fullmatch(r"(\d+)x(\d+)", size)
+    if match is None:
         raise OptionError(f"image size is {size!r}; give WIDTHxHEIGHT in pixels, such as 448x224")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
-def _print(out: Console, found: Plan, budget: Budget, model: str, images: int) -> None:
+def _print(out: Console, planned: Plan, budget: Budget, model: str, images: int) -> None:
     out.print(
-        f"{model}: {found.parameters / 1e9:.2f} B parameters, {human_bytes(found.weights_bytes)} of weights; "
-        f"a request: {images} images, {found.prompt_tokens} prompt tokens, {found.vision_tokens} of vision",
+        f"{model}: {planned.parameters / 1e9:.2f} B parameters, {human_bytes(planned.weights_bytes)} of "
+        f"weights; a request: {images} images, {planned.prompt_tokens} prompt tokens, "
+        f"{planned.vision_tokens} of vision",
         soft_wrap=True,
     )
-    full, ours = found.full, found.capsules
+    full, ours = planned.full, planned.capsules
     memory = Table("", "full cache", f"capsules, {budget.retained:.0%} retained", "", title="memory")
     ratio = full.kv_bytes / ours.kv_bytes
     memory.add_row(
         "KV per request", human_bytes(full.kv_bytes), human_bytes(ours.kv_bytes), f"{ratio:.2f}x smaller"
     )
     if full.state_bytes:
-        both = human_bytes(full.state_bytes)
-        memory.add_row("states per request", both, both, "not compressed")
+        states = human_bytes(full.state_bytes)
+        memory.add_row("states per request", states, states, "not compressed")
     memory.add_row("scratch per request", human_bytes(0), human_bytes(ours.scratch_bytes), "while decoding")
     memory.add_row("modules", human_bytes(0), human_bytes(ours.module_bytes), "once per GPU")
     more = f"{ours.requests / full.requests:.2f}x" if full.requests else "weights leave no room"
     memory.add_row(
         f"requests in {human_bytes(budget.gpu_bytes)}", str(full.requests), str(ours.requests), more
     )
-    even = found.break_even_tokens
+    even = planned.break_even_tokens
     memory.add_row("break-even", "", "never" if even is None else f"{even} vision tokens", "of a request")
     out.print(memory)
-    dense, sparse = found.dense, found.sparse
+    dense, sparse = planned.dense, planned.sparse
     columns = ["", "dense"] if sparse is None else ["", "dense", "head map", ""]
     flops = Table(*columns, title=f"prefill at batch {budget.batch}")
     names = {"attention": "attention", "linear": "linear layers", "vision": "vision tower", "total": "whole"}

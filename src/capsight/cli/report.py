@@ -65,6 +65,6 @@ def report(
 
 
 def _first_method(material: Material) -> str:
-    found = [row.method for file in material.evaluations for row in file.rows if row.name != FULL]
+    evaluated = [row.method for file in material.evaluations for row in file.rows if row.name != FULL]
     timed = () if material.bench is None else material.bench.rows
-    return next(iter([*found, *(row.method for row in timed if row.name != FULL)]), "")
+    return next(iter([*evaluated, *(row.method for row in timed if row.name != FULL)]), "")

@@ -83,7 +83,9 @@ def ask_item(
     head, tails = split_questions(fast.model, processor, item, questions)
     cache = fast.encapsulate(**head)
     sizes, tokens, pad = CacheBytes.of(cache), tokens_of(head), processor.tokenizer.pad_token_id
-    said = in_batches(cache, tails, lambda own, some: answers(own, append_tokens(tokens, some, pad))[:2])
+    said = in_batches(
+        cache, tails, lambda repeated, some: answers(repeated, append_tokens(tokens, some, pad))[:2]
+    )
     return Answers(tuple(said[0]), said[1], sizes)
 
 

@@ -40,9 +40,9 @@ def in_batches(
     logits: dict[int, Tensor] = {}
     for length in lengths:
         rows = [row for row, tail in enumerate(tails) if not stateful or len(tail) == length]
-        own = cache if length == lengths[-1] else copied(cache)
-        repeat_rows(own, len(rows))
-        said, first = ask(own, [tails[row] for row in rows])
+        repeated = cache if length == lengths[-1] else copied(cache)
+        repeat_rows(repeated, len(rows))
+        said, first = ask(repeated, [tails[row] for row in rows])
         texts |= zip(rows, said, strict=True)
         logits |= zip(rows, first, strict=True)
     return [texts[row] for row in sorted(texts)], torch.stack([logits[row] for row in sorted(logits)])

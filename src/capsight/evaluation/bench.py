@@ -52,14 +52,14 @@ class Variant:
 
 def variants(methods: Mapping[str, CacheMethod], decodes: Sequence[Decode]) -> list[Variant]:
     """The full cache, then every method, once for each way to decode that is given if it has capsules."""
-    found = [Variant(FULL)]
+    expanded = [Variant(FULL)]
     for label, method in methods.items():
         if not decodes or not isinstance(method, LatentMethod):
-            found.append(Variant(label, method))
+            expanded.append(Variant(label, method))
             continue
         for way in decodes:
-            found.append(Variant(label, method.for_latent() if way == "latent" else method, way))
-    return found
+            expanded.append(Variant(label, method.for_latent() if way == "latent" else method, way))
+    return expanded
 
 
 def batch_inputs(processor: Any, items: Sequence[Item]) -> dict[str, Any]:
@@ -121,12 +121,12 @@ def bench(
 def _timings(
     model: Any, inputs: Mapping[str, Any], timed: Sequence[Variant], new_tokens: int, runs: int
 ) -> list[Timing]:
-    found: list[list[Timing]] = [[] for _ in timed]
+    by_variant: list[list[Timing]] = [[] for _ in timed]
     for _ in range(1 + runs):
-        for variant, timings in zip(timed, found, strict=True):
+        for variant, timings in zip(timed, by_variant, strict=True):
             with variant.enabled(model) as fast:
                 timings.append(time_once(fast, inputs, new_tokens))
-    return [medians(timings[1:]) for timings in found]
+    return [medians(timings[1:]) for timings in by_variant]
 
 
 def _encode_seconds(
@@ -135,14 +135,14 @@ def _encode_seconds(
     chosen = [variant.method for variant in timed if variant.method is not None]
     layout = build_layout(inputs, model.config)
     observe = any(observes(method, layout, model.config) for method in chosen)
-    found: list[list[float]] = [[] for _ in timed]
+    by_variant: list[list[float]] = [[] for _ in timed]
     needy = next((m for m in chosen if m.needs_attention or reads_latent(m)), None)
     with enable(model, capsule=needy), torch.no_grad():
         prefill = Prefill.record(model, inputs, None, observe)
         for _ in range(1 + runs):
-            for variant, seconds in zip(timed, found, strict=True):
+            for variant, seconds in zip(timed, by_variant, strict=True):
                 seconds.append(_seconds(partial(_fill, prefill, variant.method), model.device))
-    return [median(seconds[1:]) for seconds in found]
+    return [median(seconds[1:]) for seconds in by_variant]
 
 
 def _fill(prefill: Prefill, method: CacheMethod | None) -> None:

@@ -57,16 +57,16 @@ class BenchRow:
 
     def ratios(self, full: BenchRow) -> dict[str, float]:
         """This row over the full cache's, at the same batch and images; modules and states count as bytes."""
-        found = {
+        ratios = {
             "ttft": self.ttft_s / full.ttft_s,
             "tokens_per_s": self.tokens_per_s / full.tokens_per_s,
         }
         if self.kv_bytes is not None and full.kv_bytes:
-            held = self.kv_bytes + self.state_bytes + self.module_bytes
-            found["bytes"] = held / (full.kv_bytes + full.state_bytes)
+            nbytes = self.kv_bytes + self.state_bytes + self.module_bytes
+            ratios["bytes"] = nbytes / (full.kv_bytes + full.state_bytes)
         if self.peak_bytes is not None and full.peak_bytes:
-            found["peak_bytes"] = self.peak_bytes / full.peak_bytes
-        return {name: round(value, 4) for name, value in found.items()}
+            ratios["peak_bytes"] = self.peak_bytes / full.peak_bytes
+        return {name: round(value, 4) for name, value in ratios.items()}
 
     def largest_batch(self, budget: int) -> int:
         """Rows whose caches fit a budget of bytes beside the modules, by the bytes a row was measured at.

@@ -77,9 +77,9 @@ class Journal:
                     raise
                 raise OptionError(f"{self._path}, line {number} is damaged; delete the file") from error
 
-    def _compare(self, found: dict[str, Any], settings: dict[str, Any]) -> None:
-        names = sorted(found.keys() | settings.keys())
-        if differing := [name for name in names if found.get(name) != settings.get(name)]:
+    def _compare(self, recorded: dict[str, Any], settings: dict[str, Any]) -> None:
+        names = sorted(recorded.keys() | settings.keys())
+        if differing := [name for name in names if recorded.get(name) != settings.get(name)]:
             raise OptionError(
                 f"{self._path} was begun with other settings ({', '.join(differing)}); delete it, or write "
                 "to another file"

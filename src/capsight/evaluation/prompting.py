@@ -34,9 +34,10 @@ def render(processor: Any, messages: Sequence[Message]) -> str:
     """
     tokens = vision_tokens(processor)
     for text in _texts(messages):
-        if found := max((token for token in tokens if token in text), key=len, default=None):
+        if placeholder := max((token for token in tokens if token in text), key=len, default=None):
             raise OptionError(
-                f"a question holds {found!r}, which stands for an image in this model's prompts; leave it out"
+                f"a question holds {placeholder!r}, which stands for an image in this model's prompts; leave "
+                "it out"
             )
     try:
         return str(processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))

@@ -116,6 +116,6 @@ def _records(
             yield item, done[item.name] if item.name in done else ask(item)
         return
     taken, asked = tee(items)
-    found = in_order(ask, (item for item in asked if item.name not in done), workers)
+    new_records = in_order(ask, (item for item in asked if item.name not in done), workers)
     for item in taken:
-        yield item, done[item.name] if item.name in done else next(found)
+        yield item, done[item.name] if item.name in done else next(new_records)

@@ -138,9 +138,9 @@ class _Prompt:
     def _over(self, cache: Any) -> tuple[list[list[int]], Tensor]:
         """Protocol `after`: the questions are new tokens over the cache, one row each."""
 
-        def ask(own: Any, tails: Sequence[list[int]]) -> tuple[list[list[int]], Tensor]:
+        def ask(repeated: Any, tails: Sequence[list[int]]) -> tuple[list[list[int]], Tensor]:
             drafts = self._drafts if len(tails) == len(self._tails) else None
-            return self._decode(own, tails, drafts, self._limit)
+            return self._decode(repeated, tails, drafts, self._limit)
 
         return in_batches(cache, self._tails, ask, self._prefill.copied)
 

@@ -86,8 +86,8 @@ class Answerer:
                 _unfitted,
                 model,
             )
-        found = HeadMap.from_pretrained(head_map) if head_map else None
-        return cls(model, made, next(iter(methods.values()), None), found, protocol)
+        loaded_map = HeadMap.from_pretrained(head_map) if head_map else None
+        return cls(model, made, next(iter(methods.values()), None), loaded_map, protocol)
 
     def answer(
         self, messages: Sequence[Message], images: Sequence[Any], max_new_tokens: int = 128, **options: Any

@@ -36,8 +36,8 @@ class CapsightModel(lmms):
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        found: torch.device = self.answerer.model.device
-        return found
+        device: torch.device = self.answerer.model.device
+        return device
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answers to instances with args (context, doc_to_messages, options, doc id, task, split)."""

@@ -32,9 +32,9 @@ def managed(image: Image.Image, info: Mapping[Any, Any]) -> Image.Image:
         Mode RGB. A profile that moves no colour, such as that of sRGB, changes nothing.
     """
     profile = info.get("icc_profile")
-    found = _transform(bytes(profile)) if profile else None
-    if found is not None and image.mode in _MODES[found[1]]:
-        transform, space = found
+    conversion = _transform(bytes(profile)) if profile else None
+    if conversion is not None and image.mode in _MODES[conversion[1]]:
+        transform, space = conversion
         return image.convert("RGB") if transform is None else _applied(transform, image, _MODES[space][0])
     if image.mode == "LAB":
         lab = ImageCms.buildTransform(ImageCms.createProfile("LAB"), _srgb(), "LAB", "RGB")
@@ -60,10 +60,10 @@ def _transform(profile: bytes) -> tuple[ImageCms.ImageCmsTransform | None, str] 
         if space not in _MODES:
             return None
         mode, intent = _MODES[space][0], ImageCms.Intent(ImageCms.getDefaultIntent(source))
-        found = ImageCms.buildTransform(source, _srgb(), mode, "RGB", intent)
+        transform = ImageCms.buildTransform(source, _srgb(), mode, "RGB", intent)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return None
-    return (None if _moves_nothing(found, mode) else found), space
+    return (None if _moves_nothing(transform, mode) else transform), space
 
 
 def _moves_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:

@@ -94,8 +94,8 @@ def _planned_joint(shape: ModelShape, retained: float, itemsize: int) -> KVCapsu
         size = layer.kv_heads, layer.head_dim
         axes = torch.empty(rank, 2, *size, device="meta", dtype=torch.int8)
         steps = torch.empty(2, rank, device="meta")
-        own = {"mean": torch.empty(2, *size, device="meta"), "axes": axes, "steps": steps, **shared}
-        codecs[index] = JointCodec(own, retained)
+        tensors = {"mean": torch.empty(2, *size, device="meta"), "axes": axes, "steps": steps, **shared}
+        codecs[index] = JointCodec(tensors, retained)
     infos = tuple(LayerInfo(index, 1, layer.kv_heads, layer.head_dim) for index, layer in layers.items())
     return KVCapsule(codecs, CapsuleInfo("joint", 1, itemsize, infos, {}, "", {}, 0, share=retained))
 

@@ -110,8 +110,8 @@ def mix_layout(config: Any, images: Sequence[ImageGrids], text_tokens: int) -> P
         for index, (height, width) in enumerate(grids):
             before, after = (0, 0) if pixtral(config) else _delimiters(config.model_type, index, len(grids))
             start, end = at + before, at + before + height * width
-            own = (*range(at, start), *range(end, end + after))
-            blocks.append(VisionBlock(start, end, "image", (1, height, width), image, own))
+            delimiters = (*range(at, start), *range(end, end + after))
+            blocks.append(VisionBlock(start, end, "image", (1, height, width), image, delimiters))
             at = end + after
     return PromptLayout((RowLayout(at + text_tokens, 0, tuple(blocks)),))
 

@@ -65,18 +65,18 @@ def load_processor(name: str, **options: Any) -> ProcessorMixin:
         OptionError: it cannot be loaded, or takes no images.
     """
     try:
-        found = (
+        processor = (
             AutoProcessor.from_pretrained(name, **options) if _whole(name, options) else _parts(name, options)
         )
     except Exception as error:  # of files, the hub, tokenizers, missing packages...
         reason = " ".join(str(error).split()) or repr(error)
         raise OptionError(f"cannot load the processor of {name!r}: {reason}") from error
-    if not hasattr(found, "tokenizer") or not hasattr(found, "image_processor"):
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
         raise OptionError(
-            f"{name!r} has no processor that takes images, only a {type(found).__name__}; "
+            f"{name!r} has no processor that takes images, only a {type(processor).__name__}; "
             "save the processor of the model into the same folder: processor.save_pretrained(folder)"
         )
-    return check_processor(found, repr(name))
+    return check_processor(processor, repr(name))
 
 
 def _whole(name: str, options: dict[str, Any]) -> bool:

@@ -147,8 +147,8 @@ def _compare(scenes: list[Scene], rng: random.Random) -> Question | None:
     def pairs(
         kind: str, value: Callable[[Scene], float], apart: float
     ) -> list[tuple[int, int, float, float]]:
-        found = [(i, value(s)) for i, s in enumerate(scenes, 1) if s.kind == kind]
-        return [(i, j, a, b) for i, a in found for j, b in found if i < j and abs(a - b) >= apart]
+        valued = [(i, value(s)) for i, s in enumerate(scenes, 1) if s.kind == kind]
+        return [(i, j, a, b) for i, a in valued for j, b in valued if i < j and abs(a - b) >= apart]
 
     asks = [("has more shapes", p) for p in pairs("shapes", lambda s: len(s.facts["shapes"]), 1)]
     asks += [("has the larger total", p) for p in pairs("receipt", _sum_of_prices, 2)]

@@ -21,8 +21,8 @@ NEAR = 1.25
 
 def methods_of(file: EvalFile, ours: str) -> list[str]:
     """The methods beside the full cache, `ours` first."""
-    found = dict.fromkeys(row.method for row in file.rows if row.name != FULL)
-    return sorted(found, key=lambda method: method != ours)
+    methods = dict.fromkeys(row.method for row in file.rows if row.name != FULL)
+    return sorted(methods, key=lambda method: method != ours)
 
 
 @for_both
@@ -178,11 +178,11 @@ def ttft(file: BenchFile, name: str, phone: bool = False) -> str:
 
 def _lines(axes: Axes, file: BenchFile, points: list[tuple[BenchRow, float, float]]) -> None:
     for index, method in enumerate(file.names()):
-        own = sorted((x, y) for row, x, y in points if row.name == method)
-        if own:
+        curve = sorted((x, y) for row, x, y in points if row.name == method)
+        if curve:
             axes.plot(
-                [x for x, _ in own],
-                [y for _, y in own],
+                [x for x, _ in curve],
+                [y for _, y in curve],
                 label="full cache" if method == FULL else method,
                 color=INK if method == FULL else SERIES[(index - 1) % len(SERIES)],
                 marker=MARKERS[index % len(MARKERS)],

@@ -82,7 +82,7 @@ def headline(
 
 
 def _from_eval(full: MethodRow, row: MethodRow, speed: Speed | None) -> Headline:
-    kept = (
+    keeping = (
         ""
         if row.retained is None
         else f", keeping {100 * row.retained:.0f}\xa0% of each image's keys and values"
@@ -103,7 +103,7 @@ def _from_eval(full: MethodRow, row: MethodRow, speed: Speed | None) -> Headline
             f"{against}; {'could be chance' if chance else 'a real difference'} (p = {row.p_value:.2g})",
         ),
     )
-    return Headline(f"With {row.method}{kept}: {words}", tiles + (_speed_tiles(speed) if speed else ()))
+    return Headline(f"With {row.method}{keeping}: {words}", tiles + (_speed_tiles(speed) if speed else ()))
 
 
 def _from_demo(demo: DemoFile) -> Headline:

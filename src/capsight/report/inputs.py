@@ -128,8 +128,8 @@ class BenchFile:
 
     def names(self) -> list[str]:
         """The methods, the full cache first."""
-        found = dict.fromkeys(row.name for row in self.rows)
-        return sorted(found, key=lambda name: name != FULL)
+        names = dict.fromkeys(row.name for row in self.rows)
+        return sorted(names, key=lambda name: name != FULL)
 
 
 @dataclass(frozen=True)

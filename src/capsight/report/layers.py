@@ -25,9 +25,9 @@ _CATEGORIES = {
 }
 
 
-def head_map(found: HeadMap) -> Section:
+def head_map(heads: HeadMap) -> Section:
     """The picture of a head map with its legend."""
-    counts = found.counts()
+    counts = heads.counts()
     keys = "".join(
         f'<span class="key"><i style="background:var(--{VARIABLES[colour]})"></i>'
         f"{_CATEGORIES[category]}: {counts[category]}</span>"
@@ -37,7 +37,7 @@ def head_map(found: HeadMap) -> Section:
         "head-map",
         "What each attention head looks at",
         "Dense heads see everything; the others skip most of what lies in other images during prefill.",
-        f"<figure>{head_map_picture(found, 'heads')}</figure><p>{keys}</p>",
+        f"<figure>{head_map_picture(heads, 'heads')}</figure><p>{keys}</p>",
     )
 
 
@@ -77,13 +77,13 @@ def layer_budgets(info: CapsuleInfo) -> Section:
     return Section("budgets", "Layer budgets", lead, body)
 
 
-def reconstruction(found: LayerErrors) -> Section:
+def reconstruction(layer_errors: LayerErrors) -> Section:
     """How far rebuilt keys and values are from the originals."""
     return Section(
         "errors",
         "Reconstruction error by layer",
         "Norm of the difference over norm of the original, on images not used for fitting; lower is better.",
-        f"<figure>{errors(found, 'errors')}</figure>",
+        f"<figure>{errors(layer_errors, 'errors')}</figure>",
     )
 
 
@@ -130,14 +130,14 @@ def budgets(info: CapsuleInfo, name: str, phone: bool = False) -> str:
 
 
 @for_both
-def needs(info: CapsuleInfo, found: LayerNeeds, name: str, phone: bool = False) -> str:
+def needs(info: CapsuleInfo, layer_needs: LayerNeeds, name: str, phone: bool = False) -> str:
     """What rebuilt tokens are off by in each layer, beside the attention that it pays to vision tokens."""
     figure, (left, right) = new_figure(8.6, 2.8, panels=2, phone=phone)
     index = [layer.index for layer in info.layers]
-    lost = found.errors_at([layer.kept for layer in info.layers], info.block_size)
+    lost = layer_needs.errors_at([layer.kept for layer in info.layers], info.block_size)
     for axes, label, values, colour in (
         (left, "relative squared error", lost, SERIES[1]),
-        (right, "attention to vision tokens, %", [100 * share for share in found.attention], SERIES[2]),
+        (right, "attention to vision tokens, %", [100 * share for share in layer_needs.attention], SERIES[2]),
     ):
         axes.bar(index, values, color=colour, width=0.7)
         axes.grid(False, axis="x")
@@ -148,10 +148,10 @@ def needs(info: CapsuleInfo, found: LayerNeeds, name: str, phone: bool = False) 
 
 
 @for_both
-def errors(found: LayerErrors, name: str, phone: bool = False) -> str:
+def errors(layer_errors: LayerErrors, name: str, phone: bool = False) -> str:
     """Relative error of rebuilt keys and values, by layer."""
     figure, (axes,) = new_figure(8.6, 2.8, phone=phone)
-    layers = sorted(found.layers, key=lambda layer: layer.index)
+    layers = sorted(layer_errors.layers, key=lambda layer: layer.index)
     lines = ("keys", [layer.keys for layer in layers]), ("values", [layer.values for layer in layers])
     for colour, marker, (label, values) in zip(SERIES, "os", lines, strict=False):
         axes.plot(

@@ -100,22 +100,22 @@ def _sections(material: Material, method: str) -> Iterator[Section]:
 
 
 def _machines(material: Material) -> Section:
-    found: dict[str, dict[str, Any]] = {}
+    machines: dict[str, dict[str, Any]] = {}
     many = len(material.evaluations) > 1
     for file in material.evaluations:
-        found[f"eval, {file.protocol}" if many else "eval"] = file.machine
+        machines[f"eval, {file.protocol}" if many else "eval"] = file.machine
     if material.bench is not None:
-        found["bench"] = material.bench.machine
+        machines["bench"] = material.bench.machine
     if material.demo is not None:
-        found["demo"] = material.demo.machine
-    names = dict.fromkeys(name for values in found.values() for name in values)
+        machines["demo"] = material.demo.machine
+    names = dict.fromkeys(name for values in machines.values() for name in values)
     rows = [
-        [escape(name), *("" if v.get(name) is None else escape(str(v[name])) for v in found.values())]
+        [escape(name), *("" if v.get(name) is None else escape(str(v[name])) for v in machines.values())]
         for name in names
-        if any(v.get(name) is not None for v in found.values())
+        if any(v.get(name) is not None for v in machines.values())
     ]
     lead = "Figures of different machines are not to be compared."
-    return Section("machine", "Machine and versions", lead, table(("", *found), rows))
+    return Section("machine", "Machine and versions", lead, table(("", *machines), rows))
 
 
 _LIGHT = """

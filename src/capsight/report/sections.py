@@ -131,8 +131,8 @@ def demo(file: DemoFile) -> Section:
         [escape(asked.question), escape(asked.answer), *(verdict(s.answers[i], s.right[i]) for s in sides)]
         for i, asked in enumerate(file.questions)
     ]
-    found: list[tuple[str, int, DemoCost]] = [(s.name, s.module_bytes, s) for s in sides]
-    found += [(f"{s.name}, latent decode", s.module_bytes, s.latent) for s in sides if s.latent]
+    entries: list[tuple[str, int, DemoCost]] = [(s.name, s.module_bytes, s) for s in sides]
+    entries += [(f"{s.name}, latent decode", s.module_bytes, s.latent) for s in sides if s.latent]
     costs = [
         [
             escape(name),
@@ -141,7 +141,7 @@ def demo(file: DemoFile) -> Section:
             f"{cost.ttft_s * 1e3:,.0f} ms",
             f"{cost.tokens_per_s:,.0f}",
         ]
-        for name, modules, cost in found
+        for name, modules, cost in entries
     ]
     heads = ("question", "right answer", *(side.name for side in sides))
     body = table(heads, rows, left=4) + table(("", "KV cache", "modules", "first token", "tokens/s"), costs)
