@@ -34,9 +34,9 @@ def check_whole(model: Any) -> None:
     Raises:
         UnsupportedModelError: it is one.
     """
-    told = getattr(model.config, "distributed_config", None)
+    distributed = getattr(model.config, "distributed_config", None)
     sizes = [getattr(model, "tp_size", None)]
-    sizes += [getattr(told, f"{kind}_size", None) for kind in ("tp", "pp", "fsdp")]
+    sizes += [getattr(distributed, f"{kind}_size", None) for kind in ("tp", "pp", "fsdp")]
     if any((size or 1) > 1 for size in sizes):
         raise UnsupportedModelError(
             "each process holds only a part of this model (tensor parallelism or other sharding); load it "

@@ -71,7 +71,7 @@ def only_writer(folder: Path) -> Iterator[bool]:
         else:
             yield True
     finally:
-        os.close(descriptor)  # and so lets go of the lock
+        os.close(descriptor)  # which releases the lock
 
 
 def write_header(path: Path, kind: str, version: int, values: Mapping[str, Any]) -> None:

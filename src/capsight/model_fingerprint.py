@@ -121,8 +121,8 @@ def _own_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
             name = f"{prefix}.{local}".replace(".base_layer.", ".")
             if ".lora_" in name or name in tied:  # offloaded, the same weight is several tensors
                 continue
-            held = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-            yield name, held[local] if parameter.is_meta and held is not None else parameter
+            weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+            yield name, weights[local] if parameter.is_meta and weights is not None else parameter
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -73,11 +73,11 @@ def allocate(weights: Sequence[float], total: int, floor: int, cap: int) -> list
         small = sum(min(max(scale * w, floor), cap) for w in weights) < total
         low, high = (scale, high) if small else (low, scale)
     shares = [min(max(high * w, floor), cap) for w in weights]
-    given = [int(share) for share in shares]
-    by_remainder = sorted(range(len(shares)), key=lambda i: given[i] - shares[i])
-    while sum(given) != total:
-        step = 1 if sum(given) < total else -1
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - shares[i])
+    while sum(counts) != total:
+        step = 1 if sum(counts) < total else -1
         for i in by_remainder:
-            if sum(given) != total and floor <= given[i] + step <= cap:
-                given[i] += step
-    return given
+            if sum(counts) != total and floor <= counts[i] + step <= cap:
+                counts[i] += step
+    return counts

@@ -88,8 +88,8 @@ class _ChannelLayer(QuantoQuantizedLayer):
 
     def _dequantize(self, qtensor: Any) -> Tensor:
         """The tokens alone."""
-        held: Tensor = super()._dequantize(qtensor)
-        return held[:, :, : self._tokens]
+        numbers: Tensor = super()._dequantize(qtensor)
+        return numbers[:, :, : self._tokens]
 
 
 class QuantoCache(QuantizedCache):
@@ -169,8 +169,8 @@ class QuantoCache(QuantizedCache):
         for layer in self._filled:
             beams = getattr(layer, "_pending_beam_idx", None)  # which newer transformers move at an update
             for kind, axis in (("_quantized_keys", layer.axis_key), ("_quantized_values", layer.axis_value)):
-                held = layer._dequantize(getattr(layer, kind))
-                moved = move(held if beams is None else held[beams]).contiguous()
+                numbers = layer._dequantize(getattr(layer, kind))
+                moved = move(numbers if beams is None else numbers[beams]).contiguous()
                 setattr(layer, kind, layer._quantize(moved, axis))
             if beams is not None:
                 layer._pending_beam_idx = None

@@ -107,7 +107,7 @@ def draw_attention(
         model(**inputs, use_cache=False, logits_to_keep=1)
     figure = Figure(figsize=(8, 4 * len(heads)), layout="constrained")
     axes = figure.subplots(len(heads), 2, squeeze=False)
-    told = []
+    titles = []
     for (left, right), (layer, head) in zip(axes, heads, strict=True):
         category = head_map.categories[layer][head]
         picture, rule = pictures[layer, head]
@@ -116,10 +116,10 @@ def draw_attention(
         mask = _mask(row, category, head_map.options, rule)
         right.imshow(mask, cmap=_mask_colours(category), vmin=0, vmax=1)
         right.set_title(f"mask: {category.value}")
-        told.append(f"layer {layer}, head {head} ({category.value})")
+        titles.append(f"layer {layer}, head {head} ({category.value})")
         for panel in (left, right):
             _boundaries(panel, row)
-    return _save(figure, path, {"Title": ATTENTION_TITLE, "Description": "; ".join(told)})
+    return _save(figure, path, {"Title": ATTENTION_TITLE, "Description": "; ".join(titles)})
 
 
 def _pool(row: RowLayout) -> tuple[Tensor, int]:

@@ -52,9 +52,11 @@ def positions(case: Case) -> str:
     seen: list[torch.Tensor] = []
 
     def note(module: object, args: object, kwargs: dict[str, torch.Tensor]) -> None:
-        given = kwargs["position_ids"]
-        given = given[-3:] if given.ndim == 3 else given.expand(3, *given.shape)
-        seen.append(given.expand(3, len(case.batch["input_ids"]), -1))
+        position_ids = kwargs["position_ids"]
+        position_ids = (
+            position_ids[-3:] if position_ids.ndim == 3 else position_ids.expand(3, *position_ids.shape)
+        )
+        seen.append(position_ids.expand(3, len(case.batch["input_ids"]), -1))
 
     hook = case.model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
     try:

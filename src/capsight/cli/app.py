@@ -62,8 +62,8 @@ def main() -> None:
         if type(error) is ElsewhereError:  # which has said so itself
             sys.exit(2)
         reason = " ".join(str(error).split()).encode(errors="backslashreplace").decode()
-        said = Text.assemble(("capsight:", "bold red"), " ", reason)
-        console(stderr=True).print(said, soft_wrap=True)
+        message = Text.assemble(("capsight:", "bold red"), " ", reason)
+        console(stderr=True).print(message, soft_wrap=True)
         sys.exit(2)
 
 

@@ -71,13 +71,13 @@ def ask(
     if store is not None:
         capsule_store = CapsuleStore(store, reuse=reuse or "prefix")  # type: ignore[arg-type]  # which checks it
         item = picture_item(image or (), prompt)
-        vlm, made = load_model(model, dtype, device, processor)
+        vlm, vlm_processor = load_model(model, dtype, device, processor)
         with enable(vlm, capsule=chosen, store=capsule_store) as fast, torch.no_grad():
-            answers = ask_item(fast, made, item, "after", max_new_tokens)
+            answers = ask_item(fast, vlm_processor, item, "after", max_new_tokens)
         _say(answers.texts[0], model, prompt, answers.nbytes)
         return
     assert cache is not None
-    vlm, made = load_model(model, dtype, device, processor)
+    vlm, vlm_processor = load_model(model, dtype, device, processor)
     with enable(vlm, capsule=chosen) as fast, torch.no_grad():
         loaded = fast.load(cache)
         seen = fast.prompt_ids
@@ -87,7 +87,7 @@ def ask(
             or not loaded.layout.num_images
         ):
             raise OptionError(f"{cache} holds more than one row, or more than images; load it with fast.load")
-        new = question_tokens(made, vlm.config, loaded.layout.num_images, [prompt])
+        new = question_tokens(vlm_processor, vlm.config, loaded.layout.num_images, [prompt])
         ids = torch.cat([seen, torch.tensor(new)], 1).to(vlm.device)
         tokens = fast.generate(
             past_key_values=loaded,
@@ -96,8 +96,8 @@ def ask(
             max_new_tokens=max_new_tokens,
             do_sample=False,
         )
-    answer = made.tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)[0].strip()
-    _say(answer, model, prompt, CacheBytes.of(loaded))
+    texts = vlm_processor.tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
+    _say(texts[0].strip(), model, prompt, CacheBytes.of(loaded))
 
 
 def _say(answer: str, model: str, prompt: str, nbytes: CacheBytes) -> None:

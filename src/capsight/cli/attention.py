@@ -33,14 +33,14 @@ def attention(
     check_out(out)
     heads = [_pair(text) for text in head or ("0,0",)]
     chosen = HeadMap.from_pretrained(head_map)
-    vlm, made = load_model(model, dtype, device, processor)
+    vlm, vlm_processor = load_model(model, dtype, device, processor)
     if image:
         item = picture_item(image, prompt)
     elif model == REFERENCE:
         item = next(iter(reference_items("calibration", 4, 1)))
     else:
         raise OptionError("name two images or more with --image")
-    inputs = to_device(process(made, item, [item.asks[0].question]), vlm.device)
+    inputs = to_device(process(vlm_processor, item, [item.asks[0].question]), vlm.device)
     draw_attention(vlm, inputs, heads, chosen, out)
     console().print(f"picture: {out}", soft_wrap=True)
 

@@ -82,12 +82,12 @@ def bench_command(
     budget = None if kv_budget is None else parse_bytes(kv_budget)
     torch.set_num_threads(threads)
     fractions = shares(retained, compression_ratio)
-    vlm, made = load_model(model, dtype, device, processor)
+    vlm, vlm_processor = load_model(model, dtype, device, processor)
     names = method or ["joint"]
 
     @cache
     def prompts() -> list[Any]:
-        return calibration_prompts(made, REFERENCE, None, _FIT_PROMPTS)
+        return calibration_prompts(vlm_processor, REFERENCE, None, _FIT_PROMPTS)
 
     @cache
     def loaded() -> KVCapsule:
@@ -96,12 +96,12 @@ def bench_command(
         return load_capsule(capsule, model)
 
     timed = variants(make_methods(names, fractions, loaded, prompts, vlm), ways)
-    fits = calibration_seconds(names, vlm, made, calibrate) if calibrate else []
+    fits = calibration_seconds(names, vlm, vlm_processor, calibrate) if calibrate else []
     rows: list[BenchRow] = []
     out = console(json)
     with Progress(transient=True, console=out) as progress:
         bar = progress.add_task("timing", total=len(batches) * len(counts) * len(timed))
-        for row in bench(vlm, made, timed, batches, counts, new_tokens, runs):
+        for row in bench(vlm, vlm_processor, timed, batches, counts, new_tokens, runs):
             rows.append(row)
             progress.advance(bar)
     results = _with_ratios(rows, budget)
@@ -154,10 +154,10 @@ def _with_ratios(rows: Sequence[BenchRow], budget: int | None) -> list[dict[str,
 def _print(out: Console, rows: list[dict[str, Any]], fits: list[dict[str, Any]], budget: str | None) -> None:
     """Speed and memory, a table each, so that both fit a terminal."""
     speed, memory = Table(title="speed"), Table(title="memory")
-    held = ["KV", "states"] if any(row["state_bytes"] for row in rows) else ["KV"]
+    columns = ["KV", "states"] if any(row["state_bytes"] for row in rows) else ["KV"]
     for table, heads in (
         (speed, ["first token, ms", "ratio", "encode, ms", "tokens/s", "ratio"]),
-        (memory, [*held, "ratio", "peak", *([] if budget is None else [f"rows in {budget}"])]),
+        (memory, [*columns, "ratio", "peak", *([] if budget is None else [f"rows in {budget}"])]),
     ):
         table.add_column("method", no_wrap=True)
         for head in ("images", "batch", *heads):
@@ -175,7 +175,7 @@ def _print(out: Console, rows: list[dict[str, Any]], fits: list[dict[str, Any]],
         memory.add_row(
             *front,
             human_bytes(row["kv_bytes"] + row["module_bytes"]),
-            *([human_bytes(row["state_bytes"])] if len(held) > 1 else []),
+            *([human_bytes(row["state_bytes"])] if len(columns) > 1 else []),
             f"{ratios['bytes']:.2f}",
             "" if row["peak_bytes"] is None else human_bytes(row["peak_bytes"]),
             *([] if budget is None else [str(row["largest_batch"])]),

@@ -62,34 +62,34 @@ def calibrate(
     check_options(criterion, unit, tolerance)
     check_folder(out)
     options, ends = MaskOptions(sink_tokens=sink_tokens, own_window=own_window), _alpha(alpha)
-    vlm, made = load_model(model, dtype, device, processor)
+    vlm, vlm_processor = load_model(model, dtype, device, processor)
     items = [item for item in _items(model, data, samples, held_out) if len(item.images) > 1]
-    voting, held = split(items, samples, held_out)
+    voting, measuring = split(items, samples, held_out)
     began = time.perf_counter()
     head_map = BlindSight.calibrate(
         vlm,
-        made,
-        [process(made, item, [item.asks[0].question]) for item in voting],
+        vlm_processor,
+        [process(vlm_processor, item, [item.asks[0].question]) for item in voting],
         criterion=criterion,  # type: ignore[arg-type]
         unit=unit,  # type: ignore[arg-type]
         alpha=ends,
         options=options,
         tolerance=tolerance,
-        held_out=[_all_questions(made, item) for item in held],
+        held_out=[_all_questions(vlm_processor, item) for item in measuring],
         fingerprint=model_fingerprint(vlm),
     )
     head_map.save_pretrained(out)
     draw_head_map(head_map, out / "head_map.png")
     seconds = time.perf_counter() - began
-    said = f"{len(voting)} prompts voted, {len(held)} were held out, {seconds:.0f} s -> {out}"
-    console().print(f"{said}\n{_summary(head_map)}", soft_wrap=True)
+    summary = f"{len(voting)} prompts voted, {len(measuring)} were held out, {seconds:.0f} s -> {out}"
+    console().print(f"{summary}\n{_summary(head_map)}", soft_wrap=True)
 
 
 def split(items: list[Item], samples: int, held_out: int) -> tuple[list[Item], list[Item]]:
     """Items that vote, and items held out, in this proportion, both spread evenly over all of them."""
     total = samples + held_out
-    held = [(i + 1) * held_out // total > i * held_out // total for i in range(len(items))]
-    sides = list(zip(items, held, strict=True))
+    is_held_out = [(i + 1) * held_out // total > i * held_out // total for i in range(len(items))]
+    sides = list(zip(items, is_held_out, strict=True))
     return [item for item, aside in sides if not aside], [item for item, aside in sides if aside]
 
 

@@ -38,7 +38,7 @@ def demo(
     """Draw images nobody trained on, ask the reference VLM about them, and compare the caches."""
     if images < 1 or questions < 1:
         raise OptionError("images and questions must be at least 1")
-    told = None if decode is None else check_decode(decode)
+    chosen = None if decode is None else check_decode(decode)
     check_out(json)
     check_out(png)
     capsule = chosen_capsule(None, REFERENCE, retained, bits, compression_ratio)
@@ -46,7 +46,7 @@ def demo(
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), transient=True, console=out) as progress:
         task = progress.add_task("loading the reference VLM")
         model, processor = load_model(REFERENCE, "float32", "cpu")
-        ways = (told,) if told is not None else DECODES if capsule.rebuilds else DECODES[1:]
+        ways = (chosen,) if chosen is not None else DECODES if capsule.rebuilds else DECODES[1:]
         prompt = split_prompt("test", sample, images, questions)
         asks = tuple(Ask(q.text, q.answer, q.task) for q in prompt.questions)
         item = Item("demo", tuple(s.image for s in prompt.scenes), asks)

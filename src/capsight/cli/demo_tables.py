@@ -50,9 +50,9 @@ def side_costs(sides: Sequence[Side]) -> dict[str, list[str]]:
         "decode": [f"{full.timing.tokens_per_s:.0f} tok/s"],
     }
     for side in others:
-        held, total = side.answers.nbytes.kv, side.answers.nbytes.kv + side.module_nbytes
+        nbytes, total = side.answers.nbytes.kv, side.answers.nbytes.kv + side.module_nbytes
         slower, speed = side.timing.ttft_s / full.timing.ttft_s, side.timing.tokens_per_s
-        rows["KV cache"].append(f"{human_bytes(held)} ({kv / held:.2f}x smaller)")
+        rows["KV cache"].append(f"{human_bytes(nbytes)} ({kv / nbytes:.2f}x smaller)")
         rows["with modules"].append(f"{human_bytes(total)} ({kv / total:.2f}x smaller)")
         rows["prefill"].append(f"{_total(side.flops) / 1e9:.2f} GFLOP ({0 - side.flops.saved:.0%})")
         attention, less = side.flops.attention / 1e9, 0 - side.flops.attention_saved

@@ -71,12 +71,12 @@ def encapsulate(
         check_folder(store)
     named = picture_item(image or ())
     chosen = chosen_capsule(capsule, model, retained, bits, compression_ratio)
-    vlm, made = load_model(model, dtype, device, processor)
+    vlm, vlm_processor = load_model(model, dtype, device, processor)
     if store is not None:
-        _into_store(store, vlm, made, paths, chosen, quality or DEFAULT_QUALITY)
+        _into_store(store, vlm, vlm_processor, paths, chosen, quality or DEFAULT_QUALITY)
         return
     assert out is not None
-    inputs = process(made, named, [""])
+    inputs = process(vlm_processor, named, [""])
     with enable(vlm, capsule=chosen) as fast, torch.no_grad():
         cache = fast.encapsulate(**{name: value.to(vlm.device) for name, value in inputs.items()})
         fast.save(out, quality, most)
@@ -101,7 +101,9 @@ def pictures(folder: Path) -> list[Path]:
     return paths
 
 
-def _into_store(folder: Path, vlm: Any, made: Any, paths: list[Path], capsule: Any, quality: float) -> None:
+def _into_store(
+    folder: Path, vlm: Any, vlm_processor: Any, paths: list[Path], capsule: Any, quality: float
+) -> None:
     """Read pictures one by one, opened when it is their turn; those before a damaged one are kept."""
     store = CapsuleStore(folder, quality=quality, reuse="anywhere")
     before, full = {file.path for file in store.files()}, 0
@@ -111,7 +113,7 @@ def _into_store(folder: Path, vlm: Any, made: Any, paths: list[Path], capsule: A
         Progress(console=console(stderr=True), transient=True) as progress,
     ):
         for path in progress.track(paths, description="reading"):
-            inputs = process(made, picture_item([path]), [""])
+            inputs = process(vlm_processor, picture_item([path]), [""])
             cache = fast.encapsulate(**{name: value.to(vlm.device) for name, value in inputs.items()})
             full += CacheBytes.of(cache).kv_full
     new = [file for file in store.files() if file.path not in before]

@@ -90,13 +90,13 @@ def evaluate_command(
     check_metric(metric)
     chosen = HeadMap.from_pretrained(head_map) if head_map else None
     fractions = shares(retained, compression_ratio)
-    vlm, made = load_model(model, dtype, device, processor)
+    vlm, vlm_processor = load_model(model, dtype, device, processor)
     items, total = _items(model, data, images, samples, tasks)
     methods = make_methods(
         method or [],
         fractions,
         lambda: load_capsule(capsule, model),
-        lambda: calibration_prompts(made, model, calibration),
+        lambda: calibration_prompts(vlm_processor, model, calibration),
         vlm,
         block_size,
     )
@@ -120,7 +120,7 @@ def evaluate_command(
             "fingerprint": model_fingerprint(vlm),
             "capsule": capsule,
             "calibration": None if calibration is None else str(calibration),
-            "methods": {name: made.module_nbytes for name, made in methods.items()},
+            "methods": {name: method.module_nbytes for name, method in methods.items()},
         }
         journal = Journal(json.with_name(json.name + ".partial"), settings)
         if journal.done:
@@ -130,7 +130,7 @@ def evaluate_command(
         bar = progress.add_task("prompts", total=total)
         results = evaluate(
             vlm,
-            made,
+            vlm_processor,
             items,
             methods,
             protocol,

@@ -58,12 +58,18 @@ def fit(
     processes = Processes.launched()
     with processes.together():
         check_folder(out)
-        vlm, made = load_model(model, dtype, device, processor)
-        prompts = _Prompts(made, calibration_items(model, data, samples))
+        vlm, vlm_processor = load_model(model, dtype, device, processor)
+        prompts = _Prompts(vlm_processor, calibration_items(model, data, samples))
     began = time.perf_counter()
     partial = out.with_name(f"{out.name}.partial")
     capsule = KVCapsule.fit(
-        vlm, made, prompts, retained, codec=codec, compression_ratio=compression_ratio, resume=partial
+        vlm,
+        vlm_processor,
+        prompts,
+        retained,
+        codec=codec,
+        compression_ratio=compression_ratio,
+        resume=partial,
     )
     if processes.rank:
         return

@@ -60,9 +60,9 @@ def generate(
         raise OptionError("--capsule none is the full cache; leave out --retained and --bits")
     item = picture_item(image or (), prompt)
     loaded = None if capsule == "none" else chosen_capsule(capsule, model, retained, bits, compression_ratio)
-    vlm, made = load_model(model, dtype, device, processor)
+    vlm, vlm_processor = load_model(model, dtype, device, processor)
     with enable(vlm, capsule=loaded, decode=way) as fast, torch.no_grad():
-        answers = ask_item(fast, made, item, protocol, max_new_tokens)
+        answers = ask_item(fast, vlm_processor, item, protocol, max_new_tokens)
     print(answers.texts[0])
     if model == REFERENCE and not is_task_question(prompt):
         note(HINT)

@@ -83,19 +83,19 @@ def ask_item(
     head, tails = split_questions(fast.model, processor, item, questions)
     cache = fast.encapsulate(**head)
     sizes, tokens, pad = CacheBytes.of(cache), tokens_of(head), processor.tokenizer.pad_token_id
-    said = in_batches(
+    answered = in_batches(
         cache, tails, lambda repeated, some: answers(repeated, append_tokens(tokens, some, pad))[:2]
     )
-    return Answers(tuple(said[0]), said[1], sizes)
+    return Answers(tuple(answered[0]), answered[1], sizes)
 
 
 def split_questions(
     model: Any, processor: Any, item: Item, questions: Sequence[str]
 ) -> tuple[dict[str, Any], list[list[int]]]:
     """Processor outputs `[1, S]` up to the last image, and the tokens of what follows, by question."""
-    whole = to_device(process(processor, item, questions[:1]), inputs_device(model))
-    split = build_layout(whole, model.config).last_vision_end
-    return first_tokens(whole, split), question_tokens(processor, model.config, len(item.images), questions)
+    inputs = to_device(process(processor, item, questions[:1]), inputs_device(model))
+    split = build_layout(inputs, model.config).last_vision_end
+    return first_tokens(inputs, split), question_tokens(processor, model.config, len(item.images), questions)
 
 
 def tokens_of(inputs: dict[str, Any]) -> dict[str, Tensor]:

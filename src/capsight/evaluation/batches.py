@@ -42,7 +42,7 @@ def in_batches(
         rows = [row for row, tail in enumerate(tails) if not stateful or len(tail) == length]
         repeated = cache if length == lengths[-1] else copied(cache)
         repeat_rows(repeated, len(rows))
-        said, first = ask(repeated, [tails[row] for row in rows])
-        texts |= zip(rows, said, strict=True)
+        answered, first = ask(repeated, [tails[row] for row in rows])
+        texts |= zip(rows, answered, strict=True)
         logits |= zip(rows, first, strict=True)
     return [texts[row] for row in sorted(texts)], torch.stack([logits[row] for row in sorted(logits)])

@@ -99,7 +99,7 @@ def bench(
             timings = _timings(model, inputs, timed, new_tokens, runs)
             filling = _encode_seconds(model, inputs, timed, runs)
             for variant, timing, encode in zip(timed, timings, filling, strict=True):
-                held, peak = _memory(model, inputs, variant, new_tokens)
+                nbytes, peak = _memory(model, inputs, variant, new_tokens)
                 name, retained = split_label(variant.label)
                 yield BenchRow(
                     method=name,
@@ -109,12 +109,12 @@ def bench(
                     prompt_tokens=inputs["input_ids"].shape[1],
                     ttft_s=timing.ttft_s,
                     tokens_per_s=timing.tokens_per_s,
-                    kv_bytes=held.kv,
+                    kv_bytes=nbytes.kv,
                     module_bytes=0 if variant.method is None else variant.method.module_nbytes,
                     encode_s=encode,
                     peak_bytes=peak,
                     decode=variant.decode,
-                    state_bytes=held.states,
+                    state_bytes=nbytes.states,
                 )
 
 
@@ -164,9 +164,9 @@ def _memory(
                 return_dict_in_generate=True,
             )
 
-        held = CacheBytes.of(generate(2)[CACHE])
+        nbytes = CacheBytes.of(generate(2)[CACHE])
         fast.cache = None
-        return held, peak_bytes(lambda: generate(new_tokens), model.device)
+        return nbytes, peak_bytes(lambda: generate(new_tokens), model.device)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -25,9 +25,9 @@ class CacheBytes(NamedTuple):
         """Count a cache of `enable` or of transformers; None is empty."""
         if cache is None:
             return cls(0, 0, 0)
-        held = sum(map(state_nbytes, cache.layers))
+        state_bytes = sum(map(state_nbytes, cache.layers))
         if not hasattr(cache, "nbytes_full"):
-            total = sum(map(stock_nbytes, cache.layers)) - held
-            return cls(total, total, held)
-        states = getattr(cache, "state_nbytes", held)
-        return cls(cache.nbytes - states, cache.nbytes_full - held, states)
+            total = sum(map(stock_nbytes, cache.layers)) - state_bytes
+            return cls(total, total, state_bytes)
+        states = getattr(cache, "state_nbytes", state_bytes)
+        return cls(cache.nbytes - states, cache.nbytes_full - state_bytes, states)

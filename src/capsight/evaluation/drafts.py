@@ -114,13 +114,13 @@ def check(
     logits = seen[0][:, -width:]
     answers, unfinished = [], []
     for row, (start, draft) in enumerate(zip(starts, drafts, strict=True)):
-        said = logits[row, start:].argmax(-1).tolist()
-        right = next((i for i, (a, b) in enumerate(zip(said, draft, strict=True)) if a != b), len(draft))
-        answers.append([*draft[:right], *said[right : right + 1]])
+        predicted = logits[row, start:].argmax(-1).tolist()
+        right = next((i for i, (a, b) in enumerate(zip(predicted, draft, strict=True)) if a != b), len(draft))
+        answers.append([*draft[:right], *predicted[right : right + 1]])
         if right < len(draft):
             hidden = len(draft) - 1 - right  # draft tokens that were fed although they are wrong
             inputs["attention_mask"][row, inputs["attention_mask"].shape[1] - hidden :] = 0
-            if said[right] not in ends and len(answers[row]) < limit:
+            if predicted[right] not in ends and len(answers[row]) < limit:
                 unfinished.append(row)
     first = torch.stack([logits[row, min(start, width - 1)] for row, start in enumerate(starts)]).float()
     if unfinished:

@@ -13,7 +13,7 @@ from capsight.evaluation.record import ItemRecord
 
 
 class Journal:
-    """The file beside the results: a line of settings, then a line per item, each written in one go.
+    """The file beside the results: a line of settings, then a line per item, each written at once.
 
     Attributes:
         done: what the file holds already, by item name.
@@ -57,13 +57,13 @@ class Journal:
             os.fsync(file.fileno())
 
     def _read(self, settings: dict[str, Any]) -> None:
-        whole, _, cut = self._path.read_bytes().rpartition(b"\n")
+        complete, _, cut = self._path.read_bytes().rpartition(b"\n")
         if cut:  # the line that was being written when the run ended
-            os.truncate(self._path, len(whole) + (1 if whole else 0))
-        if not whole:
+            os.truncate(self._path, len(complete) + (1 if complete else 0))
+        if not complete:
             self._append(settings)
             return
-        lines = whole.split(b"\n")
+        lines = complete.split(b"\n")
         for number, line in enumerate(lines, 1):
             try:
                 values = json.loads(line)

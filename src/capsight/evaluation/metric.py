@@ -35,9 +35,9 @@ def anls(answer: str, reference: str) -> float:
     The distance is in letters, over the longer text, both trimmed and in lower case. Biten et al., Scene
     Text Visual Question Answering (2019), equation 1; DocVQA uses it.
     """
-    said, right = _folded(answer), _folded(reference)
-    longest = max(len(said), len(right))
-    apart = levenshtein(said, right) / longest if longest else 0.0
+    predicted, right = _folded(answer), _folded(reference)
+    longest = max(len(predicted), len(right))
+    apart = levenshtein(predicted, right) / longest if longest else 0.0
     return 1 - apart if apart < ANLS_THRESHOLD else 0.0
 
 
@@ -47,10 +47,10 @@ def relaxed_match(answer: str, reference: str) -> bool:
     A percent sign divides by 100. Methani et al., PlotQA: Reasoning over Scientific Plots (2020), section
     5; Masry et al., ChartQA (2022), section 5; percent as in Pix2Struct's evaluation (Lee et al., 2023).
     """
-    said, right = _number(answer), _number(reference)
-    if said is None or not right:
+    predicted, right = _number(answer), _number(reference)
+    if predicted is None or not right:
         return exact_match(answer, reference)
-    return abs(said - right) <= RELAXED_TOLERANCE * abs(right)
+    return abs(predicted - right) <= RELAXED_TOLERANCE * abs(right)
 
 
 METRICS: dict[str, Callable[[str, str], float]] = {

@@ -129,10 +129,10 @@ class _Prompt:
         """Fill a method's cache and let it answer; the stock cache (None) comes first and drafts for all."""
         cache = self._prefill.cache(method)
         nbytes = CacheBytes.of(cache)
-        said, first = self._over(cache) if self._after else self._on(cache)
+        tokens, first = self._over(cache) if self._after else self._on(cache)
         if method is None:
-            self._drafts = said
-        texts = self._processor.tokenizer.batch_decode(said, skip_special_tokens=True)
+            self._drafts = tokens
+        texts = self._processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return Answers(tuple(text.strip() for text in texts), first, nbytes)
 
     def _over(self, cache: Any) -> tuple[list[list[int]], Tensor]:
@@ -146,12 +146,12 @@ class _Prompt:
 
     def _on(self, cache: Any) -> tuple[list[list[int]], Tensor]:
         """Protocol `within`: the prefill gave the first token; the others are decoded over the cache."""
-        said = [[token] for token in self._firsts]
+        tokens = [[token] for token in self._firsts]
         if self._limit > 1 and not self._ends.issuperset(self._firsts):
             rest = None if self._drafts is None else [draft[1:] for draft in self._drafts]
-            more, _ = self._decode(cache, said, rest, self._limit - 1)
-            said = [until_end([*a, *b], self._ends, self._limit) for a, b in zip(said, more, strict=True)]
-        return said, self._prefill.first_logits
+            more, _ = self._decode(cache, tokens, rest, self._limit - 1)
+            tokens = [until_end([*a, *b], self._ends, self._limit) for a, b in zip(tokens, more, strict=True)]
+        return tokens, self._prefill.first_logits
 
     def _decode(
         self, cache: Any, tails: Sequence[list[int]], drafts: Rows | None, limit: int

@@ -76,7 +76,7 @@ class Answerer:
             raise OptionError(f"protocol is {protocol!r}; use 'after' or 'within'")
         if method not in (FULL, *METHOD_NAMES):
             raise OptionError(f"there is no method {method!r}; use {', '.join((FULL, *METHOD_NAMES))}")
-        model, made = load_model(pretrained, dtype, device, processor)
+        model, vlm_processor = load_model(pretrained, dtype, device, processor)
         methods: dict[str, CacheMethod] = {}
         if method != FULL:
             methods = make_methods(
@@ -87,7 +87,7 @@ class Answerer:
                 model,
             )
         loaded_map = HeadMap.from_pretrained(head_map) if head_map else None
-        return cls(model, made, next(iter(methods.values()), None), loaded_map, protocol)
+        return cls(model, vlm_processor, next(iter(methods.values()), None), loaded_map, protocol)
 
     def answer(
         self, messages: Sequence[Message], images: Sequence[Any], max_new_tokens: int = 128, **options: Any
@@ -124,20 +124,20 @@ class Answerer:
             OptionError: the continuation is empty.
         """
         inputs = self._inputs(messages, images)
-        said = self.processor.tokenizer(continuation, add_special_tokens=False)["input_ids"]
-        if not said:
+        ids = self.processor.tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        if not ids:
             raise OptionError("the continuation is empty; there is nothing to score")
         with self._enabled() as fast, torch.no_grad(), collect_logits(self.model) as seen:
             cache = fast.encapsulate(**inputs) if images else None
             seen.clear()
             tokens = {key: value for key, value in inputs.items() if key in TOKEN_ENTRIES}
-            longer = append_tokens(tokens, [said], self.processor.tokenizer.pad_token_id)
-            keep = len(said) + 1
+            longer = append_tokens(tokens, [ids], self.processor.tokenizer.pad_token_id)
+            keep = len(ids) + 1
             fast.generate(
                 past_key_values=cache, **longer, max_new_tokens=1, do_sample=False, logits_to_keep=keep
             )
         logs = seen[0][0, -keep:-1].float().log_softmax(-1)  # [n, V]
-        target: Tensor = torch.tensor(said, device=logs.device)
+        target: Tensor = torch.tensor(ids, device=logs.device)
         return logs.gather(1, target[:, None]).sum().item(), bool((logs.argmax(-1) == target).all())
 
     def _inputs(self, messages: Sequence[Message], images: Sequence[Any]) -> dict[str, Any]:

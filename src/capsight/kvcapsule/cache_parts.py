@@ -76,9 +76,9 @@ def serialize(cache: CapsuleCache) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 for name, tensor in payload.tensors.items():
                     tensors[f"layers.{index}.capsule.{name}"] = tensor
         elif isinstance(layer, DynamicSlidingWindowLayer):
-            held: tuple[Any, Any] = (layer.keys, layer.values)
+            sides: tuple[Any, Any] = (layer.keys, layer.values)
             sliding[str(index)] = layer.cumulative_length
-            window = [x[:, :, -layer.sliding_window + 1 :] for x in held]
+            window = [x[:, :, -layer.sliding_window + 1 :] for x in sides]
             tensors[f"layers.{index}.window"] = torch.stack(window)
         elif has_states(layer):
             tensors |= {f"layers.{index}.{kind}.{n}": state for kind, n, state in states(layer)}
@@ -187,9 +187,9 @@ def _check_kept(capsules: Payload, runs: Sequence[Run], block_size: int, prefix:
     if isinstance(capsules, RaggedPayload):
         counts, rows = capsules.tensors["counts"].long(), torch.tensor([run.row for run in runs])
         blocks = torch.bincount(rows)
-        held = torch.zeros_like(blocks).index_add(0, rows, counts.sum(1))
+        counted = torch.zeros_like(blocks).index_add(0, rows, counts.sum(1))
         shared = len(kept) // len(runs) * blocks  # what a row has to share out
-        if (counts < 1).any() or (counts > block_size).any() or (held != shared).any():
+        if (counts < 1).any() or (counts > block_size).any() or (counted != shared).any():
             raise CapsuleFileError(
                 f"{prefix}capsule.counts does not share out the tokens of a row; save the cache again"
             )
@@ -217,8 +217,8 @@ def _fill_window(
 ) -> None:
     """Give a sliding-window layer its last tokens."""
     _, heads, head_dim = layer_sizes(config)[index]
-    held = min(seen, layer.sliding_window - 1)
-    window = parts.take(f"layers.{index}.window", (2, parts.batch, heads, held, head_dim)).to(device)
+    length = min(seen, layer.sliding_window - 1)
+    window = parts.take(f"layers.{index}.window", (2, parts.batch, heads, length, head_dim)).to(device)
     layer.lazy_initialization(window[0], window[1])
     layer.keys, layer.values = window[0].clone(), window[1].clone()
     layer.cumulative_length = seen

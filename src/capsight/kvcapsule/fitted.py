@@ -111,8 +111,8 @@ class FittedCapsule(PretrainedCapsule):
 
     def for_latent(self) -> Self:
         """This capsule with its weights stored, if it may have any and was not told what to do with them."""
-        told = self.info.codec != "adaptive" or "weights" in self.info.options
-        return self if told else self.with_weights("stored")
+        decided = self.info.codec != "adaptive" or "weights" in self.info.options
+        return self if decided else self.with_weights("stored")
 
     def with_codec(self, name: str) -> Self:
         """This capsule as "heads", "adaptive" or "evict", which learn the same.

@@ -43,9 +43,9 @@ def _parts(image: Image.Image, source: Image.Image) -> tuple[Image.Image, Image.
     if image.mode == "La":
         image = image.convert("LA")
     if image.has_transparency_data:
-        both = image.convert("RGBA")
-        colour = image.getchannel("L") if image.mode == "LA" else both.convert("RGB")
-        return colour, both.getchannel("A")
+        rgba = image.convert("RGBA")
+        colour = image.getchannel("L") if image.mode == "LA" else rgba.convert("RGB")
+        return colour, rgba.getchannel("A")
     if image.mode in ("P", "1"):
         image = image.convert("RGB")
     return image, None

@@ -1,4 +1,4 @@
-"""The processor of a checkpoint: transformers' own way, or put together from its parts.
+"""The processor of a checkpoint: transformers' own way, or assembled from its parts.
 
 In most families `AutoProcessor` loads a video processor, too, and video processors need torchvision, of which
 there is no build for machines without a GPU on the usual registry. Pictures do not need it.

@@ -93,9 +93,9 @@ def own_processor(source: str, model: str) -> Processor:
         factory: Any = import_module(module)
         for part in name.split("."):
             factory = getattr(factory, part)
-        made = factory(*([model] if inspect.signature(factory).parameters else []))
+        processor = factory(*([model] if inspect.signature(factory).parameters else []))
     except Exception as error:  # of the user's own code
         raise OptionError(f"processor {source!r} cannot be made: {type(error).__name__}: {error}") from error
     finally:
         sys.path = path
-    return check_processor(made, f"processor {source!r}")
+    return check_processor(processor, f"processor {source!r}")

@@ -50,10 +50,10 @@ def sample_inputs(sample: Any, processor: Any, index: int) -> Mapping[str, Any]:
 
 def _rendered(messages: list[dict[str, Any]], processor: Any) -> Mapping[str, Any]:
     if isinstance(processor, ProcessorMixin):
-        made: Mapping[str, Any] = processor.apply_chat_template(  # type: ignore[assignment]
+        outputs: Mapping[str, Any] = processor.apply_chat_template(  # type: ignore[assignment]
             messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
         )
-        return made
+        return outputs
     parts = [part for m in messages if not isinstance(m["content"], str) for part in m["content"]]
     images = [part["image"] for part in parts if part.get("type") == "image"]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

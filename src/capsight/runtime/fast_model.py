@@ -1,4 +1,4 @@
-"""`FastModel`: a model with its capsule and head map; what `enable` hands out."""
+"""`FastModel`: a model with its capsule and head map; what `enable` gives."""
 
 from __future__ import annotations
 

@@ -24,13 +24,13 @@ _OF_ALL = ("past_key_values", "cache", "use_cache", "inputs_embeds", "labels", "
 
 def prompt_entries(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """Tokens and pixels, and what else a model is told of how to read them; no options of `generate`."""
-    told = inspect.signature(inner_model(model).forward).parameters
+    parameters = inspect.signature(inner_model(model).forward).parameters
     return {
         name: value
         for name, value in inputs.items()
         if name in TOKEN_ENTRIES
         or name.startswith(PIXEL_PREFIXES)
-        or (name in told and name not in _OF_ALL and not name.startswith("output_"))
+        or (name in parameters and name not in _OF_ALL and not name.startswith("output_"))
     }
 
 

@@ -120,8 +120,8 @@ class _Pages:
         devices = {index: exact.device for index, exact in text.items()}
         header = {"layout": layout.to_dict(), "settled": end, "sliding": {}}
         cache = deserialize(header, tensors, self._capsule, self._model.config, devices)
-        whole = Conversation.of(self._inputs, self._layout)
-        images = tuple(row[: len(latents)] for row in whole.images)
+        conversation = Conversation.of(self._inputs, self._layout)
+        images = tuple(row[: len(latents)] for row in conversation.images)
         cache.conversation = Conversation(cache.layout, self._ids[:, :end], end, images)
         return cache
 

@@ -68,7 +68,7 @@ def read_text(
     positions = positions or TokenPositions(rope_positions(layout, model.config)[:, 0, vision])
     images = _Images(payload, positions)
     places = position_ids(layout, model.config)
-    told = text[None] if places is None else places[..., text]
+    text_positions = text[None] if places is None else places[..., text]
     hidden = torch.finfo(model.dtype).min
     mask = torch.zeros(len(text), layout.length, dtype=model.dtype, device=device)
     mask.masked_fill_((torch.arange(layout.length) > text[:, None]).to(device), hidden)
@@ -79,13 +79,13 @@ def read_text(
         model(
             input_ids=input_ids[:, text].to(device),
             attention_mask=mask[None, None],
-            position_ids=told.to(device),
+            position_ids=text_positions.to(device),
             use_cache=True,
             logits_to_keep=1,
             **{CACHE: cache},
         )
-    held: list[Any] = cache.layers
-    return {i: layer.text for i, layer in zip(sorted(codecs), held, strict=True)}
+    layers: list[Any] = cache.layers
+    return {i: layer.text for i, layer in zip(sorted(codecs), layers, strict=True)}
 
 
 class _Images:

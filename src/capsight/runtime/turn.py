@@ -1,4 +1,4 @@
-"""`Turn`: what one call gives the model, worked out from the conversation so far and what its cache holds."""
+"""`Turn`: what one call gives the model, computed from the conversation so far and what its cache holds."""
 
 from __future__ import annotations
 
@@ -108,12 +108,12 @@ class Turn:
     def _of(
         cls, inputs: Mapping[str, Any], layout: PromptLayout, read: Conversation, seen: int, config: Any
     ) -> Turn:
-        given = dict(inputs)
-        told = given.get("position_ids")
-        positions = position_ids(layout, config) if told is None else told
+        entries = dict(inputs)
+        given_positions = entries.get("position_ids")
+        positions = position_ids(layout, config) if given_positions is None else given_positions
         if positions is not None:
-            given["position_ids"] = positions.to(given["input_ids"].device)
-        return cls(given, layout, read, seen)
+            entries["position_ids"] = positions.to(entries["input_ids"].device)
+        return cls(entries, layout, read, seen)
 
 
 def _check_padding(cache: Any, inputs: Mapping[str, Any], seen: int) -> None:

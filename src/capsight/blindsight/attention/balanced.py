@@ -40,27 +40,27 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
     Returns:
         `[N, G, S, D]`.
     """
-    kv_heads, each, count, _ = query.shape
-    parts = parts_of(kv_heads * each, torch.get_num_threads())
-    k, v = (x[:, None].expand(-1, each, -1, -1) for x in (key, value))  # [N, G, S, D]
+    kv_heads, group, count, _ = query.shape
+    parts = parts_of(kv_heads * group, torch.get_num_threads())
+    k, v = (x[:, None].expand(-1, group, -1, -1) for x in (key, value))  # [N, G, S, D]
     if parts == 1 or count < LONG or not has_kernel(query, key, value):
         return scaled_dot_product_attention(query, k, v, is_causal=True, scale=scaling)
     size = count // parts
     q, k, v = (x[:, :, : parts * size].unflatten(2, (parts, size)) for x in (query, k, v))  # [N, G, P, n, D]
     q_own, k_own, v_own = (x.flatten(0, 1) for x in (q, k, v))
     diagonal = partial_attention(q_own, k_own, v_own, None, scaling, causal=True)
-    out, lse = (x.unflatten(0, (kv_heads, each)) for x in diagonal)  # [N, G, P, n, D] and [N, G, P, n]
+    out, lse = (x.unflatten(0, (kv_heads, group)) for x in diagonal)  # [N, G, P, n, D] and [N, G, P, n]
     done = [out[:, :, 0]]
     for part in range(1, parts):
         k, v = (x[None, :, : part * size] for x in (key, value))  # [1, N, m, D]
         folded = q[:, :, part].flatten(1, 2)[None]  # [1, N, G n, D]
         other, of_other = partial_attention(folded, k, v, None, scaling)
-        seen = other[0].unflatten(1, (each, size)), of_other[0].unflatten(1, (each, size))
+        seen = other[0].unflatten(1, (group, size)), of_other[0].unflatten(1, (group, size))
         done.append(added_up((out[:, :, part], lse[:, :, part]), seen).to(query.dtype))
     if parts * size < count:
         rows = torch.arange(parts * size, count)
         mask = torch.arange(count) <= rows[:, None]  # [S % P, S]
-        k, v = (x[:, None].expand(-1, each, -1, -1) for x in (key, value))
+        k, v = (x[:, None].expand(-1, group, -1, -1) for x in (key, value))
         done.append(scaled_dot_product_attention(query[:, :, rows], k, v, attn_mask=mask, scale=scaling))
     return cat(done, 2)
 

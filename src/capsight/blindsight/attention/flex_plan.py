@@ -88,19 +88,19 @@ def _plan(work: Work) -> FlexPlan:
     visible = intervals(work.row, work.category, work.options, work.rule, work.chunk)
     row_slots, is_text = _query_slots(work)  # [Q] positions, -1 empty
     key_slots, codes, is_rest = _key_slots(work, visible)  # [K]
-    held = row_slots >= 0
+    filled = row_slots >= 0
     rows = (row_slots - work.chunk.first_query).clamp(min=0)  # [Q]
     own_start = torch.maximum(visible.lo, visible.split) + OWN
     bounds = torch.stack((visible.lo, visible.split, own_start, visible.last + OWN))[:, rows]  # [4, Q]
-    partial, full = _tiles(bounds, held, codes)
+    partial, full = _tiles(bounds, filled, codes)
     apart = is_rest[None, :] & ~is_text[:, None]  # image rows see no text outside images but in front
     partial_count, partial_list = _lists(partial & ~apart)
     full_count, full_list = _lists(full & ~apart)
-    bounds[:, ~held] = torch.tensor([[0], [0], [OWN], [-1]])
+    bounds[:, ~filled] = torch.tensor([[0], [0], [OWN], [-1]])
     return FlexPlan(
         rows=rows,
-        slots=held.nonzero().squeeze(-1),
-        targets=rows[held],
+        slots=filled.nonzero().squeeze(-1),
+        targets=rows[filled],
         keys=(key_slots - work.chunk.first_key).clamp(min=0),
         bounds=bounds.int(),
         codes=codes.int(),
@@ -166,14 +166,14 @@ def _at_least_two_tiles(slots: Tensor) -> Tensor:
     return torch.cat((slots, torch.full((max(2 * TILE - len(slots), 0),), -1)))
 
 
-def _tiles(bounds: Tensor, held: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+def _tiles(bounds: Tensor, filled: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Which tiles need the mask and which are seen whole: bool `[Q / 128, K / 128]` each.
 
     From the extremes of each row and column of tiles alone; a tile may be listed that turns out empty.
     """
     far = 1 << 40
-    low = bounds.where(held, far).view(4, -1, TILE).amin(-1)[..., None]  # [4, Q / 128, 1]
-    high = bounds.where(held, -far).view(4, -1, TILE).amax(-1)[..., None]
+    low = bounds.where(filled, far).view(4, -1, TILE).amin(-1)[..., None]  # [4, Q / 128, 1]
+    high = bounds.where(filled, -far).view(4, -1, TILE).amax(-1)[..., None]
     there = codes >= 0
     first = codes.where(there, far).view(-1, TILE).amin(-1)[None, :]  # [1, K / 128]
     final = codes.where(there, -far).view(-1, TILE).amax(-1)[None, :]
@@ -183,7 +183,7 @@ def _tiles(bounds: Tensor, held: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]
     whole_front = (first >= high[0]) & (final < low[1])
     whole_own = (first >= high[2]) & (final <= low[3])
     full = packed & (whole_front | whole_own)
-    return (front | own) & ~full, full & held.view(-1, TILE).any(-1)[:, None]
+    return (front | own) & ~full, full & filled.view(-1, TILE).any(-1)[:, None]
 
 
 def _lists(tiles: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ class Segment:
         rows: which queries, counted from the first: a slice, or int64 `[n]`.
         seen: keys at these positions are seen by all rows, and are not among the following; may be empty.
         context: so many of the first front keys come first.
-        own: then the keys at these positions, those of the rows' own image (of text rows: all after the front).
+        own: then the keys at these positions: the rows' own image (of text rows, all after the front).
         mask: bool `[n, m]` for those keys, or None where all is seen (or `causal` says what).
         causal: the last n keys are the queries' own, and causal; those before are all seen.
     """

@@ -1,4 +1,4 @@
-"""What heads would lose by following a category, told in three ways; one number per head and category.
+"""What heads would lose by following a category, measured in three ways; one number per head and category.
 
 Heads are switched alone, with the others of their key-value group, or with all of their layer; heads that
 are switched together share a number.
@@ -56,7 +56,7 @@ def output(model: Any, prompt: Prompt, options: MaskOptions, together: int = 1) 
         dense = call.attend_uniform(layout, Category.DENSE, options)
         weight = _output_weight(call)  # [E, Hq * D]
         before = _grouped(dense, rows, call.query.shape[1])  # [1, N, Hq * D]
-        whole = (before[0] @ weight.T).square().sum()
+        total = (before[0] @ weight.T).square().sum()
         apart = weight.unflatten(1, (-1, together * call.query.shape[-1]))  # [E, G, g * D]
         grams = torch.einsum("egd,egf->gdf", apart, apart)  # [G, g * D, g * D]
         moved = []
@@ -64,7 +64,7 @@ def output(model: Any, prompt: Prompt, options: MaskOptions, together: int = 1) 
             after = call.attend_uniform(layout, category, options)
             delta = _grouped(after, rows, together) - _grouped(dense, rows, together)  # [G, N, g * D]
             moved.append(((delta @ grams) * delta).sum((1, 2)))
-        losses[call.layer] = (torch.stack(moved).clamp(min=0) / whole).sqrt().cpu()
+        losses[call.layer] = (torch.stack(moved).clamp(min=0) / total).sqrt().cpu()
         return dense
 
     return _collect(model, prompt, observe, losses, together)

@@ -53,8 +53,8 @@ def prompts(
         LayoutError: a sample is not what the model's processor writes.
     """
     for index, sample in enumerate(samples):
-        made = sample_inputs(sample, processor, index)
-        inputs = {name: _ready(model, value) for name, value in made.items()}
+        outputs = sample_inputs(sample, processor, index)
+        inputs = {name: _ready(model, value) for name, value in outputs.items()}
         yield Prompt(inputs, build_layout(inputs, model.config))
 
 

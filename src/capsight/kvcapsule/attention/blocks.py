@@ -95,7 +95,7 @@ class BlockRows:
 
     @cached_property
     def plans(self) -> WeakTensorKeyDictionary:
-        """What was worked out for these rows, by the counts of `KeptTokens`, as long as those are there."""
+        """What was computed for these rows, by the counts of `KeptTokens`, as long as those are there."""
         return WeakTensorKeyDictionary()
 
 

@@ -101,8 +101,8 @@ class ExactRows:
         """First packed token of each row, and how many it has: int64 `[B, H]` each, contiguous."""
         if self._pieces is None:
             counts = torch.bincount(self.rows, minlength=len(self.columns))
-            both = torch.stack((counts.cumsum(0) - counts, counts))[..., None]
-            self._pieces = both.expand(-1, -1, heads).contiguous()
+            spans = torch.stack((counts.cumsum(0) - counts, counts))[..., None]
+            self._pieces = spans.expand(-1, -1, heads).contiguous()
         return self._pieces[0], self._pieces[1]
 
     def mask(self, mask: Tensor | None, queries: int, exact: int) -> Tensor | None:

@@ -227,7 +227,7 @@ class LayeredCache(CountedCache):
             self.conversation = self.conversation.moved(rows)
         if self._states is not None:
             self._states.move_rows(torch.tensor(rows))
-        moved: dict[int, tuple[Any, ...]] = {}  # layers share their placement, so each is worked out once
+        moved: dict[int, tuple[Any, ...]] = {}  # layers share their placement, so each is computed once
         layers: list[Any] = self.layers
         for layer in layers:
             if not isinstance(layer, CapsuleLayer):

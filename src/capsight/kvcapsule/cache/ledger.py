@@ -106,7 +106,7 @@ class Ledger:
         self._set_layout(self._given)
 
     def complete(self, seen: int) -> tuple[Run, ...]:
-        """The runs wholly inside the first `seen` tokens; worked out once for all layers."""
+        """The runs wholly inside the first `seen` tokens; computed once for all layers."""
         if self._complete[0] != seen:
             self._complete = (seen, self.plan.complete(seen))
         return self._complete[1]
@@ -120,7 +120,7 @@ class Ledger:
         return last
 
     def intake(self, stored: Placement | None, length: int, device: torch.device) -> Intake:
-        """What becomes of rows of `length` tokens; worked out once for all layers that hold `stored`."""
+        """What becomes of rows of `length` tokens; computed once for all layers that hold `stored`."""
         placement, last = self.place(self.complete(length), length, device), self._intake
         if last is None or last[0] is not stored or last[1].placement is not placement:
             last = stored, Intake.build(placement, () if stored is None else stored.runs)
@@ -128,7 +128,7 @@ class Ledger:
         return last[1]
 
     def positions(self, runs: tuple[Run, ...], device: torch.device) -> TokenPositions:
-        """Positions of the tokens of `runs`; worked out once for all layers, and as long as runs stay."""
+        """Positions of the tokens of `runs`; computed once for all layers, and as long as runs stay."""
         known = self._positions
         if known is None or known[0] != runs or known[1].thw.device != device:
             places = rope_positions(self._layout, self._config)  # [3, B, S]
@@ -137,7 +137,7 @@ class Ledger:
         return known[1]
 
     def latent_tokens(self, placement: Placement) -> LatentTokens:
-        """Places of the tokens of `placement`'s runs, row after row; worked out once for all layers."""
+        """Places of the tokens of `placement`'s runs, row after row; computed once for all layers."""
         if self._latents is None or self._latents[0] is not placement:
             counts = torch.zeros(self.plan.batch_size, dtype=torch.int64)
             for run in placement.runs:
@@ -148,7 +148,7 @@ class Ledger:
         return self._latents[1]
 
     def exact_rows(self, placement: Placement) -> ExactRows:
-        """The exact tokens of `placement` side by side; worked out once for all layers."""
+        """The exact tokens of `placement` side by side; computed once for all layers."""
         if self._exact is None or self._exact[0] is not placement:
             self._exact = placement, ExactRows.build(placement)
         return self._exact[1]

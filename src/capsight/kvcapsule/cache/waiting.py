@@ -1,4 +1,4 @@
-"""`EncodeQueue`: image blocks that wait to be encoded, so that several layers are encoded in one go."""
+"""`EncodeQueue`: image blocks that wait to be encoded, so that several layers are encoded together."""
 
 from __future__ import annotations
 

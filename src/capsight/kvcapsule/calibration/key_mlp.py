@@ -83,10 +83,10 @@ def train_mlp(kept_index: Tensor, linear: Tensor, samples: KeySamples, width: in
     rest = torch.ones(len(linear), dtype=torch.bool)
     rest[kept_index] = False
     data = _Data(keys[:, kept_index] / scale, keys[:, rest] / scale, linear[rest], _root(samples.queries))
-    held = samples.sample % HELD_OUT == HELD_OUT - 1
-    if not held.any() or held.all():
-        held = samples.sample == samples.sample.max()
-    train, test = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
+    is_held_out = samples.sample % HELD_OUT == HELD_OUT - 1
+    if not is_held_out.any() or is_held_out.all():
+        is_held_out = samples.sample == samples.sample.max()
+    train, test = (~is_held_out).nonzero()[:, 0], is_held_out.nonzero()[:, 0]
     best = TokenMlp.zero(len(kept_index), int(rest.sum()), width)
     weights = [tensor.clone().requires_grad_() for tensor in best]
     optimiser = torch.optim.Adam(weights, LEARNING_RATE)

@@ -29,7 +29,7 @@ class ElsewhereError(CalibrationError):
 
 
 class GoneError(ElsewhereError):
-    """Another process of the fit ended without a word."""
+    """Another process of the fit ended without a message."""
 
 
 def join_launched() -> None:
@@ -125,11 +125,11 @@ class Processes:
         Raises:
             ElsewhereError: it could not, or another process failed.
         """
-        made = [make() if self.rank == 0 else None]
+        result = [make() if self.rank == 0 else None]
         self._tell(None)
         if self.count > 1:
-            self._reach(partial(dist.broadcast_object_list, made, 0, self._group))
-        return made[0]  # type: ignore[return-value]
+            self._reach(partial(dist.broadcast_object_list, result, 0, self._group))
+        return result[0]  # type: ignore[return-value]
 
     def _tell(self, error: Exception | None) -> None:
         """Tell all others whether this process failed, and end if one of them did."""

@@ -58,7 +58,7 @@ class BlockCodec(nn.Module, ABC):
     Attributes:
         name: the name by which options, files and messages call the codec.
         block_size: tokens in a block (N).
-        layers_together: how many layers are best encoded in one go.
+        layers_together: how many layers are best encoded together.
         sharing: how many layers hold the same payload.
         needs_positions: whether it has to know the positions of tokens.
     """
@@ -75,7 +75,7 @@ class BlockCodec(nn.Module, ABC):
 
     @classmethod
     def ready(cls, codecs: Sequence[Self]) -> Sequence[Self]:
-        """The codecs of all layers, which know what is best worked out for all at once.
+        """The codecs of all layers, which know what is best computed for all layers together.
 
         They are dropped once they have encoded, and what they know with them.
         """
@@ -197,7 +197,7 @@ class BlockCodec(nn.Module, ABC):
         return None
 
     def hides(self, payload: Payload) -> bool:
-        """Whether there is a bias; worked out once for each payload."""
+        """Whether there is a bias; computed once for each payload."""
         if payload.hides is None:
             payload.hides = self.bias(payload) is not None
         return payload.hides

@@ -12,8 +12,8 @@ def in_steps(axes: Tensor, bits: int = AXIS_BITS) -> tuple[Tensor, Tensor]:
     """One layer's axes `[K, 2, H, D]` as int8 of so many bits, likewise, and their steps float32 `[2, K]`."""
     top = 2 ** (bits - 1) - 1
     steps = axes.float().abs().amax((2, 3)) / top  # [K, 2]
-    whole = (axes.float() / steps.clamp_min(1e-30)[:, :, None, None]).round()
-    return whole.clamp_(-top, top).to(torch.int8), steps.T.contiguous()
+    integers = (axes.float() / steps.clamp_min(1e-30)[:, :, None, None]).round()
+    return integers.clamp_(-top, top).to(torch.int8), steps.T.contiguous()
 
 
 def numbers(axes: Tensor, steps: Tensor, dtype: torch.dtype) -> Tensor:

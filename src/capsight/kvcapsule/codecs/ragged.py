@@ -106,8 +106,8 @@ class RaggedPayload(Payload):
             taken.append(lengths.view(by_block))
             first += len(part.tensors["kept"])
         entries = _ranges(torch.cat(starts, 1).flatten(), torch.cat(taken, 1).flatten())
-        both = {name: torch.cat([x, other.tensors[name]]) for name, x in self.tensors.items()}
-        return type(self)({name: x if name == "counts" else x[entries] for name, x in both.items()})
+        joined = {name: torch.cat([x, other.tensors[name]]) for name, x in self.tensors.items()}
+        return type(self)({name: x if name == "counts" else x[entries] for name, x in joined.items()})
 
 
 def _ranges(starts: Tensor, lengths: Tensor) -> Tensor:

@@ -149,8 +149,8 @@ def _keys_at(model: Any, decoder: Any, layers: Sequence[int], positions: Tensor)
     places = positions[..., None] if family_for(model.config).position_rows > 1 else positions[0, :, None]
     cache = DynamicCache(config=model.config)
     decoder(input_ids=ids, position_ids=places.to(ids.device), **{CACHE: cache}, use_cache=True)
-    held: list[Any] = cache.layers
-    return torch.stack([held[layer].keys[:, :, 0].cpu() for layer in layers])
+    cache_layers: list[Any] = cache.layers
+    return torch.stack([cache_layers[layer].keys[:, :, 0].cpu() for layer in layers])
 
 
 def _axes(keys: Tensor, pairs: int, interleaved: bool) -> Tensor:

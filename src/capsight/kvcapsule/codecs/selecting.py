@@ -40,7 +40,7 @@ class SelectingCodec(LearntCodec):
         values: Sequence[Tensor],
         runs: Sequence[Run],
     ) -> list[Payload]:
-        """Make capsules in several layers, whose tokens are chosen in one go.
+        """Make capsules in several layers, whose tokens are chosen together.
 
         A greedy choice of few tokens is the beginning of one of more, so layers may keep different counts.
         """

@@ -49,10 +49,10 @@ def code(latents: Tensor, lost: Tensor, quality: float) -> bytes:
         OptionError: they are far too large for the step, or the coder is not installed.
     """
     step, rank = rate_of(lost, quality)
-    whole = (latents[:, :rank].double().cpu() / step).round()
-    if not bool((whole.abs() <= entropy.MOST).all()):
+    integers = (latents[:, :rank].double().cpu() / step).round()
+    if not bool((integers.abs() <= entropy.MOST).all()):
         raise OptionError("the latents are not finite, or too large for this quality; use a lower one")
-    columns = whole.int().numpy()
+    columns = integers.int().numpy()
     used = np.flatnonzero(np.abs(columns).sum(0))
     columns = np.ascontiguousarray(columns[:, : int(used[-1]) + 1 if len(used) else 0])
     sizes = *columns.shape, int(np.abs(columns).max(initial=0))

@@ -21,7 +21,7 @@ _LEARNT: WeakKeyDictionary[KVCapsule, str] = WeakKeyDictionary()
 
 
 def learnt_fingerprint(capsule: KVCapsule) -> str:
-    """Hash of what a joint capsule learnt; the same at every retained fraction. Worked out once a capsule.
+    """Hash of what a joint capsule learnt; the same at every retained fraction. Computed once a capsule.
 
     Of axes the first group stands for all: what bits cost in every group was measured with the others.
     """

@@ -48,8 +48,8 @@ class InternVL(PlainRope):
 
 
 def _check_run(row: TokenRow, span: Span, per_tile: int) -> None:
-    whole = max((span[1] - span[0]) // per_tile, 1) * per_tile
-    check_length(row, span, whole, f"config.image_seq_length ({per_tile} a tile)")
+    expected = max((span[1] - span[0]) // per_tile, 1) * per_tile
+    check_length(row, span, expected, f"config.image_seq_length ({per_tile} a tile)")
     if span[1] == len(row.ids):
         raise row.error(
             f"the prompt ends with the vision tokens at {span[0]}, without </img>; it was truncated: "

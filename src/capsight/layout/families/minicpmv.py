@@ -27,8 +27,8 @@ class MiniCPMV46(PlainRope):
     ) -> list[list[VisionBlock]]:
         """See `Family.blocks`."""
         images, videos = Supply(inputs, "target_sizes"), Supply(inputs, "target_sizes_videos")
-        whole: tuple[int | None, int | None] | None = None
-        part: tuple[int | None, int | None] | None = None
+        picture_pair: tuple[int | None, int | None] | None = None
+        slice_pair: tuple[int | None, int | None] | None = None
         by_row: list[list[VisionBlock]] = []
         used: Counter[int | None] = Counter()
         for row in rows:
@@ -39,19 +39,19 @@ class MiniCPMV46(PlainRope):
                 grid = _grid(supply.take(row, span[0]), span[1] - span[0])
                 check_length(row, span, grid[1] * grid[2], f"{supply.key} (merged grid {grid})")
                 pair = row.at(span[0] - 1), row.at(span[1])
-                whole = whole or pair
-                if pair != whole:
-                    part = part or pair
+                picture_pair = picture_pair or pair
+                if pair != picture_pair:
+                    slice_pair = slice_pair or pair
                 used.update(pair)
-                new = pair[0] == whole[0] or not blocks
-                marks = enclosing(row, span, *((whole if new else part) or whole))  # type: ignore[arg-type]
+                new = pair[0] == picture_pair[0] or not blocks
+                marks = enclosing(row, span, *((picture_pair if new else slice_pair) or picture_pair))  # type: ignore[arg-type]
                 image = len({block.image for block in blocks}) - (not new)
                 blocks.append(VisionBlock(*span, "image" if is_image else "video", grid, image, marks))
             by_row.append(blocks)
         images.finish()
         videos.finish()
         written = Counter(token for row in rows for token in row.ids[row.pad_left :])
-        marks_of = (*(whole or ()), *(part or ()))
+        marks_of = (*(picture_pair or ()), *(slice_pair or ()))
         if len(set(marks_of)) < len(marks_of) or any(
             written[m] != used[m] for m in marks_of if m is not None
         ):

@@ -58,10 +58,10 @@ def _check_tiles(inputs: Mapping[str, Any], tiles: list[int]) -> None:
     pixels = inputs.get("pixel_values")
     if pixels is None:
         return
-    held = [len(row) for row in pixels]
-    if max(held) != max(tiles) and sum(held) != sum(tiles):
+    counts = [len(row) for row in pixels]
+    if max(counts) != max(tiles) and sum(counts) != sum(tiles):
         raise LayoutError(
-            f"pixel_values holds up to {max(held)} tiles a row, but the prompts hold vision tokens for up "
+            f"pixel_values holds up to {max(counts)} tiles a row, but the prompts hold vision tokens for up "
             f"to {max(tiles)}; the prompt was truncated or a placeholder is missing"
         )
 
