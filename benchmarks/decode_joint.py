@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from attention_measuring import Run, machine, measure
-from page_parts import table
+from page_parts import speed, table
 from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -91,13 +91,13 @@ def at_size(
     }
 
 
-HEADS = ["vision tokens", "batch", "R", "sdpa, grouped", "joint", "faster"]
+HEADS = ["vision tokens", "batch", "R", "sdpa, grouped", "joint", "joint against sdpa"]
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     """Of the table."""
     times = (f"{1e3 * row['seconds'][name]:.2f} ms" for name in ("sdpa, grouped", "joint"))
-    return [str(row["tokens"]), str(row["batch"]), str(row["rank"]), *times, f"{row['speedup']:.3f}x"]
+    return [str(row["tokens"]), str(row["batch"]), str(row["rank"]), *times, speed(row["speedup"])]
 
 
 def main(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from decode_joint import HEADS, cells
-from page_parts import GENERATED, human_bytes, machine, table
+from page_parts import GENERATED, human_bytes, machine, speed, table
 from stock_caches import COMPILED
 
 Report = dict[str, Any]
@@ -24,7 +24,15 @@ def page(
 
 def _model(report: Report) -> list[str]:
     setup = report["setup"]
-    heads = ["vision tokens", "batch", "cache", "tokens/s", "faster", "than the default", "KV"]
+    heads = [
+        "vision tokens",
+        "batch",
+        "cache",
+        "tokens/s",
+        "against the fastest",
+        "against the default",
+        "KV",
+    ]
     has = any(row["variant"] == COMPILED for row in report["rows"])
     compiled = " (*compiled*: steps in a graph of `torch.compile`, once that is made)" if has else ""
     first: dict[tuple[int, int], float] = {}  # transformers' default comes first
@@ -36,8 +44,8 @@ def _model(report: Report) -> list[str]:
             str(row["batch"]),
             row["variant"],
             f"{row['tokens_per_s']:.2f}",
-            f"{row['speedup']:.2f}x",
-            f"{row['tokens_per_s'] / first[row['tokens'], row['batch']]:.2f}x",
+            speed(row["speedup"]),
+            speed(row["tokens_per_s"] / first[row["tokens"], row["batch"]]),
             human_bytes(row["cache_nbytes"]),
         ]
         for row in report["rows"]
@@ -48,11 +56,11 @@ def _model(report: Report) -> list[str]:
         f"Tokens per second of a model with random weights ({setup['parameters'] / 1e9:.2f} B, the language "
         f"model of Qwen2.5-0.5B, {setup['dtype']}) after prompts of images of {setup['image_tokens']} "
         "tokens, all rows together: "
-        f"medians of {setup['runs']} runs of {setup['new_tokens'] - 1} steps, all taking turns. *faster* is "
-        f"against the fastest of transformers' own caches here{compiled}, *than the default* against "
+        f"medians of {setup['runs']} runs of {setup['new_tokens'] - 1} steps, all taking turns. *against the "
+        f"fastest* of transformers' own caches here{compiled}, *against the default*: "
         "`DynamicCache`, which `generate` makes. "
-        "What weights and other layers cost is in it, so at "
-        f"few tokens all are alike. {machine(report['machine'])} "
+        "A step includes weights and other layers, so at "
+        f"few tokens all take about the same time. {machine(report['machine'])} "
         "`python benchmarks/decode_model.py` measures it.",
         "",
         *table(heads, rows, 3),
@@ -98,9 +106,8 @@ def _joint(report: Report) -> list[str]:
         "",
         f"One layer of {setup['heads']} query and {setup['kv_heads']} KV heads of {setup['head_dim']} "
         f"channels, bfloat16, images of 1024 tokens; medians of {row['repeats']} runs, both taking turns. "
-        "Every layer reads all R numbers of a latent, so it has more to do than with keys and values of its "
-        "own: "
-        "joint latents save memory, and where contexts are long they cost time. Measured on "
+        "Every layer reads all R numbers of a latent, which is more work than reading its own keys and "
+        "values: joint latents save memory, and cost time where contexts are long. Measured on "
         f"{where['cpu']} ({row['code']}), {where['threads']} threads, torch {where['torch']}. "
         "`python benchmarks/decode_joint.py` measures it.",
         "",
@@ -112,9 +119,9 @@ def _joint(report: Report) -> list[str]:
 def _reference(report: Report) -> list[str]:
     """Of the reference VLM."""
     where = report["machine"]
-    heads = ["cache", "batch", "ms a step", "tokens/s, x the fastest stock cache"]
+    heads = ["cache", "batch", "ms a step", "tokens/s against the fastest stock cache"]
     rows = [
-        [row["cache"], str(row["batch"]), f"{row['ms_a_token']:.2f}", f"{row['speed']:.2f}"]
+        [row["cache"], str(row["batch"]), f"{row['ms_a_token']:.2f}", speed(row["speed"])]
         for row in report["rows"]
     ]
     return [

@@ -25,7 +25,7 @@ usual, what is absent, counts, places, numbers, long descriptions. Protocol
 [`after`](../evaluation.md#protocols).
 
 `python benchmarks/judges.py --judge NAME --split test --method ...`, then `python benchmarks/write_pages.py`.
-The answers stand in `benchmarks/results/judges/NAME.json`.
+The answers are in `benchmarks/results/judges/NAME.json`.
 
 Bytes: models and caches are bfloat16, and every ratio is one of 16-bit bytes. A fraction in a heading is what
 vision tokens may take of theirs; "KV" is what all tokens take, text, positions, indices, scales and zero

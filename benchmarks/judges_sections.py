@@ -102,8 +102,8 @@ def smallest(dev: dict[str, Judged], test: dict[str, Judged]) -> list[str]:
     )
     share = split_label(chosen)[1] or 1.0
     modules = ", ".join(
-        f"`{j}` {human_bytes(test[j].values['methods'][chosen]['module_bytes'])}, "
-        f"{1 / test[j].share(chosen, modules=True):.2f} of the full cache over both, one prompt"
+        f"`{j}` {human_bytes(test[j].values['methods'][chosen]['module_bytes'])} (with them one "
+        f"prompt takes {test[j].share(chosen, modules=True):.0%} of its full cache)".replace("%", " %")
         for j in published
     )
     return [

@@ -22,6 +22,21 @@ def human_bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def apart(ratio: float, more: str = "faster") -> str:
+    """A ratio in words: "12 % slower"; `more` is what is said of ratios above 1."""
+    less = {"faster": "slower", "later": "earlier"}[more]
+    return f"{abs(ratio - 1):.0%} {more if ratio > 1 else less}".replace("%", " %")
+
+
+def speed(ratio: float) -> str:
+    """A ratio of speeds in words: "38 % slower", "2.27x as fast", "11.4x as long", "equal"."""
+    if ratio >= 2:
+        return f"{ratio:.2f}x as fast"
+    if ratio < 0.5:
+        return f"{1 / ratio:.1f}x as long"
+    return "equal" if f"{ratio:.2f}" == "1.00" else apart(ratio)
+
+
 def p_value(p: float) -> str:
     """A p-value as people write it."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"

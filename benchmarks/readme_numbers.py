@@ -8,7 +8,7 @@ from typing import Any
 
 from judges_record import Record
 from judges_sections import means, pretrained
-from page_parts import human_bytes, table
+from page_parts import apart, human_bytes, table
 
 from capsight.baselines import METHODS
 from capsight.evaluation import FULL, split_label
@@ -82,12 +82,6 @@ def accuracy_lines(report: Report, more: Report | None) -> list[str]:
         *many,
         "",
     ]
-
-
-def apart(ratio: float, more: str = "faster") -> str:
-    """A ratio in words: "12 % slower"; `more` is what is said of ratios above 1."""
-    less = {"faster": "slower", "later": "earlier"}[more]
-    return f"{abs(ratio - 1):.0%} {more if ratio > 1 else less}".replace("%", " %")
 
 
 def demo_rows(report: Report) -> list[Row]:

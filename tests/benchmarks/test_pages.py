@@ -214,10 +214,10 @@ def test_pages_of_what_is_run_by_hand(root):
     assert "| tolerance | output, tolerance 2% | 50.0 | 50.0 | 95.0 | +1.0 | 98.0 |" in found["head-maps"]
     assert "| a VLM | calibrated | 700 | 8 | 250 ms | 1.50x | 50% | 10% |" in found["head-maps"]
     assert "| 8192 | 1 | float32 | 0.4 | 1.00 ms | 2.00 ms | 2.00x | 2.50x |" in found["decode"]
-    assert "| 8192 | 1 | heads 0.4 | 7.50 | 1.25x | 1.00x | 44.0 MB |" in found["decode"]
+    assert "| 8192 | 1 | heads 0.4 | 7.50 | 25 % faster | equal | 44.0 MB |" in found["decode"]
     assert "medians of 3 runs of 8 steps" in found["decode"]
-    assert "| 8192 | 8 | 512 | 2.00 ms | 4.00 ms | 0.500x |" in found["decode"]
-    assert "| joint 0.05 | 8 | 12.50 | 1.25 |" in found["decode"]
+    assert "| 8192 | 8 | 512 | 2.00 ms | 4.00 ms | 50 % slower |" in found["decode"]
+    assert "| joint 0.05 | 8 | 12.50 | 25 % faster |" in found["decode"]
     assert all(tables_are_square(text) for text in found.values())
 
 
