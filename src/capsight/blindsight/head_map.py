@@ -99,7 +99,7 @@ class HeadMap:
         seed: int,
         options: MaskOptions | None = None,
     ) -> HeadMap:
-        """So many heads of each category, in random places (the control for a calibrated map).
+        """`counts` heads of each category, in random places (the control for a calibrated map).
 
         Args:
             num_layers: layers (L).

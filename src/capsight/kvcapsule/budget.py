@@ -87,7 +87,7 @@ class LayerNeeds:
         return water_fill(curves, self.attention, kept)
 
     def errors_at(self, kept: Sequence[int], block_size: int) -> list[float]:
-        """Relative squared error of each layer with so many tokens kept, read off its curve."""
+        """Relative squared error of each layer with `kept` tokens of a block, read off its curve."""
         return [
             error_curve(self.kept, errors, block_size)[count]
             for errors, count in zip(self.errors, kept, strict=True)

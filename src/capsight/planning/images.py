@@ -67,14 +67,14 @@ def grids_of_size(config: Any, width: int, height: int, alone: bool = False) -> 
 
 
 def grids_of_tokens(config: Any, tokens: int) -> ImageGrids:
-    """The blocks of an image of so many vision tokens, delimiters not counted.
+    """The blocks of an image of `tokens` vision tokens, delimiters not counted.
 
     Where the family cuts images into tiles, the tokens are those of whole tiles; of
     LLaVA-NeXT and LLaVA-OneVision, those of the base picture and then of the tiled one, if any.
 
     Raises:
         UnsupportedModelError: the family is not known.
-        OptionError: no image of the family has so many tokens.
+        OptionError: no image of the family has that number of tokens.
     """
     check_planned(config)
     if tokens < 1:

@@ -114,7 +114,7 @@ class EnabledModel:
             path: the file, usually *.safetensors; an older one is replaced in one step.
             quality: in the form for rest (joint codec), several times smaller: the share of the variance of
                 latents that comes back, such as 0.98; by default the cache as it is.
-            bytes: instead of `quality`: the best that takes no more than so many.
+            bytes: instead of `quality`: the best that takes no more bytes.
 
         Raises:
             OptionError: there is no cache of a `KVCapsule` yet, or it cannot be had in this quality.

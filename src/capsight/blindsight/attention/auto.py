@@ -12,7 +12,7 @@ from capsight.blindsight.attention.choice import fastest, kind_of
 from capsight.blindsight.attention.work import Attend, Work
 
 FEW_ROWS = 256
-"""Below so many queries (decoding, the question after a cached prompt) segments make one or two calls."""
+"""Below this many queries (decoding, the question after a cached prompt) segments make one or two calls."""
 
 _WITHOUT_FLEX: set[tuple[str, torch.dtype]] = set()
 """Device types and dtypes for which compiling has failed in this process."""

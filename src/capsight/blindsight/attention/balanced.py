@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from capsight.partial_attention import added_up, has_kernel, partial_attention
 
 LATE = Fraction(11, 10)
-"""The last thread may have so many times its share."""
+"""The last thread may have this many times its share."""
 
 PARTS = 4
 """Parts at most: each is a call of its own."""

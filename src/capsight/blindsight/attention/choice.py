@@ -19,7 +19,7 @@ Kind = Literal["dense", "own_image", "sink"]
 """Plainly causal Dense heads; heads that see their own image, and Dense ones under a mask; Sink heads."""
 
 Steps = Sequence[tuple[int, str]]
-"""(keys, implementation), ascending: from so many keys on it is the fastest."""
+"""(keys, implementation), ascending: from that number of keys on it is the fastest."""
 
 UNMEASURED: Mapping[Kind, Steps] = {
     "dense": ((0, "segments"),),

@@ -28,7 +28,7 @@ MASKED = 2**18
 """Entries of the mask of scattered text (delimiters), at most: wider calls have keys that few rows see."""
 
 SEEN = 1024
-"""So many keys that all rows of a segment see are worth a call of their own, without a mask."""
+"""From this number on, keys that all rows of a segment see are worth a call of their own, without a mask."""
 
 CAUSAL_SLACK = 1.2
 """A causal segment may have this many times its queries in keys before them, each an empty query more."""
@@ -41,7 +41,7 @@ class Segment:
     Attributes:
         rows: which queries, counted from the first: a slice, or int64 `[n]`.
         seen: keys at these positions are seen by all rows, and are not among the following; may be empty.
-        context: so many of the first front keys come first.
+        context: number of front keys, which come first.
         own: then the keys at these positions: the rows' own image (of text rows, all after the front).
         mask: bool `[n, m]` for those keys, or None where all is seen (or `causal` says what).
         causal: the last n keys are the queries' own, and causal; those before are all seen.
@@ -163,7 +163,7 @@ def _seen_by_all(visible: Intervals, rows: slice | Tensor, own: Span) -> Span:
 
 
 def _merged(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
-    """Small pieces put together, text with text and image with image, up to PIECE rows."""
+    """Small pieces merged, text with text and image with image, up to PIECE rows."""
     group: list[_Piece] = []
     for piece in pieces:
         if group and not _fits(group, piece):

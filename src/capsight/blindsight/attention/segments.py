@@ -71,7 +71,7 @@ def _one_call(
 
 
 def _shared(x: Tensor, heads: int) -> Tensor:
-    """`[N, m, D]` as seen by so many query heads each: `[N, G, m, D]`, no copy."""
+    """`[N, m, D]` shared by `heads` query heads each: `[N, G, m, D]`, no copy."""
     return x[:, None].expand(-1, heads, -1, -1)
 
 

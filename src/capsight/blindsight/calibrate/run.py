@@ -39,7 +39,7 @@ TOLERANCE = 0.01
 """Default share of held-out answers that may change: one of the 144 that `capsight calibrate` holds out."""
 
 HOLD_EVERY = 4
-"""Every so many prompts, one does not vote but measures the drop."""
+"""One prompt in this many does not vote but measures the drop."""
 
 
 def calibrate(

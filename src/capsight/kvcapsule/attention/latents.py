@@ -55,7 +55,7 @@ class LatentTokens:
     turning: Turning
 
     def channels(self, size: int) -> list[Tensor]:
-        """Of so many channels those of each axis, int64: first halves of pairs, second halves, then,
+        """The channels of each axis, of `size` in all, int64: first halves of pairs, second halves, then,
         on the first axis, all that are not turned.
         """
         axes, inter, channels = self.turning.axes, self.turning.interleaved, []
@@ -81,7 +81,7 @@ class LatentTokens:
         return torch.stack(which), cosines, sines
 
     def native(self, size: int) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-        """For so many channels: places, `channels`, and cosines and sines `[places, channels, filled up]`."""
+        """For `size` channels: places, `channels`, and cosines and sines `[places, channels, filled up]`."""
         if "_native" not in self.__dict__ or self.__dict__["_native"][0] != size:
             places, *tables = self.tables
             channels = self.channels(size)

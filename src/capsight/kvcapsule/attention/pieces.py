@@ -75,7 +75,7 @@ class Chunks:
 
     @classmethod
     def of(cls, sizes: Sequence[Sequence[int]], device: torch.device) -> Chunks:
-        """Cut pieces of so many tokens, `[H][B]`, of which some may have none, but not all."""
+        """Cut pieces of `sizes` tokens, `[H][B]`; some may be empty, but not all."""
         heads, batch, total = len(sizes), len(sizes[0]), sum(map(sum, sizes))
         size = next((size for size in _CHUNKS if total >= 16 * size * heads * batch), _CHUNKS[-1])
         size, ends = min(size, total), list(accumulate(chain.from_iterable(sizes)))  # one chunk at least
@@ -132,7 +132,7 @@ def _pieces_of(kept: KeptTokens, rows: BlockRows, batch: int) -> Runs | Chunks:
 
 
 def _first_pieces(ends: Sequence[int], size: int) -> tuple[list[int], list[bool]]:
-    """For each chunk of so many tokens: the piece of its first token, and whether it has no other."""
+    """For each chunk of `size` tokens: the piece of its first token, and whether it has no other."""
     pieces, whole, piece = [], [], 0
     for start in range(0, ends[-1] - size + 1, size):
         while ends[piece] <= start:

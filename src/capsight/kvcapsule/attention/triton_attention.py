@@ -124,7 +124,7 @@ def _strides(tokens: TokenMap) -> tuple[tuple[int, ...], ...]:
 
 
 def _padded(size: int) -> int:
-    """The power of two, at least 16, that a tile takes for so many entries."""
+    """The size of a tile for `size` entries: a power of two, at least 16."""
     return max(16, triton.next_power_of_2(size))
 
 

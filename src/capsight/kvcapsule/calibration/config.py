@@ -77,7 +77,7 @@ class CapsuleConfig:
 
     @classmethod
     def of(cls, given: CapsuleConfig | float | None, named: Mapping[str, Any]) -> Self:
-        """What `KVCapsule.fit` was told.
+        """The config that the arguments of `KVCapsule.fit` give.
 
         Args:
             given: a config, or what to retain.

@@ -23,7 +23,7 @@ from capsight.layout import build_layout
 from capsight.layout.positions import rope_positions
 
 USUAL_RANK, MOST_RANK = 512, 2048
-"""Coordinates that a fit keeps (K) unless told; the most, where the usual lose more than `LOST`."""
+"""Coordinates that a fit keeps (K) by default; the most, where the usual lose more than `LOST`."""
 LOST = 0.005
 """Share of the variance that the usual coordinates may lose."""
 VALUE_WEIGHT = 1.5

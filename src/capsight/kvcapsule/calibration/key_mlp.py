@@ -27,7 +27,7 @@ SHORTEST = 0.1
 """Length, in units of a channel's root mean square, under which a key's direction loses its say."""
 
 HELD_OUT = 5
-"""One calibration sample in so many is held out."""
+"""One calibration sample in this many is held out."""
 
 
 def train_key_mlps(

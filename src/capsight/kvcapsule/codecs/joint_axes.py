@@ -9,7 +9,7 @@ AXIS_BITS = 8
 
 
 def in_steps(axes: Tensor, bits: int = AXIS_BITS) -> tuple[Tensor, Tensor]:
-    """One layer's axes `[K, 2, H, D]` as int8 of so many bits, likewise, and their steps float32 `[2, K]`."""
+    """One layer's axes `[K, 2, H, D]` as int8 of `bits` bits, and their steps float32 `[2, K]`."""
     top = 2 ** (bits - 1) - 1
     steps = axes.float().abs().amax((2, 3)) / top  # [K, 2]
     integers = (axes.float() / steps.clamp_min(1e-30)[:, :, None, None]).round()

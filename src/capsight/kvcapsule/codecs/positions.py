@@ -17,7 +17,7 @@ class TokenPositions:
     """
 
     def __init__(self, thw: Tensor, layers: int = 1) -> None:
-        """Take positions, which so many layers ask for."""
+        """Take positions, which `layers` layers will ask for."""
         self.thw, self._layers, self._left = thw, layers, 0
         self._tables: tuple[object, Tensor, Tensor] | None = None
 
