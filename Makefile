@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable ".[quanto,rest]" \
-		pytest pytest-xdist hypothesis ruff mypy accelerate
+		pytest pytest-xdist hypothesis ruff mypy accelerate peft
 	@touch $@
 
 demo: setup  ## answer questions about six images, full cache against capsules
@@ -115,8 +115,8 @@ $(VLLM_STAMP): tools/vllm_venv.sh pyproject.toml
 	PYTHON=$(PYTHON) tools/vllm_venv.sh $(VLLM)
 	@touch $@
 
-test-matrix:  ## run the tests on the oldest and the newest supported transformers
-	PYTHON=$(PYTHON) tools/test_matrix.sh
+test-matrix:  ## run the tests on the oldest and the newest supported transformers; ARGS="5.20.0 -- -k saved"
+	PYTHON=$(PYTHON) tools/test_matrix.sh $(ARGS)
 
 clean:  ## remove .venv and what tools left behind
 	rm -rf $(VENV) $(TRITON) $(VLLM) out site .pytest_cache .mypy_cache .ruff_cache .hypothesis

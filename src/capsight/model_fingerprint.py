@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from transformers import PreTrainedModel
 
 from capsight.execution import check_whole
@@ -18,6 +18,7 @@ from capsight.text_layers import config_value
 _TENSORS, _NUMBERS, _OF_VECTORS = 24, 256, 8
 _UNKNOWN = "0" * 32
 _SMALLEST = 2.0**-15  # numbers below have fewer bits in float16 than in bfloat16
+_PEFT = ("original_module", "base_layer")  # what its wrappers call the layer that they are put around
 _CONFIG_KEYS = (
     "model_type",
     "hidden_size",
@@ -107,22 +108,32 @@ def _rotary(model: Any) -> list[list[float]]:
 def _own_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
     """A transformers model's parameters under its own names, whatever is wrapped around it or them.
 
-    `torch.compile` and PEFT put the model into another, PEFT puts adapters beside its layers, and accelerate
+    `torch.compile` and PEFT put the model into another, PEFT puts adapters around its layers, and accelerate
     leaves weights that it has offloaded on the meta device, their values with a hook of the module.
     """
     inner = next((x for x in model.modules() if isinstance(x, PreTrainedModel)), model)
     seen: set[int] = set()  # tied weights count once
     tied = set(getattr(inner, "all_tied_weights_keys", None) or ())
-    for prefix, module in inner.named_modules():
+    for prefix, module in _own_modules(inner, ""):
         for local, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            name = f"{prefix}.{local}".replace(".base_layer.", ".")
-            if ".lora_" in name or name in tied:  # offloaded, the same weight is several tensors
+            name = f"{prefix}.{local}"
+            if name in tied:  # offloaded, the same weight is several tensors
                 continue
             weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
             yield name, weights[local] if parameter.is_meta and weights is not None else parameter
+
+
+def _own_modules(module: Module, name: str) -> Iterator[tuple[str, Module]]:
+    """A module and all below it, as if PEFT had put nothing around them."""
+    for around in _PEFT:
+        while isinstance(held := getattr(module, around, None), Module):
+            module = held
+    yield name, module
+    for local, child in module.named_children():
+        yield from _own_modules(child, f"{name}.{local}" if name else local)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -26,7 +26,7 @@ from capsight.cli.options import (
     shares,
 )
 from capsight.cli.output import console, note, write_json
-from capsight.cli.target import STDOUT, check_out
+from capsight.cli.target import check_out, is_kept
 from capsight.errors import OptionError
 from capsight.evaluation import Item, Journal, evaluate, jsonl_items, paired, reference_items, summary
 from capsight.evaluation.asking import process
@@ -115,7 +115,7 @@ def evaluate_command(
         "dtype": str(vlm.dtype).removeprefix("torch."),
     }
     journal = None
-    if json is not None and json != STDOUT:
+    if json is not None and is_kept(json):
         settings = asked | {
             "fingerprint": model_fingerprint(vlm),
             "capsule": capsule,

@@ -38,6 +38,11 @@ def check_out(path: Path | None) -> None:
         raise OptionError(f"cannot write {path}: {_reason(error)}") from error
 
 
+def is_kept(path: Path) -> bool:
+    """Whether what is written stays in a file: not on the standard output, in a device or in a pipe."""
+    return path != STDOUT and (path.is_file() or not path.exists())
+
+
 def check_folder(path: Path) -> None:
     """Refuse a folder that cannot be made or written into, before the long work starts.
 
@@ -75,7 +80,7 @@ def write(path: Path, data: bytes) -> None:
         return
     try:
         target = path.resolve()
-        if target.exists() and not target.is_file():
+        if not is_kept(target):
             target.write_bytes(data)
             return
         replace_file(target, data)
