@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 
-from capsight.errors import ModelMismatchError
+import capsight
+from capsight import KVCapsule
+from capsight.errors import ModelMismatchError, UnsupportedModelError
 from capsight.model_fingerprint import model_fingerprint, same_model
 from runtime.conftest import fitted
 from tiny import FAMILIES
@@ -62,3 +64,36 @@ def test_quantised_weights_are_the_model_they_were_made_from(name):
         next(p for n, p in model.get_decoder().named_parameters() if n.endswith("norm.weight")).add_(0.25)
     with pytest.raises(ModelMismatchError):
         capsule.check_model(model)
+
+
+TUNERS = {
+    "LoraConfig": {"modules_to_save": ["lm_head"], "trainable_token_indices": [1, 2]},
+    "IA3Config": {"feedforward_modules": []},
+    "VeraConfig": {"r": 2},
+    "LoKrConfig": {"r": 2},
+    "OFTConfig": {"oft_block_size": 4},
+}
+"""Adapters whose parameters have names of their own, beside the layers of the model or around them."""
+
+
+@pytest.mark.parametrize(("kind", "options"), TUNERS.items())
+def test_adapters_are_told_from_the_model(kind, options):
+    peft, model = pytest.importorskip("peft"), copy.deepcopy(FAMILIES["qwen2_5_vl"]().model)
+    before = model_fingerprint(model)
+    config = getattr(peft, kind)(target_modules=r".*language_model.*q_proj", **options)
+    adapted = peft.get_peft_model(model, config)
+    assert model_fingerprint(adapted) == model_fingerprint(model) == before
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_adapters_of_prompts_are_refused(kind):
+    peft, model = pytest.importorskip("peft"), copy.deepcopy(FAMILIES["qwen2_5_vl"]().model)
+    adapted = peft.get_peft_model(model, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    capsule = fitted("qwen2_5_vl", 0.4)
+    with (
+        pytest.raises(UnsupportedModelError, match="virtual tokens"),
+        capsight.enable(adapted, capsule=capsule),
+    ):
+        pass
+    with pytest.raises(UnsupportedModelError, match="virtual tokens"):
+        KVCapsule.fit(adapted, None, [{}], progress=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,11 +30,12 @@ def _runs_on(module: Any, device: torch.device) -> torch.device:
 
 
 def check_whole(model: Any) -> None:
-    """Refuse a model of which this process holds a part only, as with transformers' `tp_plan`.
+    """Refuse a model of which this process holds a part only (`tp_plan`), or that adds tokens to its prompts.
 
     Raises:
         UnsupportedModelError: it is one.
     """
+    _check_prompts(model)
     distributed = getattr(model.config, "distributed_config", None)
     sizes = [getattr(model, "tp_size", None)]
     sizes += [getattr(distributed, f"{kind}_size", None) for kind in ("tp", "pp", "fsdp")]
@@ -41,6 +43,17 @@ def check_whole(model: Any) -> None:
         raise UnsupportedModelError(
             "each process holds only a part of this model (tensor parallelism or other sharding); load it "
             "whole, on one device or spread by device_map"
+        )
+
+
+def _check_prompts(model: Any) -> None:
+    """Refuse what PEFT calls prompt learning: prompt tuning, prefix tuning and kin."""
+    told = getattr(model, "peft_config", None)
+    told = told.values() if isinstance(told, Mapping) else ()
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in told):
+        raise UnsupportedModelError(
+            "this model's adapter puts virtual tokens before every prompt (prompt tuning, prefix tuning), "
+            "where no layout has them; use an adapter of its layers, such as LoRA"
         )
 
 

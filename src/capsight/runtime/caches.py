@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.cache_utils import Cache, DynamicCache
 
-from capsight.errors import CapsightError
+from capsight.errors import CapsightError, OptionError
 from capsight.kvcapsule.cache.stock import states
 
 _LOCK = threading.Lock()
@@ -26,6 +26,20 @@ def is_empty_stock(cache: Any) -> bool:
     return type(cache) is DynamicCache and not any(
         getattr(layer, "is_initialized", False) or any(states(layer)) for layer in cache.layers
     )
+
+
+def the_cache(past_key_values: Any, cache: Any) -> Any:
+    """The cache that a call was given, by either name; None if it was given none.
+
+    Raises:
+        OptionError: it was given two, or something else.
+    """
+    if past_key_values is not None and cache is not None and past_key_values is not cache:
+        raise OptionError("past_key_values and cache are two names of one argument; give one of them")
+    given = past_key_values if cache is None else cache
+    if given is not None and not isinstance(given, Cache):
+        raise OptionError(f"past_key_values takes a cache of transformers or of capsight, not {given!r:.60}")
+    return given
 
 
 @contextmanager

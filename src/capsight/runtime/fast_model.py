@@ -6,19 +6,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from capsight.cache_argument import CACHE
 from capsight.kvcapsule import CapsuleCache, ContextRepeater
 from capsight.layout import PromptLayout, build_layout
-from capsight.runtime.caches import in_use, is_empty_stock
+from capsight.runtime.caches import in_use, is_empty_stock, the_cache
 from capsight.runtime.calls import end_broken_pass
 from capsight.runtime.enabled_model import EnabledModel
-from capsight.runtime.options import beams, check_options, check_rows, repeats
+from capsight.runtime.options import beams, check_options, check_rows, repeats, unset
 from capsight.runtime.prefill import SparsePrefill
 from capsight.runtime.reading import read_images
-from capsight.runtime.split import first_tokens, prompt_entries, sequence_length
+from capsight.runtime.split import first_tokens, prompt_entries, sequence_length, without_nothing
 from capsight.runtime.state import RuntimeState, running
 from capsight.runtime.stored import images_first, read_with_store
 from capsight.runtime.turn import Turn
@@ -58,8 +59,9 @@ class FastModel(EnabledModel):
             CapsightError: keys or values are NaN or infinite.
         """
         given = {"input_ids": inputs.pop("inputs", input_ids), "generation_config": generation_config}
-        inputs = {**{name: value for name, value in given.items() if value is not None}, **inputs}
-        cache = past_key_values if cache is None else cache
+        given = {name: value for name, value in given.items() if value is not None}
+        inputs = {**given, **without_nothing(inputs)}
+        cache = the_cache(past_key_values, cache)
         if self.store is not None and (cache is None or is_empty_stock(cache)):
             cache, inputs = images_first(self, inputs)
         cache = self.cache_for(cache, inputs)
@@ -67,7 +69,7 @@ class FastModel(EnabledModel):
             cache = DynamicCache(config=self.model.config) if inputs.get("use_cache") is not False else None
         with in_use(cache):
             if cache is not None:
-                check_options(inputs, cache.get_seq_length())
+                check_options(inputs, cache.get_seq_length(), self.model)
                 inputs.setdefault("use_cache", True)
                 if isinstance(cache, CapsuleCache) and cache.get_seq_length() and "input_ids" in inputs:
                     check_rows(inputs, len(inputs["input_ids"]), cache.layout.batch_size, self.model)
@@ -93,7 +95,7 @@ class FastModel(EnabledModel):
         """Run the model over one turn; the cache is as before if it cannot be finished."""
         prefill = None if turn.seen or turn.layout is None else self._sparse(turn.layout, length)
         before = getattr(cache, "conversation", None)
-        if isinstance(cache, CapsuleCache) and turn.seen and turn.layout is not None:
+        if isinstance(cache, CapsuleCache) and turn.layout is not None:
             cache.continue_layout(turn.layout)
         if cache is not None:
             rows = cache.layout.batch_size if isinstance(cache, CapsuleCache) and turn.seen else None
@@ -103,10 +105,14 @@ class FastModel(EnabledModel):
             asked = {**turn.inputs, **options}
             each = repeats(asked, self.model)
             stateful = isinstance(cache, CapsuleCache) and cache.state_nbytes > 0
+            if stateful and turn.seen and not torch.is_autocast_enabled(self.device.type):
+                cache.check_dtype(self.dtype)  # states are read before any update tells
             if each > 1 and stateful and cache.layout.batch_size == turn.rows:
                 cache.batch_repeat_interleave(each)  # models read states before any update tells the rows
             with self._running(cache, prefill):
-                output = self.model.generate(**{CACHE: cache}, **turn.inputs, **options)
+                output = self.model.generate(
+                    **{CACHE: cache}, **turn.inputs, **options, **unset(cache, self.model)
+                )
             if isinstance(cache, CapsuleCache):
                 cache.check_finite()
         except BaseException:
@@ -166,12 +172,13 @@ class FastModel(EnabledModel):
 
         Raises:
             LayoutError: the inputs do not continue what the cache holds.
-            OptionError: they bring no image that it does not hold already.
+            OptionError: they bring no image that it does not hold already, or options of `generate`.
         """
+        inputs = without_nothing(inputs)
         layout = build_layout(inputs, self.model.config)
         length = layout.last_vision_end or sequence_length(inputs)
         head = first_tokens(inputs, length)
-        cache = past_key_values if cache is None else cache
+        cache = the_cache(past_key_values, cache)
         if self.store is not None and (cache is None or is_empty_stock(cache)):
             self.cache = read_with_store(self, self.store, head, self._read)
             return self.cache

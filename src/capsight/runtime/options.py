@@ -10,15 +10,16 @@ from torch import Tensor
 
 from capsight.errors import LayoutError, OptionError
 
-_GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
-def check_options(options: Mapping[str, Any], seen: int) -> None:
+def check_options(options: Mapping[str, Any], seen: int, model: Any) -> None:
     """Refuse what would give other tokens than it should.
 
     Args:
         options: what `generate` was given.
         seen: tokens per row that the cache holds already.
+        model: its generation config says what is not asked.
 
     Raises:
         OptionError: an option cannot be had, or pixels are not numbers.
@@ -27,7 +28,8 @@ def check_options(options: Mapping[str, Any], seen: int) -> None:
         raise OptionError("use_cache=False leaves no cache to keep capsules in; leave it out")
     if _asked(options, "cache_implementation") is not None:
         raise OptionError("cache_implementation would take the place of the cache in use; leave it out")
-    guessing = next((name for name in _GUESSING if _asked(options, name) is not None), None)
+    own = model.generation_config
+    guessing = next((x for x in GUESSING if _asked(options, x) or getattr(own, x, None)), None)
     if seen and guessing is not None:
         raise OptionError(
             f"{guessing} cannot go on from a filled cache; leave it out, or pass the whole prompt without "
@@ -36,6 +38,12 @@ def check_options(options: Mapping[str, Any], seen: int) -> None:
     for name, value in options.items():
         if name.startswith("pixel_values") and isinstance(value, Tensor) and not torch.isfinite(value).all():
             raise OptionError(f"{name} holds NaN or infinite numbers; process the images again")
+
+
+def unset(cache: Any, model: Any) -> dict[str, Any]:
+    """Options that take back what the model's own generation config would do to a cache that is given."""
+    own = getattr(model.generation_config, "cache_implementation", None)
+    return {} if cache is None or own is None else {"cache_implementation": None}
 
 
 def check_rows(options: Mapping[str, Any], rows: int, held: int, model: Any) -> None:

@@ -23,9 +23,20 @@ def positions_of_caches(model: Any) -> Iterator[None]:
 
     It is a forward hook, which every kind of call goes through: `generate`, pipelines, one's own loop.
     """
-    config = model.config
+    hook = model.get_decoder().register_forward_pre_hook(_Numbering(model.config), with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
-    def number(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+
+class _Numbering:
+    """The hook; a class, so that a model can be pickled while it is enabled."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         cache, given = cache_of(kwargs), kwargs.get("inputs_embeds")
         if not isinstance(cache, CapsuleCache) or given is None or current_state().generating:
             return None
@@ -35,16 +46,10 @@ def positions_of_caches(model: Any) -> Iterator[None]:
             return None
         layout, mask = layout.repeat(len(given) // layout.batch_size), kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape == (len(given), layout.length):
-            positions = text_position_ids(layout, config, mask)
+            positions = text_position_ids(layout, self._config, mask)
             positions = None if positions is None else positions[..., seen:]
         else:
-            positions = position_ids(layout, config, seen)
+            positions = position_ids(layout, self._config, seen)
         if positions is None:
             return None
         return args, kwargs | {"position_ids": positions.to(given.device)}
-
-    hook = model.get_decoder().register_forward_pre_hook(number, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()

@@ -11,9 +11,15 @@ from transformers.cache_utils import DynamicCache
 from capsight.errors import OptionError
 from capsight.kvcapsule import CapsuleCache, ContextRepeater
 from capsight.runtime.caches import in_use
-from capsight.runtime.options import check_options
+from capsight.runtime.options import GUESSING, check_options
 from capsight.runtime.repeat import ContextRepeat
-from capsight.runtime.split import sequence_length
+from capsight.runtime.split import prompt_entries, sequence_length
+
+_READING = {
+    **{"max_new_tokens": 1, "do_sample": False, "use_cache": True, "num_beams": 1, "num_return_sequences": 1},
+    **dict.fromkeys(GUESSING),
+}
+"""Options of a pass that only reads, whatever the model's generation config says."""
 
 
 def read_images(fast: Any, cache: Any, head: Mapping[str, Any]) -> Any:
@@ -31,14 +37,19 @@ def read_images(fast: Any, cache: Any, head: Mapping[str, Any]) -> Any:
     if cache is None:
         cache = DynamicCache(config=fast.model.config)
     seen = cache.get_seq_length()
-    check_options(head, seen)
+    check_options(head, 0, fast.model)
+    options = [name for name in head if name not in prompt_entries(head, fast.model) and name != "use_cache"]
+    if options:
+        raise OptionError(
+            f"encapsulate takes what a processor returns, of which {options[0]} is no part; leave it out"
+        )
     if seen and isinstance(cache, ContextRepeater):
         raise OptionError("this method reads the context twice; start a new cache for new images")
     repeat = ContextRepeat(fast.model)
     with in_use(cache), repeat.recording() if isinstance(cache, ContextRepeater) else nullcontext():
         # generate, not forward: it expands and cuts the inputs as later turns will.
-        options = {"max_new_tokens": 1, "do_sample": False, "use_cache": True}
-        fast._run(cache, fast._turn(cache, head), sequence_length(head), **options)
+        turn = fast._turn(cache, {k: v for k, v in head.items() if k != "use_cache"})
+        fast._run(cache, turn, sequence_length(head), **_READING)
     if isinstance(cache, ContextRepeater):
         cache.repeat_context(lambda copy: repeat.read(copy, head))
     if isinstance(cache, CapsuleCache):

@@ -34,6 +34,15 @@ def prompt_entries(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:
     }
 
 
+def without_nothing(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same inputs without tokens and pixels that are None; options keep their None."""
+    return {
+        name: value
+        for name, value in inputs.items()
+        if value is not None or not (name in TOKEN_ENTRIES or name.startswith(PIXEL_PREFIXES))
+    }
+
+
 def first_tokens(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
     """The same inputs cut to their first `length` tokens, images included."""
     return {k: v[..., :length] if k in TOKEN_ENTRIES else v for k, v in inputs.items()}
@@ -61,6 +70,12 @@ def has_vision(tokens: Mapping[str, Any], config: Any) -> bool:
 
 
 def sequence_length(inputs: Mapping[str, Any]) -> int:
-    """Tokens per row."""
+    """Tokens per row.
+
+    Raises:
+        LayoutError: there are no token ids, as with `inputs_embeds` alone.
+    """
+    if inputs.get("input_ids") is None:
+        raise LayoutError("the layout needs 'input_ids'; pass the processor's outputs as they are")
     ids: Tensor = inputs["input_ids"]
     return ids.shape[-1]

@@ -217,6 +217,6 @@ def images_first(fast: Any, inputs: dict[str, Any]) -> tuple[CapsuleCache | None
     layout = build_layout(inputs, fast.model.config)
     if not 0 < layout.last_vision_end < layout.length:
         return None, inputs
-    check_options(inputs, layout.last_vision_end)
+    check_options(inputs, layout.last_vision_end, fast.model)
     cache = fast.encapsulate(**prompt_entries(inputs, fast.model))
     return cache, {k: v for k, v in inputs.items() if not k.startswith(PIXEL_PREFIXES)}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from capsight.errors import ModelMismatchError
 from capsight.kvcapsule.cache.layer import CapsuleLayer
 from capsight.kvcapsule.cache.layered import LayeredCache
 from capsight.kvcapsule.cache.reader import Reader, hand_over
@@ -58,11 +59,13 @@ class CapsuleCache(LayeredCache):
 
         Raises:
             LayoutError: the batch does not fit the layout.
+            ModelMismatchError: what the cache holds is of another dtype.
             CapsightError: the codec rebuilds nothing and attention does not hide what is missing.
         """
         layer = self.layers[layer_idx]
         if not self._open:
             self._fit_batch(key_states.shape[0])
+            self.check_dtype(key_states.dtype)
             if key_states.shape[2] == 1:
                 self.check_finite()
         if key_states.shape[2] > 1:
@@ -75,16 +78,29 @@ class CapsuleCache(LayeredCache):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         payload = layer.payload
         hides = payload is not None and layer.codec.hides(payload)
-        if hides and not self.honours_key_bias:
-            self._reader.check_known(layer.codec.name)
         after = self._leaves[0] if self._leaves else (0 if self.lean and self._reader.is_ours else None)
         self._ledger.left = None
         self._ledger.latent = after is not None and layer.get_seq_length() >= after
+        if (hides or (self._ledger.latent and payload is not None)) and not self.honours_key_bias:
+            self._reader.check_known(layer.codec.name)
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if not self.honours_key_bias or self._ledger.left is not None:
             self._reader.expect(layer.codec.name if hides or self._ledger.left is not None else "")
         hand_over(keys, values, self)
         return keys, values
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """Refuse keys of another dtype than those held.
+
+        Raises:
+            ModelMismatchError: there are some, and they are.
+        """
+        held = next(iter(self.capsule_layers.values()))
+        if held.is_initialized and held.dtype != dtype:
+            raise ModelMismatchError(
+                f"the cache holds keys and values in {held.dtype}, the model runs in {dtype}; make a new "
+                "cache, or run the model as before"
+            )
 
     def key_bias(self, layer_idx: int) -> Tensor | None:
         """What attention has to add to its scores over the keys that `update` last returned for a layer.

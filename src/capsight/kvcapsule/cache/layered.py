@@ -63,8 +63,11 @@ class LayeredCache(CountedCache):
         return self._ledger.layout
 
     def continue_layout(self, layout: PromptLayout) -> None:
-        """Announce a further turn of the conversation, which may bring images."""
-        if (
+        """Announce what is read next: the first turn, whatever the cache was made for, or a further one."""
+        if not self.get_seq_length():
+            if layout != self._ledger.layout:
+                self.extend_layout(layout)
+        elif (
             layout.vision_tokens * self._ledger.plan.batch_size
             != self.layout.vision_tokens * layout.batch_size
         ):
