@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor
 
 from capsight.blindsight import Category, HeadMap, MaskOptions, sparse_attention
 from capsight.layout import PromptLayout, RowLayout, VisionBlock
-from capsight.serving.vllm.blindsight import SparsePrefill, request_layout, sparse_requests
+from capsight.serving.vllm.blindsight import SparsePrefill, dense_rest, request_layout, sparse_requests
+from capsight.serving.vllm.paged import read_tokens
 
 HEADS, KV, D, SIZE = 4, 2, 8, 4
 HEAD_MAP = HeadMap(
@@ -50,15 +52,54 @@ def expected(layer, ranges, q, k, v):
     return sparse_attention(q[None], k[None], v[None], layout, categories, **given)[0]
 
 
+@dataclass
+class Step:
+    """What `CommonAttentionMetadata` of vLLM says of a step."""
+
+    query_start_loc: Tensor
+    query_start_loc_cpu: Tensor
+    seq_lens: Tensor
+    block_table_tensor: Tensor
+    slot_mapping: Tensor
+    num_reqs: int
+    num_actual_tokens: int
+    max_query_len: int
+    max_seq_len: int
+    mm_req_doc_ranges: dict[int, list[tuple[int, int]]] | None
+    rswa_prefix_lens: Tensor | None
+
+
 def step(parts, tables):
-    """`CommonAttentionMetadata` of requests that read `[first, end)` of their prompts."""
+    """A step in which requests read `[first, end)` of their prompts."""
     sizes = torch.tensor([0, *(end - first for first, end in parts)])
-    return SimpleNamespace(
-        query_start_loc_cpu=sizes.cumsum(0),
+    begins = sizes.cumsum(0)
+    return Step(
+        query_start_loc=begins,
+        query_start_loc_cpu=begins,
         seq_lens=torch.tensor([end for _, end in parts]),
         block_table_tensor=tables,
+        slot_mapping=torch.arange(int(begins[-1])),
+        num_reqs=len(parts),
+        num_actual_tokens=int(begins[-1]),
+        max_query_len=int(sizes.max()),
+        max_seq_len=max(end for _, end in parts),
         mm_req_doc_ranges={i: list(ranges) for i, ranges in enumerate(PROMPTS)},
+        rswa_prefix_lens=torch.tensor(LENGTHS),
     )
+
+
+def dense(step, query, cache):
+    """What vLLM's own kernel does: every request attends causally to its blocks."""
+    out = torch.empty_like(query)
+    starts = step.query_start_loc.tolist()
+    for index, length in enumerate(step.seq_lens.tolist()):
+        first, end = starts[index], starts[index + 1]
+        k, v = read_tokens(cache, step.block_table_tensor[index], length)
+        k, v = (x.repeat_interleave(HEADS // KV, 0) for x in (k, v))
+        scores = query[first:end].transpose(0, 1) @ k.transpose(1, 2) * D**-0.5
+        hidden = torch.ones(end - first, length).triu(length - (end - first) + 1).bool()
+        out[first:end] = (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+    return out
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -67,26 +108,26 @@ def test_chunks_of_several_requests(layer, chunk):
     given = tensors()
     pool = Pool([k for _, k, _ in given], [v for _, _, v in given])
     prefill = SparsePrefill(HEAD_MAP)
+    assert prefill.is_dense(layer) == (layer == 2)
+    pairs = list(zip(PROMPTS, given, strict=True))
+    right = [expected(layer, ranges, *qkv).transpose(0, 1) for ranges, qkv in pairs]
     done = [0, 0, 0]
     while any(d < n for d, n in zip(done, LENGTHS, strict=True)):
         parts = [(d, min(d + chunk, n)) for d, n in zip(done, LENGTHS, strict=True)]
-        query = torch.cat([q[:, a:b] for (q, _, _), (a, b) in zip(given, parts, strict=True)], 1).transpose(
-            0, 1
+        query = torch.cat([q[:, a:b] for (q, _, _), (a, b) in zip(given, parts, strict=True)], 1)
+        query = query.transpose(0, 1)
+        whole = step(parts, pool.tables)
+        requests = sparse_requests(whole)
+        rest, rows = dense_rest(whole, requests)
+        assert rest.num_actual_tokens == len(rows) == rest.query_start_loc[-1]
+        assert (
+            rest.num_reqs == len(rest.seq_lens) == len(rest.block_table_tensor) == len(rest.rswa_prefix_lens)
         )
-        output = torch.full((query.shape[0], HEADS * D), 7.0)
-        requests = sparse_requests(step(parts, pool.tables))
+        output = torch.full((query.shape[0], HEADS * D), torch.nan)
+        output[rows] = dense(rest, query[rows], pool.cache).flatten(1)
         prefill.attend(layer, requests, query, pool.cache, D**-0.5, output)
-        row = 0
-        for (a, b), ranges, (q, k, v) in zip(parts, PROMPTS, given, strict=True):
-            right = expected(layer, ranges, q, k, v).transpose(0, 1).flatten(1)
-            for position in range(a, b):
-                is_image = any(x <= position <= y for x, y in ranges)
-                if is_image and layer != 2:
-                    assert torch.allclose(output[row], right[position], atol=1e-6)
-                else:  # between images it may be written, and then it is the dense one
-                    dense = torch.allclose(output[row], right[position], atol=1e-6)
-                    assert dense or bool((output[row] == 7).all())
-                row += 1
+        now = torch.cat([found[a:b] for found, (a, b) in zip(right, parts, strict=True)])
+        assert torch.allclose(output, now.flatten(1), atol=1e-6)
         done = [end for _, end in parts]
 
 

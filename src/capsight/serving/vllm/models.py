@@ -14,6 +14,8 @@ from vllm.model_executor.layers.rotary_embedding import MRotaryEmbedding
 from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration
 
+from capsight.serving.vllm.settings import check_engine
+
 
 class FactoredMRotaryEmbedding(MRotaryEmbedding):
     """M-RoPE whose frequencies are divided one by one."""
@@ -61,7 +63,8 @@ class CapsightQwen2VL(Qwen2VLForConditionalGeneration):
     """Qwen2-VL of an exported checkpoint."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        """See vLLM's class."""
+        """See vLLM's class; refused where capsight's attention would not be asked."""
+        check_engine(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         put_right(self, vllm_config.model_config.hf_text_config, vllm_config.model_config.dtype)
 
@@ -70,6 +73,7 @@ class CapsightQwen25VL(Qwen2_5_VLForConditionalGeneration):
     """Qwen2.5-VL of an exported checkpoint."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        """See vLLM's class."""
+        """See vLLM's class; refused where capsight's attention would not be asked."""
+        check_engine(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         put_right(self, vllm_config.model_config.hf_text_config, vllm_config.model_config.dtype)
