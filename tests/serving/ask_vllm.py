@@ -48,7 +48,7 @@ def ask(folder: Path, model: Path, prompts, rounds=1, tokens=16, environment=Non
         env=os.environ | ENVIRONMENT | (environment or {}) | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         cwd=folder,
     )
     assert answers.is_file(), done.stdout[-2000:] + done.stderr[-6000:]

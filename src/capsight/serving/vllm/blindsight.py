@@ -90,18 +90,18 @@ def dense_rest(step: Any, requests: Sequence[SparseRequest]) -> tuple[Any, Tenso
         requests: what that found in it.
 
     Returns:
-        The step as if each piece were a request of its own (which sees its request's earlier tokens), and int64
-        `[n]`, the rows of its tokens in the whole step.
+        The step as if each piece were a request of its own (it sees its request's earlier tokens), and the
+        rows of its tokens in the whole step, int64 `[n]`.
     """
     starts, lengths = step.query_start_loc_cpu.tolist(), step.seq_lens.tolist()
-    images = {request.index: request.rows for request in requests}
+    images = {found.index: found.rows for found in requests}
     pieces = []  # request, its first row, the row after its last, tokens up to there
     for index, length in enumerate(lengths):
         first, end = starts[index], starts[index + 1]
         begin, after = images.get(index, (end, end))
         pieces += [(index, first, begin, length - (end - begin)), (index, after, end, length)]
     pieces = [piece for piece in pieces if piece[1] < piece[2]]
-    index = torch.tensor([piece[0] for piece in pieces], dtype=torch.int64)
+    request = torch.tensor([piece[0] for piece in pieces], dtype=torch.int64)
     sizes = torch.tensor([0] + [end - first for _, first, end, _ in pieces], dtype=torch.int32)
     begins = sizes.cumsum(0, dtype=torch.int32)
     rows = torch.cat([torch.arange(first, end) for _, first, end, _ in pieces] or [begins[:0].long()])
@@ -116,10 +116,10 @@ def dense_rest(step: Any, requests: Sequence[SparseRequest]) -> tuple[Any, Tenso
         num_actual_tokens=len(rows),
         max_query_len=int(sizes.max()),
         max_seq_len=int(seen.max()) if pieces else 0,
-        block_table_tensor=step.block_table_tensor[index],
+        block_table_tensor=step.block_table_tensor[request],
         slot_mapping=step.slot_mapping[rows],
         mm_req_doc_ranges=None if ranges is None else {i: ranges[piece[0]] for i, piece in enumerate(pieces)},
-        rswa_prefix_lens=None if prompts is None else prompts[index],
+        rswa_prefix_lens=None if prompts is None else prompts[request],
     )
     return rest, rows
 
