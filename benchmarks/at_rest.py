@@ -118,7 +118,8 @@ def alone(prompt: Prompt, processor: Any, item: Any) -> tuple[torch.Tensor, torc
         with enable(prompt.model, capsule=prompt.capsule) as fast:
             z = open_latents(fast.encapsulate(**head), prompt.codec)
         layout = build_layout(head, prompt.model.config)
-        piece = code(z, prompt.codec.lost, STORED)
+        grids = [block.grid for block in layout.rows[0].blocks]
+        piece = code(z, prompt.codec.lost, STORED, grids)
         latents.append(decode(piece, len(z), prompt.codec.levels.rank))
         own = rope_positions(layout, prompt.model.config)
         places += [own[:, 0, b.start : b.end] for b in layout.rows[0].blocks]

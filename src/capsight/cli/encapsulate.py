@@ -28,8 +28,8 @@ from capsight.cli.target import check_folder, check_out
 from capsight.errors import OptionError
 from capsight.evaluation.asking import process
 from capsight.evaluation.cache_bytes import CacheBytes
+from capsight.kvcapsule.codecs.entropy import check_coder
 from capsight.kvcapsule.rest import DEFAULT_QUALITY, CapsuleStore, check_quality
-from capsight.kvcapsule.rest.entropy import check_coder
 from capsight.runtime import enable
 
 

@@ -14,9 +14,16 @@ from capsight.errors import CapsuleFileError, CapsuleStoreWarning, OptionError
 from capsight.kvcapsule import CapsuleCache, KVCapsule
 from capsight.kvcapsule.cache.conversation import Conversation
 from capsight.kvcapsule.cache_parts import deserialize
+from capsight.kvcapsule.codecs.entropy import check_coder
 from capsight.kvcapsule.rest import CapsuleStore, ImageKey
-from capsight.kvcapsule.rest.entropy import check_coder
-from capsight.kvcapsule.rest.parts import can_reread, image_sizes, joint_codec, open_latents, packed
+from capsight.kvcapsule.rest.parts import (
+    can_reread,
+    image_grids,
+    image_sizes,
+    joint_codec,
+    open_latents,
+    packed,
+)
 from capsight.layout import PromptLayout, build_layout
 from capsight.layout.pixels import VISION_PREFIXES, select_images
 from capsight.runtime.options import check_options
@@ -78,7 +85,7 @@ class _Pages:
         sparse = fast.head_map
         self._read_as = "" if sparse is None else f"{sparse.categories} {sparse.options}"
         self._spans = _spans(layout)
-        self._sizes = image_sizes(layout)
+        self._grids, self._sizes = image_grids(layout), image_sizes(layout)
         self._keys = list(self._made_keys())
 
     def prefix(self, read: Read) -> CapsuleCache:
@@ -103,7 +110,7 @@ class _Pages:
             if image_latents is None:
                 cache = read(**self._alone(index))
                 image_latents = open_latents(cache, self._codec)
-                self._put(key if key.first else self._key_alone(index), image_latents)
+                self._put(key if key.first else self._key_alone(index), image_latents, index)
             latents.append(image_latents)
         return self._joined(latents)
 
@@ -158,11 +165,11 @@ class _Pages:
     def _put_all(self, indices: Sequence[int], cache: CapsuleCache) -> None:
         latents = open_latents(cache, self._codec).split(self._sizes)
         for index in indices:
-            self._put(self._keys[index], latents[index])
+            self._put(self._keys[index], latents[index], index)
 
-    def _put(self, key: ImageKey, latents: Tensor) -> None:
+    def _put(self, key: ImageKey, latents: Tensor, index: int) -> None:
         try:
-            self._store.put(key, latents, self._capsule, self._model.dtype)
+            self._store.put(key, latents, self._capsule, self._model.dtype, self._grids[index])
         except (CapsuleFileError, OptionError) as error:
             warnings.warn(f"an image was not stored: {error}", CapsuleStoreWarning, stacklevel=5)
 

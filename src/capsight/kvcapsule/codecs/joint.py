@@ -25,7 +25,7 @@ from capsight.kvcapsule.codecs.block import Payload
 from capsight.kvcapsule.codecs.gathered import Gathered
 from capsight.kvcapsule.codecs.joint_axes import AXIS_BITS, coordinates_together, numbers
 from capsight.kvcapsule.codecs.joint_payload import JointPayload, OpenLatents
-from capsight.kvcapsule.codecs.joint_tensors import for_file, of_file, trimmed
+from capsight.kvcapsule.codecs.joint_tensors import for_file, of_file
 from capsight.kvcapsule.codecs.levels import BITS, GROUP, POINTS, pack, share_bits, unpack
 from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.codecs.positions import TokenPositions
@@ -118,10 +118,6 @@ class JointCodec(LayerCodec):
         """
         return type(self)(self.whole(), retained, lean)
 
-    def for_rest(self, rank: int) -> Self:
-        """This codec with its first axes alone, the first group in 8 bits, the others in 4."""
-        return type(self)(trimmed(self.whole(), rank), self.share)
-
     def learnt(self) -> dict[str, Tensor]:
         """All that was learnt, as files have it."""
         return for_file(self.whole())
@@ -168,13 +164,7 @@ class JointCodec(LayerCodec):
         return held
 
     def _centred(self, keys: Tensor, values: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """W (x - mean) `[T, 2 H D]` in the dtype of products, and the sum of its squares.
-
-        Args:
-            keys: `[T, H, D]`, after RoPE.
-            values: `[T, H, D]`.
-            tables: what undoes RoPE, `[T, P]` each.
-        """
+        """W (x - mean) `[T, 2 H D]` and the sum of its squares, of `[T, H, D]`; `tables` undo RoPE."""
         if supports(keys):
             how = self.rotary.interleaved, self.mean, self.weight, self._dtype
             return centre(keys, values, tables, *how)

@@ -8,10 +8,17 @@ from torch import Tensor
 AXIS_BITS = 8
 
 
-def in_steps(axes: Tensor, bits: int = AXIS_BITS) -> tuple[Tensor, Tensor]:
-    """One layer's axes `[K, 2, H, D]` as int8 of `bits` bits, and their steps float32 `[2, K]`."""
-    top = 2 ** (bits - 1) - 1
+def in_steps(axes: Tensor, least: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """One layer's axes `[K, 2, H, D]` as int8, and their steps float32 `[2, K]`.
+
+    Args:
+        axes: the numbers.
+        least: float32 `[2, K]`, steps that need not be finer; None for the finest.
+    """
+    top = 2 ** (AXIS_BITS - 1) - 1
     steps = axes.float().abs().amax((2, 3)) / top  # [K, 2]
+    if least is not None:
+        steps = torch.maximum(steps, least.T)
     integers = (axes.float() / steps.clamp_min(1e-30)[:, :, None, None]).round()
     return integers.clamp_(-top, top).to(torch.int8), steps.T.contiguous()
 

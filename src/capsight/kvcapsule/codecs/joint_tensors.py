@@ -1,16 +1,21 @@
 """What a layer of the joint codec learnt, as files have it, and as files for images at rest do.
 
-Memory has axes in 8 bits; files have the last ones in 4, where all of these fit.
+Memory has axes in 8 bits. Files for images at rest have them in as few as the images' quality needs, entropy
+coded.
 """
 
 from __future__ import annotations
 
+import math
+import struct
+import zlib
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from capsight.errors import OptionError
+from capsight.kvcapsule.codecs import entropy
 from capsight.kvcapsule.codecs.base import take_tensors
 from capsight.kvcapsule.codecs.joint_axes import in_steps, numbers
 from capsight.kvcapsule.codecs.levels import GROUP
@@ -23,26 +28,40 @@ _SHAPES: dict[str, tuple[int | None, ...]] = {
     "pairs": (None,),
     "turning": (3,),
 }
+_ADDED = 0.03  # error by the steps of axes, of that of images
+_CODED = struct.Struct("<IB")  # checksum of axes, their largest integer
+_FEW = 63  # largest integer of a last axis that is not as fine as it can be
 _DTYPES = {"axes": torch.int8, "lost": torch.float64, "frequencies": torch.float64, "pairs": torch.int64}
 
 
-def trimmed(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """With no more than the first axes, the first group in 8 bits, the others in 4."""
-    axes, steps = tensors["axes"][:rank], tensors["steps"][:, :rank]
-    last = in_steps(numbers(axes[GROUP:], steps[:, GROUP:], torch.float32), 4)
-    axes, steps = torch.cat((axes[:GROUP], last[0])), torch.cat((steps[:, :GROUP], last[1]), 1)
-    return {**tensors, "axes": axes, "steps": steps}
+def trimmed(tensors: Mapping[str, Tensor], rank: int, loses: float) -> dict[str, Tensor]:
+    """With no more than the first axes, in steps that hardly add to what images lose.
+
+    A step moves a coordinate by what the rest of a latent has in its direction, and what is rebuilt of a
+    coordinate by its size. Reverse water-filling: steps grow with the root of the two variances' inverse.
+
+    Args:
+        tensors: the buffers of a codec, all axes.
+        rank: how many stay.
+        loses: share of the variance that images lose by their quality.
+    """
+    axes, lost = numbers(tensors["axes"][:rank], tensors["steps"][:, :rank], torch.float32), tensors["lost"]
+    numbers_of_a_token = axes[0].numel() * int(tensors["turning"][2])
+    share = lost[:, 0].repeat_interleave(GROUP)[:rank] / GROUP / lost[:, 0].sum()  # of each coordinate
+    steps = (12 * _ADDED * loses / rank / (1 + numbers_of_a_token * share)).sqrt()  # of U
+    integers, narrow = in_steps(axes, least=(steps / tensors["weight"][:, None]).float())
+    return {**tensors, "axes": integers, "steps": narrow}
 
 
 def for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With the last pairs of axes, as many as fit in 4 bits, as "nibbles": uint8 `[pairs, 2, H, D]`."""
-    axes = tensors["axes"].contiguous()
-    wide = (axes.flatten(1).abs().amax(1) > 7).nonzero()
-    first = 0 if not len(wide) else int(wide[-1]) // 2 * 2 + 2
-    if first >= len(axes):
+    """With axes entropy coded, as "coded": uint8 `[bytes]`, where the last one is coarse."""
+    axes = tensors["axes"].contiguous().cpu()
+    if not len(axes) or int(axes[-1].abs().max()) > _FEW:
         return dict(tensors)
-    even, odd = (axes[first + at :: 2].to(torch.uint8) & 15 for at in (0, 1))  # two's complement
-    return {**tensors, "axes": axes[:first].clone(), "nibbles": even | odd << 4}
+    rows = axes.flatten(1).int().numpy()
+    head = _CODED.pack(zlib.crc32(axes.numpy().tobytes()), int(abs(rows).max()))
+    coded = torch.frombuffer(bytearray(head + entropy.encode(rows)), dtype=torch.uint8)
+    return {**{name: x for name, x in tensors.items() if name != "axes"}, "coded": coded}
 
 
 def of_file(tensors: Mapping[str, Tensor], heads: int, head_dim: int) -> dict[str, Tensor]:
@@ -52,7 +71,8 @@ def of_file(tensors: Mapping[str, Tensor], heads: int, head_dim: int) -> dict[st
         OptionError: a tensor is missing, of the wrong shape or dtype, one too many, or they do not fit.
     """
     shapes = {"mean": (2, heads, head_dim), "axes": (None, 2, heads, head_dim), "steps": (2, None), **_SHAPES}
-    taken = dict(zip(shapes, take_tensors(_joined(tensors), shapes, _DTYPES), strict=True))
+    opened = _opened(tensors, (2, heads, head_dim))
+    taken = dict(zip(shapes, take_tensors(opened, shapes, _DTYPES), strict=True))
     count, pairs = len(taken["axes"]), len(taken["pairs"])
     fits = taken["steps"].shape[1] == count <= len(taken["lost"]) * GROUP and count > 0 and not count % GROUP
     fits = fits and pairs == len(taken["frequencies"]) and 2 * pairs <= head_dim
@@ -62,17 +82,18 @@ def of_file(tensors: Mapping[str, Tensor], heads: int, head_dim: int) -> dict[st
     return taken
 
 
-def _joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    unpacked = dict(tensors)
-    nibbles = unpacked.pop("nibbles", None)
-    axes = unpacked.get("axes")
-    if axes is None or axes.ndim != 4:
-        return unpacked
-    if "steps" not in unpacked and nibbles is None:
-        unpacked["axes"], unpacked["steps"] = in_steps(axes)
-    if nibbles is None:
-        return unpacked
-    if (axes.dtype, nibbles.dtype) == (torch.int8, torch.uint8) and nibbles.shape[1:] == axes.shape[1:]:
-        values = torch.stack((nibbles & 15, nibbles >> 4), 1).flatten(0, 1).to(torch.int8)
-        unpacked["axes"] = torch.cat((axes, torch.where(values > 7, values - 16, values)))
-    return unpacked
+def _opened(tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """With axes in steps; "coded" ones `[K, *shape]`."""
+    opened = dict(tensors)
+    coded, steps = opened.pop("coded", None), opened.get("steps")
+    if coded is not None and steps is not None and steps.ndim == 2 and coded.dtype == torch.uint8:
+        data = coded.numpy().tobytes().ljust(_CODED.size)
+        checksum, top = _CODED.unpack_from(data)
+        rows = entropy.decode(data[_CODED.size :], steps.shape[1], math.prod(shape), top).astype("int8")
+        if zlib.crc32(rows.tobytes()) != checksum:
+            raise OptionError("the entropy coder gives other axes than were written; make the file again")
+        opened["axes"] = torch.from_numpy(rows).unflatten(1, shape)
+    axes = opened.get("axes")
+    if axes is not None and axes.ndim == 4 and steps is None:
+        opened["axes"], opened["steps"] = in_steps(axes)
+    return opened

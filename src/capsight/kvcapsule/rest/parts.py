@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,10 +13,11 @@ from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.codecs import JointCodec, Payload
 from capsight.kvcapsule.codecs.joint_payload import JointPayload
-from capsight.kvcapsule.codecs.levels import GROUP, pack, rate_of, unpack
+from capsight.kvcapsule.codecs.joint_tensors import trimmed
+from capsight.kvcapsule.codecs.levels import pack, rate_of, unpack
 from capsight.kvcapsule.fingerprint import tensors_fingerprint
 from capsight.kvcapsule.rest.latents import check_quality
-from capsight.layout import PromptLayout
+from capsight.layout import Grid, PromptLayout
 
 _LEARNT: WeakKeyDictionary[KVCapsule, str] = WeakKeyDictionary()
 
@@ -23,14 +25,13 @@ _LEARNT: WeakKeyDictionary[KVCapsule, str] = WeakKeyDictionary()
 def learnt_fingerprint(capsule: KVCapsule) -> str:
     """Hash of what a joint capsule learnt; the same at every retained fraction. Computed once a capsule.
 
-    Of axes the first group stands for all: what bits cost in every group was measured with the others.
+    Means, and what bits cost in every group, stand for the axes that they were measured with.
     """
     if (known := _LEARNT.get(capsule)) is None:
         tensors: dict[str, Tensor] = {}
         for i, codec in capsule.codecs.items():
-            state = codec.state_dict()
-            state |= {"axes": state["axes"][:GROUP], "steps": state["steps"][:, :GROUP]}
-            tensors |= {f"{i}.{name}": tensor for name, tensor in state.items()}
+            state = codec.state_dict().items()
+            tensors |= {f"{i}.{name}": x for name, x in state if name not in ("axes", "steps")}
         known = _LEARNT[capsule] = tensors_fingerprint(tensors, [capsule.info.codec])
     return known
 
@@ -53,9 +54,9 @@ def joint_codec(capsule: KVCapsule) -> JointCodec:
 def for_rest(capsule: KVCapsule, quality: float) -> KVCapsule:
     """A joint capsule with no more than images at rest of a quality need: its file is several times smaller.
 
-    Axes that such images do not store are left out; all but the first `GROUP` are rounded to 4 bits. What one
-    of the two capsules wrote at rest the other reads. Caches are made with these axes as well, and lose about
-    what the quality does.
+    Axes that such images do not store are left out, the others as coarse as such images allow, and entropy
+    coded in files. What one of the two capsules wrote at rest the other reads. Caches are made with these
+    axes as well, and lose about what the quality does.
 
     Raises:
         CapsuleFileError: the capsule's file is gone, from which its axes are read again.
@@ -63,7 +64,12 @@ def for_rest(capsule: KVCapsule, quality: float) -> KVCapsule:
     """
     rank = rate_of(joint_codec(capsule).lost, check_quality(quality))[1]
     codecs = capsule.whole_codecs().items()
-    return KVCapsule({i: c.for_rest(rank) for i, c in codecs if isinstance(c, JointCodec)}, capsule.info)
+    small = {
+        index: JointCodec(trimmed(codec.whole(), rank, 1 - quality), codec.share)
+        for index, codec in codecs
+        if isinstance(codec, JointCodec)
+    }
+    return KVCapsule(small, capsule.info)
 
 
 def open_latents(cache: CapsuleCache, codec: JointCodec) -> Tensor:
@@ -81,13 +87,18 @@ def packed(latents: Tensor, codec: JointCodec) -> Payload:
     return JointPayload(dict(zip(("codes", "scales"), pack(wide, codec.levels), strict=True)))
 
 
-def image_sizes(layout: PromptLayout) -> list[int]:
-    """Vision tokens of each image, by row, then order."""
-    sizes: dict[tuple[int, int], int] = {}
+def image_grids(layout: PromptLayout) -> list[list[Grid]]:
+    """(t, h, w) of the blocks of each image, by row, then order."""
+    grids: dict[tuple[int, int], list[Grid]] = {}
     for index, row in enumerate(layout.rows):
         for block in row.blocks:
-            sizes[index, block.image] = sizes.get((index, block.image), 0) + block.num_tokens
-    return list(sizes.values())
+            grids.setdefault((index, block.image), []).append(block.grid)
+    return list(grids.values())
+
+
+def image_sizes(layout: PromptLayout) -> list[int]:
+    """Vision tokens of each image, by row, then order."""
+    return [sum(map(math.prod, grids)) for grids in image_grids(layout)]
 
 
 def can_reread(layout: PromptLayout, ids: Tensor) -> bool:

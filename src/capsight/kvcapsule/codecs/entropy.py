@@ -1,0 +1,123 @@
+"""Small integers in few bytes: range coding with two-sided geometric distributions.
+
+The mean magnitude of a number is a power of two: its column's times its row's. Both are coded beside the
+numbers, so data needs no table that was fitted elsewhere. Range coding: Martin, 1979; the coder is the
+library `constriction`. Probabilities come of additions, products and quotients of doubles alone, which are
+the same on every machine; whoever decodes compares a checksum all the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capsight.errors import CapsuleFileError, OptionError
+
+MOST = 2**15 - 1
+"""Largest magnitude that is coded."""
+_CLASSES = 24
+"""A column of class c > 0 has magnitudes of mean 2^(c - 9); of class 0 it is all zeros and takes nothing."""
+_FINEST = 9
+_ROWS, _LOWEST = 16, -6
+"""A row of class c has magnitudes 2^c times as large as others; so many classes, from this one on."""
+_TURN = 0.6, 1.0
+"""Mean difference between the classes of neighbouring columns, and rows."""
+
+Integers = NDArray[np.int32]
+
+
+def encode(rows: Integers) -> bytes:
+    """Code integers `[T, R]` of magnitude `MOST` at most.
+
+    Raises:
+        OptionError: the coder is not installed.
+    """
+    coder = _library().stream.queue.RangeEncoder()
+    columns, of_rows = _classes(np.abs(rows))
+    for classes, count, turn in ((columns, _CLASSES, _TURN[0]), (of_rows, _ROWS, _TURN[1])):
+        coder.encode((np.diff(classes, prepend=0) % count).astype(np.int32), _differences(count, turn))
+    top = int(np.abs(rows).max(initial=0))
+    classes = _together(columns, of_rows)
+    for kind in np.unique(classes[classes > 0]).tolist():
+        coder.encode((rows[classes == kind] + top).astype(np.int32), _model_of(kind, top))
+    return bytes(coder.get_compressed().astype("<u4").tobytes())
+
+
+def decode(data: bytes, tokens: int, rank: int, top: int) -> Integers:
+    """The integers `[tokens, rank]` that `encode` coded, `top` their largest magnitude.
+
+    Raises:
+        OptionError: the coder is not installed.
+        CapsuleFileError: `data` is none that `encode` gave.
+    """
+    library = _library()
+    rows = np.zeros((tokens, rank), np.int32)
+    try:
+        coder = library.stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+        columns = np.cumsum(coder.decode(_differences(_CLASSES, _TURN[0]), rank)) % _CLASSES
+        of_rows = np.cumsum(coder.decode(_differences(_ROWS, _TURN[1]), tokens)) % _ROWS
+        classes = _together(columns, of_rows)
+        for kind in np.unique(classes[classes > 0]).tolist():
+            places = classes == kind
+            rows[places] = coder.decode(_model_of(kind, top), int(places.sum())) - top
+    except (ValueError, AssertionError) as error:
+        raise CapsuleFileError(f"coded latents cannot be read ({error}); encapsulate again") from error
+    return rows
+
+
+def _classes(magnitudes: Integers) -> tuple[Integers, Integers]:
+    """Of columns `[R]` and of rows `[T]`, counted from 0, of magnitudes `[T, R]`."""
+
+    def nearest(means: NDArray[np.float64], lowest: int, count: int) -> Integers:
+        powers = np.rint(np.log2(np.maximum(means, 2.0**lowest))).astype(np.int32) - lowest
+        return powers.clip(0, count - 1)
+
+    means = magnitudes.mean(0) if len(magnitudes) else np.zeros(magnitudes.shape[1])
+    rows = nearest(magnitudes.sum(1) / max(means.sum(), 1e-9), _LOWEST, _ROWS)
+    means = magnitudes.sum(0) / max((2.0 ** (rows + _LOWEST)).sum(), 1e-9)
+    columns = nearest(means, 1 - _FINEST, _CLASSES - 1) + 1
+    return np.where(magnitudes.any(0), columns, 0).astype(np.int32), rows
+
+
+def _together(columns: Integers, rows: Integers) -> Integers:
+    """The class of each number `[T, R]`."""
+    both = (columns + (rows[:, None] + _LOWEST)).clip(1, _CLASSES - 1)
+    return np.where(columns > 0, both, 0)
+
+
+def check_coder() -> None:
+    """Refuse to go on without the coder.
+
+    Raises:
+        OptionError: it is not installed.
+    """
+    _library()
+
+
+def _model_of(kind: int, top: int) -> Any:
+    """Of integers from -top to top whose magnitudes have the mean of a class."""
+    mean = 2.0 ** (kind - _FINEST)
+    powers = np.cumprod(np.full(top + 1, mean / (1 + mean)))
+    return _model(np.concatenate((powers[:0:-1] / 2, powers[:1], powers[1:] / 2)))
+
+
+def _differences(count: int, mean: float) -> Any:
+    """Of differences between neighbouring classes, modulo their number."""
+    powers = np.cumprod(np.full(count, mean / (1 + mean)))
+    return _model(powers + powers[(count - np.arange(count)) % count])
+
+
+def _model(weights: NDArray[np.float64]) -> Any:
+    return _library().stream.model.Categorical(weights, perfect=False)
+
+
+def _library() -> Any:
+    try:
+        import constriction
+    except ImportError as error:
+        raise OptionError(
+            'capsules at rest need the entropy coder `constriction`: pip install "capsight[rest]"'
+        ) from error
+    return constriction
