@@ -95,7 +95,10 @@ def decode(data: bytes, tokens: int, rank: int) -> Tensor:
         raise CapsuleFileError("the latents of an image were changed since they were written: wrong checksum")
     coded, stored, top, step, checksum, runs = _HEAD.unpack_from(body)
     start = _HEAD.size + runs * _GRID.size
-    grids = [grid for count, *grid in _GRID.iter_unpack(body[_HEAD.size : start]) for _ in range(count)]
+    named = body[_HEAD.size : start]
+    if len(named) != runs * _GRID.size:
+        raise CapsuleFileError("the latents of an image end too early; encapsulate again")
+    grids = [(t, h, w) for count, t, h, w in _GRID.iter_unpack(named) for _ in range(count)]
     if coded != tokens or not 0 < step < math.inf or (grids and sum(map(math.prod, grids)) != tokens):
         raise CapsuleFileError(f"an image has latents of {coded} tokens at rest, the prompt {tokens}")
     rows = entropy.decode(body[start:], tokens, stored, top)
