@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -33,8 +34,10 @@ def replace_file(path: Path, content: bytes | str | Callable[[Path], object]) ->
         content: what it holds (text as UTF-8), or what writes it to the path that it is given.
 
     Raises:
-        OSError: it cannot be written; what was there before is unharmed.
+        OSError: it cannot be written, or is a device or a pipe; what was there before is unharmed.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "it is a device or a pipe, not a file", str(path))
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.")
     os.close(descriptor)
     temporary = Path(name)

@@ -13,6 +13,7 @@ from capsight.cli import demo as demo_module
 from capsight.cli import evaluate as evaluate_module
 from capsight.cli.target import check_folder, check_out, write
 from capsight.errors import OptionError
+from capsight.files import replace_file
 from capsight.reference import split_prompt
 from cli.test_cli import run
 
@@ -64,6 +65,33 @@ def test_devices_and_pipes_are_written_into(tmp_path):
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
     with pytest.raises(OptionError, match=r"cannot write /dev/full: No space"):
         write(demo_module.Path("/dev/full"), b"x" * 100_000)
+
+
+def test_devices_and_pipes_are_not_replaced(tmp_path, monkeypatch, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="device or a pipe"):
+        replace_file(tmp_path / "pipe", b"x")
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    for out in (tmp_path / "pipe", "-"):
+        code, _, err = run(monkeypatch, capsys, "encapsulate", "--image", tmp_path / "a.png", "--out", out)
+        assert code == 2
+        assert "keeps nothing" in err
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+    ends = os.pipe()
+    check_out(demo_module.Path(f"/dev/fd/{ends[1]}"))  # as a shell names the end of a pipe
+    write(demo_module.Path(f"/dev/fd/{ends[1]}"), b"x")
+    assert os.read(ends[0], 9) == b"x"
+    for end in ends:
+        os.close(end)
+
+
+def test_eval_writes_into_devices(tmp_path, monkeypatch, capsys):
+    few = ("eval", "--images", "1", "--samples", 1, "--max-new-tokens", 2)
+    (tmp_path / "null").symlink_to(os.devnull)
+    assert run(monkeypatch, capsys, *few, "--json", tmp_path / "null")[0] == 0
+    assert run(monkeypatch, capsys, *few, "--json", "/dev/full")[0] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["null"]
+    assert not os.path.exists("/dev/full.partial")
 
 
 @pytest.mark.parametrize("check", [check_out, check_folder])

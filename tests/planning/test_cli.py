@@ -67,7 +67,7 @@ def test_every_family_from_a_config_file(monkeypatch, capsys, tmp_path, name):
         (["--model", "/no/such"], "/no/such"),
         (["--model", __file__], "JSON"),
         (["--gpu-memory", "80"], "80GB"),
-        (["--image-size", "4"], "WIDTHxHEIGHT"),
+        (["--image-size", "4"], "WIDTHxHEIGHT"), (["--image-size", "4020x20"], "200 : 1"),
         (["--image-size", "4x4", "--image-tokens", "4"], "not both"),
         (["--images", "1", "--images", "2", "--image-tokens", "4", "--image-tokens", "5",
           "--image-tokens", "6"], "one kind per"),

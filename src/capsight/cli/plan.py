@@ -17,6 +17,7 @@ from capsight.cli.output import console, human_bytes, parse_bytes, write_json
 from capsight.cli.target import check_out
 from capsight.errors import OptionError
 from capsight.kvcapsule.budget import share_to_keep
+from capsight.pictures.source import MAX_RATIO
 from capsight.planning import Budget, ImageGrids, Plan, grids_of_size, grids_of_tokens
 from capsight.planning import plan as make_plan
 
@@ -93,7 +94,10 @@ def _pixels(size: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)", size)
     if match is None:
         raise OptionError(f"image size is {size!r}; give WIDTHxHEIGHT in pixels, such as 448x224")
-    return int(match[1]), int(match[2])
+    width, height = int(match[1]), int(match[2])
+    if max(width, height) > MAX_RATIO * min(width, height) > 0:
+        raise OptionError(f"image size is {size!r}; no picture is longer than {MAX_RATIO} : 1")
+    return width, height
 
 
 def _print(out: Console, planned: Plan, budget: Budget, model: str, images: int) -> None:

@@ -13,23 +13,29 @@ from capsight.files import replace_file
 STDOUT = Path("-")
 
 
-def check_out(path: Path | None) -> None:
+def check_out(path: Path | None, kept: bool = False) -> None:
     """Refuse a file that cannot be written, before the long work starts.
+
+    Args:
+        path: where to; None: nowhere.
+        kept: whether it has to stay in a file.
 
     Raises:
         OptionError: its folder is missing, or it or its folder does not let itself be written.
     """
-    if path is None or path == STDOUT:
+    if path is None or (path == STDOUT and not kept):
         return
     try:
-        target = path.resolve()
-        if target.is_dir():
+        if path.is_dir():
             raise OptionError(f"{path} is a folder; name a file")
-        if not target.parent.is_dir():
-            raise OptionError(f"the folder of {path} does not exist; make it first")
-        if target.exists() and not os.access(target, os.W_OK):
+        if kept and not is_kept(path):
+            raise OptionError(f"cannot write {path}: it keeps nothing; name a file")
+        if path.exists() and not os.access(path, os.W_OK):
             raise OptionError(f"cannot write {path}: it is write-protected")
-        if not target.exists() or target.is_file():
+        if is_kept(path):
+            target = path.resolve()
+            if not target.parent.is_dir():
+                raise OptionError(f"the folder of {path} does not exist; make it first")
             with tempfile.TemporaryFile(dir=target.parent):
                 pass
     except OptionError:
@@ -79,11 +85,10 @@ def write(path: Path, data: bytes) -> None:
         sys.stdout.buffer.flush()
         return
     try:
-        target = path.resolve()
-        if not is_kept(target):
-            target.write_bytes(data)
-            return
-        replace_file(target, data)
+        if is_kept(path):
+            replace_file(path.resolve(), data)
+        else:
+            path.write_bytes(data)
     except OSError as error:
         raise OptionError(f"cannot write {path}: {_reason(error)}") from error
 
