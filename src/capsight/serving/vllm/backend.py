@@ -15,10 +15,12 @@ With no entry `capsight` in the model's config the classes do what vLLM's do.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
+from vllm import _custom_ops as ops
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.models.utils import extract_layer_index
@@ -28,12 +30,16 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from capsight.blindsight import HeadMap
 from capsight.serving.checkpoint import Served
+from capsight.serving.select import select_tokens
 from capsight.serving.vllm.blindsight import SparsePrefill, SparseRequest, sparse_requests
-from capsight.serving.vllm.paged import check_readable
+from capsight.serving.vllm.paged import check_readable, read_tokens
 from capsight.serving.vllm.settings import check_engine, served_by
+from capsight.serving.vllm.spec import CapsuleSpec
+from capsight.serving.vllm.steps import Shrinking, shortened, shrink_step
 
 
 @dataclass
@@ -42,9 +48,15 @@ class CapsightMetadata(CPUAttentionMetadata):
 
     Attributes:
         sparse: requests whose image tokens are read in this step, with a head map.
+        shrinking: requests that are read to their prompt's end in this step.
+        tail_rows: int64 `[n]`, the rows behind those prompts' ends; None if there are none.
+        tails: those rows as a step of their own, over what is left of the images.
     """
 
     sparse: tuple[SparseRequest, ...] = ()
+    shrinking: tuple[Shrinking, ...] = ()
+    tail_rows: Tensor | None = None
+    tails: CPUAttentionMetadata | None = None
 
 
 class CapsightBuilder(CPUAttentionMetadataBuilder):
@@ -59,11 +71,35 @@ class CapsightBuilder(CPUAttentionMetadataBuilder):
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """The step's metadata."""
-        made = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        step = common_attn_metadata
         if self.served is None:
-            return made
-        sparse = () if self.served.head_map is None else sparse_requests(common_attn_metadata)
-        return CapsightMetadata(**vars(made), sparse=sparse)
+            return super().build(common_prefix_len, step, fast_build)
+        sparse = () if self.served.head_map is None else sparse_requests(step)
+        shrinking: tuple[Shrinking, ...] = ()
+        if self.served.retained is not None:
+            prompts = step.rswa_prefix_lens.tolist()
+            tables, lengths, shrinking = shrink_step(step, prompts, self.block_size, self.served.retained)
+            step = replace(step, block_table_tensor=tables, seq_lens=lengths)
+        made = vars(super().build(common_prefix_len, step, fast_build))
+        tails = [request for request in shrinking if request.tail[0] < request.tail[1]]
+        if not tails:
+            return CapsightMetadata(**made, sparse=sparse, shrinking=shrinking)
+        sizes = torch.tensor([end - start for start, end in (request.tail for request in tails)])
+        starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(torch.int32)
+        rows = torch.cat([torch.arange(*request.tail) for request in tails])
+        behind = replace(
+            step,
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=torch.tensor([r.length - r.plan.freed_tokens for r in tails], dtype=torch.int32),
+            num_reqs=len(tails),
+            num_actual_tokens=len(rows),
+            max_query_len=int(sizes.max()),
+            block_table_tensor=torch.stack([shortened(request.table, request.plan) for request in tails]),
+            slot_mapping=step.slot_mapping[rows],
+        )
+        again = super().build(common_prefix_len, behind, fast_build)
+        return CapsightMetadata(**made, sparse=sparse, shrinking=shrinking, tail_rows=rows, tails=again)
 
 
 class CapsightImpl(CPUAttentionBackendImpl):
@@ -79,6 +115,7 @@ class CapsightImpl(CPUAttentionBackendImpl):
         config = get_current_vllm_config()
         served = served_by(config)
         self.prefill: SparsePrefill | None = None
+        CapsightBackend.retained = None if served is None else served.retained
         if served is not None:
             check_engine(config)
             self.prefill = _prefill(config.model_config.model, served)
@@ -104,11 +141,52 @@ class CapsightImpl(CPUAttentionBackendImpl):
         if self.prefill is not None and attn_metadata.sparse:
             index = extract_layer_index(layer.layer_name)
             self.prefill.attend(index, attn_metadata.sparse, query, kv_cache, self.scale, output)
+        for request in attn_metadata.shrinking:
+            self._shrink(layer, kv_cache, request)
+        rows = attn_metadata.tail_rows
+        if rows is not None:
+            behind = torch.empty_like(query[rows])
+            super().forward(layer, query[rows], key[rows], value[rows], kv_cache, attn_metadata.tails, behind)
+            output.view(query.shape)[rows] = behind
         return found
+
+    def _shrink(self, layer: Any, kv_cache: Tensor, request: Shrinking) -> None:
+        """Write what each head keeps of a request's region to the region's first blocks."""
+        plan = request.plan
+        keys, values = read_tokens(kv_cache, request.region, plan.tokens)  # [H, T, D]
+        shown = torch.cat([torch.arange(*span) for span in plan.images])
+        chosen = shown[select_tokens(keys[:, shown], values[:, shown], plan.kept_image_tokens)]
+        keep = torch.ones(keys.shape[:2], dtype=torch.bool).index_fill_(1, shown, False)
+        kept = keep.scatter_(1, chosen, True).nonzero()[:, 1].view(len(keys), -1, 1)  # [H, S, 1]
+        slots = request.region[: plan.kept_blocks, None] * plan.block_size + torch.arange(plan.block_size)
+        blocks, heads, size, _ = kv_cache.shape
+        ops.cpu_attn_reshape_and_cache(
+            *(torch.take_along_dim(x, kept, 1).transpose(0, 1).contiguous() for x in (keys, values)),
+            *kv_cache.view(blocks, heads, size * 2, -1).chunk(2, dim=2),
+            slots.flatten(),
+            layer.isa,
+            k_scale=layer._k_scale_float,
+            v_scale=layer._v_scale_float,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
 
 
 class CapsightBackend(CPUAttentionBackend):
-    """What vLLM finds under the name of its CPU backend."""
+    """What vLLM finds under the name of its CPU backend.
+
+    Attributes:
+        retained: of the model that was built last in this process; vLLM asks a class for the kind of KV
+            cache, and tells it nothing of the model.
+    """
+
+    retained: ClassVar[float | None] = None
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        """The KV cache of a layer, with capsules where the model's config asks for them."""
+        if cls.retained is None or type(spec) is not FullAttentionSpec:
+            return spec
+        return CapsuleSpec.of(spec, cls.retained)
 
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:

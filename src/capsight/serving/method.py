@@ -1,0 +1,66 @@
+"""`PagedCapsules`: what the vLLM plugin keeps, as a method for transformers, to judge and test it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from capsight.baselines.base import Baseline
+from capsight.baselines.kept import KeptCodec
+from capsight.kvcapsule.cache import CapsuleCache, full_attention_layers
+from capsight.kvcapsule.plan import Run
+from capsight.layout import PromptLayout, RowLayout
+from capsight.serving.plan import RequestPlan, plan_request
+from capsight.serving.select import select_tokens
+
+
+class PagedCapsules(Baseline):
+    """Each KV head of each layer keeps equally many image tokens of a prompt, as whole blocks of memory hold.
+
+    Blocks are those of an engine's paged memory, counted from the first token of a prompt (see
+    `plan_request`); with the same `retained` and block size the engine keeps the very same tokens.
+    """
+
+    name = "paged"
+
+    def __init__(self, retained: float = 0.40, block_size: int = 32) -> None:
+        """Choose the share of image tokens to keep and the engine's block size."""
+        super().__init__(retained, block_size)
+
+    def plan(self, row: RowLayout) -> RequestPlan | None:
+        """How the blocks of one prompt shrink."""
+        pad = row.pad_left
+        ranges = [(block.start - pad, block.end - 1 - pad) for block in row.blocks]
+        return plan_request(ranges, row.length - pad, self.block_size, self.retained)
+
+    def _new_cache(self, layout: PromptLayout, config: PreTrainedConfig) -> CapsuleCache:
+        codec = _PagedCodec([self.plan(row) for row in layout.rows])
+        return CapsuleCache(dict.fromkeys(full_attention_layers(config), codec), layout, config)
+
+
+class _PagedCodec(KeptCodec):
+    """Image tokens one by one; those of a row compete."""
+
+    def __init__(self, plans: Sequence[RequestPlan | None]) -> None:
+        super().__init__(PagedCapsules.name, 1)
+        self._plans = tuple(plans)
+
+    def keep(self, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> Tensor:
+        keep = super().keep(keys, values, runs)  # [T, H, 1]
+        done = 0
+        for row, plan in enumerate(self._plans):
+            tokens = sum(run.length for run in runs if run.row == row)
+            if plan is not None and tokens:
+                own = slice(
+                    done, done + plan.image_tokens
+                )  # what is left over ends in a block that is not full
+                found = select_tokens(
+                    keys[own, :, 0].transpose(0, 1), values[own, :, 0].transpose(0, 1), plan.kept_image_tokens
+                )
+                chosen = torch.zeros_like(keep[own, :, 0].T).scatter(1, found, True)
+                keep[own] = chosen.T[:, :, None]
+            done += tokens
+        return keep

@@ -1,0 +1,131 @@
+"""One vLLM engine in a process of its own, watched: `python -m serving.drive_vllm JOB.json FOUND.json`.
+
+A job has `model` (a folder), `requests` (text, picture files, how many answers), `tokens` (how many to
+generate), `abort` (which requests are given up while their prompts are read), `engine` (arguments of
+`vllm.LLM`) and `watch` (whether the engine runs in this process, so that its scheduler can be looked at).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from serving.ask_vllm import DEFAULTS, ENVIRONMENT, TESTS
+
+
+def drive(folder: Path, model: Path, requests, tokens=16, abort=(), environment=None, watch=True, **engine):
+    """Run a job; answers by request (None if it was given up), and what was seen of the scheduler."""
+    job, found = folder / "drive.json", folder / "found.json"
+    found.unlink(missing_ok=True)
+    given = {
+        "model": str(model),
+        "requests": requests,
+        "tokens": tokens,
+        "abort": list(abort),
+        "watch": watch,
+    }
+    job.write_text(json.dumps(given | {"engine": engine}))
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "serving.drive_vllm", str(job), str(found)],
+        env=os.environ | ENVIRONMENT | (environment or {}) | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=590,
+        cwd=folder,
+    )
+    assert found.is_file(), done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads(found.read_text())
+
+
+def prompt(text, files):
+    """What vLLM takes."""
+    if not files:
+        return {"prompt": text}
+    return {
+        "prompt": text,
+        "multi_modal_data": {"image": [Image.open(file).convert("RGB") for file in files]},
+    }
+
+
+def answer(output):
+    """Tokens and their log-probabilities of each answer to a request."""
+    return [
+        {
+            "tokens": list(one.token_ids),
+            "logprobs": [e[t].logprob for t, e in zip(one.token_ids, one.logprobs, strict=True)],
+        }
+        for one in sorted(output.outputs, key=lambda one: one.index)
+    ]
+
+
+def watched(engine, job, sampling):
+    """Step by step, with an eye on the scheduler."""
+    llm = engine.llm_engine
+    scheduler = llm.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    for index, (text, files, count) in enumerate(job["requests"]):
+        llm.add_request(str(index), prompt(text, files), sampling(count))
+    answers, running, most_used, steps, preempted, abort = (
+        [None] * len(job["requests"]),
+        0,
+        0,
+        0,
+        set(),
+        job["abort"],
+    )
+    while llm.has_unfinished_requests():
+        outputs = llm.step()
+        steps += 1
+        running = max(running, len(scheduler.running))
+        most_used = max(most_used, pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+        preempted |= {r.request_id for r in scheduler.requests.values() if r.num_preemptions}
+        if abort:
+            begun = {
+                r.request_id for r in scheduler.running if 0 < r.num_computed_tokens < r.num_prompt_tokens
+            }
+            for index in [i for i in abort if any(x.startswith(str(i)) for x in begun)]:
+                llm.abort_request([str(index)])
+                abort = [i for i in abort if i != index]
+        for output in outputs:
+            if output.finished and str(output.request_id) not in {str(i) for i in job["abort"]}:
+                answers[int(output.request_id)] = answer(output)
+    seen = {"running": running, "steps": steps, "preempted": len(preempted), "not aborted": abort}
+    leaked = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+    return answers, seen | {"blocks": pool.num_gpu_blocks, "most used": most_used, "leaked": leaked}
+
+
+def main(job_file: str, found_file: str) -> None:
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    job = json.loads(Path(job_file).read_text())
+    engine = LLM(model=job["model"], **(DEFAULTS | job["engine"]))
+
+    def sampling(count):
+        return SamplingParams(
+            temperature=1,
+            top_k=1,  # greedy, of which vLLM gives one answer only
+            max_tokens=job["tokens"],
+            logprobs=0,
+            n=count,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    if job["watch"]:
+        answers, seen = watched(engine, job, sampling)
+    else:
+        prompts = [prompt(text, files) for text, files, _ in job["requests"]]
+        each = [sampling(count) for _, _, count in job["requests"]]
+        answers = [answer(output) for output in engine.generate(prompts, each, use_tqdm=False)]
+        seen = {}
+    Path(found_file).write_text(json.dumps({"answers": answers, "seen": seen}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

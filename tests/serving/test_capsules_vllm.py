@@ -1,0 +1,115 @@
+"""Capsules in vLLM's paged memory give the tokens of transformers. Needs vLLM; CPU, fp32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+import capsight
+from capsight.reference import load_reference_vlm, reference_path, split_prompt
+from capsight.serving.export import export_checkpoint
+from capsight.serving.method import PagedCapsules
+from serving.drive_vllm import drive
+
+RETAINED = 0.4
+COUNTS = (8, 1, 2, 8, 0, 3, 5)  # images of each prompt; those of the last one are asked about twice
+TOKENS = 16
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return load_reference_vlm()
+
+
+def asked(processor, folder, count, number, question):
+    """Text, picture files and model inputs of one question."""
+    prompt = split_prompt("test", number, count or 1)
+    files = [str(folder / f"{number}-{index}.png") for index in range(count)]
+    scenes = prompt.scenes[:count]
+    for scene, file in zip(scenes, files, strict=True):
+        scene.image.save(file)
+    content = [{"type": "image"}] * count + [{"type": "text", "text": prompt.questions[question].text}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    images = {"images": [[scene.image for scene in scenes]]} if count else {}
+    return text, files, processor(text=[text], return_tensors="pt", **images)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory, vlm):
+    folder = tmp_path_factory.mktemp("pictures")
+    made = [asked(vlm[1], folder, count, number, 0) for number, count in enumerate(COUNTS)]
+    return [*made, asked(vlm[1], folder, COUNTS[-1], len(COUNTS) - 1, 3)]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, vlm):
+    out = tmp_path_factory.mktemp("exported") / "model"
+    export_checkpoint(reference_path(), out, vlm[0], retained=RETAINED)
+    return out
+
+
+def expected(model, inputs, retained=RETAINED):
+    """Tokens and their log-probabilities on the transformers path."""
+    options = {"max_new_tokens": TOKENS, "do_sample": False, "return_dict_in_generate": True}
+    with torch.no_grad(), capsight.enable(model, capsule=PagedCapsules(retained)) as fast:
+        out = fast.generate(**inputs, **options, output_logits=True)
+    tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    rows = torch.stack(out.logits)[:, 0].float().log_softmax(-1)
+    return tokens, [rows[i, token].item() for i, token in enumerate(tokens)]
+
+
+@pytest.fixture(scope="module")
+def right(vlm, prompts):
+    return [expected(vlm[0], inputs) for _, _, inputs in prompts]
+
+
+def requests(prompts, counts=None):
+    return [(text, files, (counts or {}).get(i, 1)) for i, (text, files, _) in enumerate(prompts)]
+
+
+def check(found, right):
+    """Every answer is that of transformers."""
+    for answers, (tokens, logprobs) in zip(found["answers"], right, strict=True):
+        for one in answers:
+            assert one["tokens"] == tokens
+            assert max(abs(a - b) for a, b in zip(one["logprobs"], logprobs, strict=True)) <= 1e-4
+    if found["seen"]:
+        assert found["seen"]["leaked"] == 0
+
+
+def test_all_at_once_and_several_answers(tmp_path, exported, prompts, right):
+    found = drive(tmp_path, exported, requests(prompts, {2: 2, 7: 3}), tokens=TOKENS)
+    check(found, right)
+    assert [len(answers) for answers in found["answers"]] == [1, 1, 2, 1, 1, 1, 1, 3]
+
+
+def test_chunks_in_a_pool_that_preempts_and_requests_given_up(tmp_path, exported, prompts, right):
+    found = drive(
+        tmp_path,
+        exported,
+        requests(prompts * 2),
+        tokens=TOKENS,
+        abort=[3],
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=30,
+    )
+    assert found["answers"].pop(3) is None
+    assert found["seen"]["preempted"] > 0
+    check(found, [*right[:3], *right[4:], *right])
+
+
+def test_heads_shared_by_two_processes_of_an_engine_in_a_third(tmp_path, exported, prompts, right):
+    found = drive(
+        tmp_path,
+        exported,
+        requests(prompts),
+        tokens=TOKENS,
+        watch=False,
+        tensor_parallel_size=2,
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+    )
+    check(found, right)
