@@ -113,6 +113,7 @@ def main(job_file: str, found_file: str) -> None:
             top_k=1,  # greedy, of which vLLM gives one answer only
             max_tokens=job["tokens"],
             logprobs=0,
+            ignore_eos=True,
             n=count,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )

@@ -15,7 +15,7 @@ from serving.drive_vllm import drive
 
 RETAINED = 0.4
 COUNTS = (8, 1, 2, 8, 0, 3, 5)  # images of each prompt; those of the last one are asked about twice
-TOKENS = 16
+TOKENS, END = 48, 4  # the end token stops nothing here
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,7 @@ def exported(tmp_path_factory, vlm):
 def expected(model, inputs, retained=RETAINED):
     """Tokens and their log-probabilities on the transformers path."""
     options = {"max_new_tokens": TOKENS, "do_sample": False, "return_dict_in_generate": True}
+    options |= {"eos_token_id": [-1], "pad_token_id": 0}  # on and on
     with torch.no_grad(), capsight.enable(model, capsule=PagedCapsules(retained)) as fast:
         out = fast.generate(**inputs, **options, output_logits=True)
     tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
@@ -76,7 +77,10 @@ def check(found, right):
     for answers, (tokens, logprobs) in zip(found["answers"], right, strict=True):
         for one in answers:
             assert one["tokens"] == tokens
-            assert max(abs(a - b) for a, b in zip(one["logprobs"], logprobs, strict=True)) <= 1e-4
+            gaps = [abs(a - b) for a, b in zip(one["logprobs"], logprobs, strict=True)]
+            answered = tokens.index(END) + 1 if END in tokens else len(tokens)
+            assert max(gaps[:answered]) <= 1e-4
+            assert max(gaps) <= 1e-3  # the model was not trained to go on
     if found["seen"]:
         assert found["seen"]["leaked"] == 0
 
@@ -94,11 +98,12 @@ def test_chunks_in_a_pool_that_preempts_and_requests_given_up(tmp_path, exported
         requests(prompts * 2),
         tokens=TOKENS,
         abort=[3],
+        max_model_len=896,
         max_num_batched_tokens=64,
-        num_gpu_blocks_override=30,
+        num_gpu_blocks_override=29,
     )
     assert found["answers"].pop(3) is None
-    assert found["seen"]["preempted"] > 0
+    assert found["seen"]["preempted"] > 0, found["seen"]
     check(found, [*right[:3], *right[4:], *right])
 
 

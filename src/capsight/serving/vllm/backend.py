@@ -15,6 +15,7 @@ With no entry `capsight` in the model's config the classes do what vLLM's do.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -35,7 +36,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from capsight.blindsight import HeadMap
 from capsight.serving.checkpoint import Served
 from capsight.serving.select import select_tokens
-from capsight.serving.vllm.blindsight import SparsePrefill, SparseRequest, sparse_requests
+from capsight.serving.vllm.blindsight import SparsePrefill, SparseRequest, dense_rest, sparse_requests
 from capsight.serving.vllm.paged import check_readable, read_tokens
 from capsight.serving.vllm.settings import check_engine, served_by
 from capsight.serving.vllm.spec import CapsuleSpec
@@ -48,12 +49,16 @@ class CapsightMetadata(CPUAttentionMetadata):
 
     Attributes:
         sparse: requests whose image tokens are read in this step, with a head map.
+        rest_rows: int64 `[n]`, the rows of all other tokens, where there are such requests.
+        rest: those rows as a step of their own; None if there are none.
         shrinking: requests that are read to their prompt's end in this step.
         tail_rows: int64 `[n]`, the rows behind those prompts' ends; None if there are none.
         tails: those rows as a step of their own, over what is left of the images.
     """
 
     sparse: tuple[SparseRequest, ...] = ()
+    rest_rows: Tensor | None = None
+    rest: CPUAttentionMetadata | None = None
     shrinking: tuple[Shrinking, ...] = ()
     tail_rows: Tensor | None = None
     tails: CPUAttentionMetadata | None = None
@@ -80,10 +85,20 @@ class CapsightBuilder(CPUAttentionMetadataBuilder):
             prompts = step.rswa_prefix_lens.tolist()
             tables, lengths, shrinking = shrink_step(step, prompts, self.block_size, self.served.retained)
             step = replace(step, block_table_tensor=tables, seq_lens=lengths)
-        made = vars(super().build(common_prefix_len, step, fast_build))
+        made = CapsightMetadata(**vars(super().build(common_prefix_len, step, fast_build)))
+        made.sparse, made.shrinking = sparse, shrinking
+        if sparse:
+            rest, made.rest_rows = dense_rest(step, sparse)
+            made.rest = super().build(0, rest, fast_build) if len(made.rest_rows) else None
         tails = [request for request in shrinking if request.tail[0] < request.tail[1]]
-        if not tails:
-            return CapsightMetadata(**made, sparse=sparse, shrinking=shrinking)
+        if tails:
+            behind, made.tail_rows = self._behind(step, tails)
+            made.tails = super().build(0, behind, fast_build)
+        return made
+
+    @staticmethod
+    def _behind(step: Any, tails: Sequence[Shrinking]) -> tuple[Any, Tensor]:
+        """The tokens behind the prompts' ends as a step of its own, and their rows in the whole step."""
         sizes = torch.tensor([end - start for start, end in (request.tail for request in tails)])
         starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(torch.int32)
         rows = torch.cat([torch.arange(*request.tail) for request in tails])
@@ -98,8 +113,7 @@ class CapsightBuilder(CPUAttentionMetadataBuilder):
             block_table_tensor=torch.stack([shortened(request.table, request.plan) for request in tails]),
             slot_mapping=step.slot_mapping[rows],
         )
-        again = super().build(common_prefix_len, behind, fast_build)
-        return CapsightMetadata(**made, sparse=sparse, shrinking=shrinking, tail_rows=rows, tails=again)
+        return behind, rows
 
 
 class CapsightImpl(CPUAttentionBackendImpl):
@@ -133,22 +147,29 @@ class CapsightImpl(CPUAttentionBackendImpl):
         **options: Any,
     ) -> Tensor:
         """Attention of all requests of a step; see the module."""
-        found: Tensor = super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output, *others, **options
-        )
-        if not isinstance(attn_metadata, CapsightMetadata):
-            return found
-        if self.prefill is not None and attn_metadata.sparse:
-            index = extract_layer_index(layer.layer_name)
-            self.prefill.attend(index, attn_metadata.sparse, query, kv_cache, self.scale, output)
-        for request in attn_metadata.shrinking:
+        step, given = attn_metadata, (layer, query, key, value, kv_cache)
+        ours = isinstance(step, CapsightMetadata)
+        index = extract_layer_index(layer.layer_name) if ours else 0
+        if ours and self.prefill is not None and step.sparse and not self.prefill.is_dense(index):
+            if step.rest is not None:
+                self._rows(given, step.rest_rows, step.rest, output)
+            self.prefill.attend(index, step.sparse, query, kv_cache, self.scale, output)
+        else:
+            super().forward(*given, step, output, *others, **options)
+        if not ours:
+            return output
+        for request in step.shrinking:
             self._shrink(layer, kv_cache, request)
-        rows = attn_metadata.tail_rows
-        if rows is not None:
-            behind = torch.empty_like(query[rows])
-            super().forward(layer, query[rows], key[rows], value[rows], kv_cache, attn_metadata.tails, behind)
-            output.view(query.shape)[rows] = behind
-        return found
+        if step.tails is not None:
+            self._rows(given, step.tail_rows, step.tails, output)
+        return output
+
+    def _rows(self, given: tuple[Any, ...], rows: Tensor, step: CPUAttentionMetadata, output: Tensor) -> None:
+        """Dense attention of some rows, as a step of their own."""
+        layer, query, key, value, kv_cache = given
+        own = torch.empty_like(query[rows])
+        super().forward(layer, query[rows], key, value, kv_cache, step, own)
+        output.view(query.shape)[rows] = own
 
     def _shrink(self, layer: Any, kv_cache: Tensor, request: Shrinking) -> None:
         """Write what each head keeps of a request's region to the region's first blocks."""
