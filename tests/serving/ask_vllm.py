@@ -1,7 +1,8 @@
 """One vLLM engine in a process of its own: `python -m serving.ask_vllm JOB.json ANSWERS.json`.
 
 A job has `model` (a folder), `prompts` (text and picture files each), `rounds` (how often they are asked, all
-at once), `tokens` (how many to generate) and `engine` (arguments of `vllm.LLM`).
+at once), `tokens` (how many to generate), `on` (whether past the end token) and `engine` (arguments of
+`vllm.LLM`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ DEFAULTS = {
     "max_num_seqs": 8,
     "limit_mm_per_prompt": {"image": 8, "video": 0},
     "mm_processor_cache_gb": 0,
+    "disable_log_stats": False,
 }
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -36,11 +38,14 @@ ENVIRONMENT = {
 }
 
 
-def ask(folder: Path, model: Path, prompts, rounds=1, tokens=16, environment=None, **engine):
-    """Run a job; of every round and prompt, token ids, log-probabilities and how many tokens were cached."""
+def ask(folder: Path, model: Path, prompts, rounds=1, tokens=16, on=False, environment=None, **engine):
+    """Run a job; of every round and prompt: token ids, log-probabilities, how many tokens were cached, and
+    how many requests the engine has preempted so far.
+    """
     job, answers = folder / "job.json", folder / "answers.json"
     answers.unlink(missing_ok=True)
     given = {"model": str(model), "prompts": prompts, "rounds": rounds, "tokens": tokens}
+    given["on"] = on
     job.write_text(json.dumps(given | {"engine": engine}))
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -60,7 +65,7 @@ def main(job_file: str, answers_file: str) -> None:
 
     job = json.loads(Path(job_file).read_text())
     engine = LLM(model=job["model"], **(DEFAULTS | job["engine"]))
-    sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], logprobs=1)
+    sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], logprobs=1, ignore_eos=job["on"])
     found = []
     for _ in range(job["rounds"]):
         asked = [
@@ -70,6 +75,7 @@ def main(job_file: str, answers_file: str) -> None:
             for text, pictures in job["prompts"]
         ]
         outputs = engine.generate(asked, sampling, use_tqdm=False)
+        counts = {metric.name: metric for metric in engine.get_metrics()}
         found.append(
             [
                 {
@@ -82,6 +88,7 @@ def main(job_file: str, answers_file: str) -> None:
                         )
                     ],
                     "cached": output.num_cached_tokens,
+                    "preempted": counts["vllm:num_preemptions"].value,
                 }
                 for output in outputs
             ]

