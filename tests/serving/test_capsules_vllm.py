@@ -98,7 +98,7 @@ def test_chunks_in_a_pool_that_preempts_and_requests_given_up(tmp_path, exported
         requests(prompts * 2),
         tokens=TOKENS,
         abort=[3],
-        max_model_len=896,
+        max_model_len=864,
         max_num_batched_tokens=64,
         num_gpu_blocks_override=29,
     )

@@ -1,0 +1,105 @@
+"""Plans of paged requests: pure arithmetic, and what a step makes of them. Needs no vLLM."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from capsight.errors import OptionError
+from capsight.serving.plan import plan_request
+from capsight.serving.select import select_tokens
+from capsight.serving.vllm.steps import shortened, shrink_step
+
+
+@st.composite
+def prompts(draw):
+    """Ranges of images, as vLLM has them, and the length of their prompt."""
+    ranges, at = [], 0
+    for _ in range(draw(st.integers(0, 5))):
+        start = at + draw(st.integers(0, 40))
+        at = start + draw(st.integers(1, 90))
+        ranges.append((start, at - 1))
+    return ranges, at + draw(st.integers(0, 70))
+
+
+SIZES = st.sampled_from([1, 8, 16, 32])
+RETAINED = st.sampled_from([0.01, 0.05, 0.1, 0.3, 0.4, 0.75, 1.0])
+
+
+@given(prompts(), SIZES, RETAINED)
+def test_what_stays_and_what_goes(prompt, size, retained):
+    ranges, length = prompt
+    plan = plan_request(ranges, length, size, retained)
+    full = length // size  # blocks that the prompt fills
+    if plan is None:
+        return
+    assert 0 <= plan.first < plan.first + plan.kept_blocks < plan.first + plan.blocks <= full
+    assert plan.first == ranges[0][0] // size
+    assert list(plan.freed) == list(range(plan.first + plan.kept_blocks, plan.first + plan.blocks))
+    shown = {p for a, b in ranges for p in range(a, b + 1)}
+    region = range(plan.first * size, (plan.first + plan.blocks) * size)
+    assert {region.start + p for a, b in plan.images for p in range(a, b)} == shown & set(region)
+    assert all(p // size >= full for p in shown - set(region))  # those in a block that is not full stay
+    assert plan.image_tokens == len(shown & set(region))
+    # All text stays, at least the share asked for of the images does, and less than a block more.
+    wanted = retained * plan.image_tokens
+    assert wanted - 1e-6 <= plan.kept_image_tokens < math.ceil(round(wanted, 6)) + size
+    assert plan.kept_image_tokens + len(region) - plan.image_tokens == plan.kept_blocks * size
+
+
+@given(prompts(), SIZES)
+def test_all_that_is_kept_changes_nothing(prompt, size):
+    assert plan_request(*prompt, size, 1.0) is None
+
+
+@pytest.mark.parametrize("retained", [0, -0.1, 1.01, math.nan])
+def test_impossible_shares(retained):
+    with pytest.raises(OptionError, match="retained"):
+        plan_request([(0, 63)], 80, 32, retained)
+    with pytest.raises(OptionError, match="block"):
+        plan_request([(0, 63)], 80, 0, 0.4)
+
+
+def test_a_step_of_requests_that_shrink_have_shrunk_and_have_no_images():
+    ranges = [(2, 66)]
+    plan = plan_request(ranges, 80, 16, 0.4)
+    assert plan is not None
+    assert (plan.first, plan.blocks, plan.kept_blocks) == (0, 5, 3)
+    tables = torch.arange(4 * 8).view(4, 8)
+    step = SimpleNamespace(
+        query_start_loc_cpu=torch.tensor([0, 60, 80, 81, 111]),
+        seq_lens=torch.tensor([60, 80, 97, 90]),  # being read, read to its end, decoding, read again
+        block_table_tensor=tables,
+        mm_req_doc_ranges=dict.fromkeys(range(4), ranges),
+    )
+    short, lengths, shrinking = shrink_step(step, [80] * 4, 16, 0.4)
+    assert lengths.tolist() == [60, 80, 97 - 32, 90]
+    assert short[2, :6].tolist() == [16, 17, 18, 21, 22, 23]
+    assert torch.equal(short[[0, 1, 3]], tables[[0, 1, 3]])
+    assert torch.equal(tables, torch.arange(4 * 8).view(4, 8))
+    assert [request.tail for request in shrinking] == [(80, 80), (101, 111)]
+    assert shrinking[1].region.tolist() == [24, 25, 26, 27, 28]
+    assert shortened(tables[3], plan)[:6].tolist() == [24, 25, 26, 29, 30, 31]
+    step.mm_req_doc_ranges = None
+    assert shrink_step(step, [80] * 4, 16, 0.4)[2] == ()
+
+
+def test_heads_choose_alone_and_what_stands_out():
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 3, 50, 8)
+    keys[1, 7], values[1, 7] = 9, -9
+    both = select_tokens(keys, values, 10)
+    assert both.shape == (3, 10)
+    assert 7 in both[1].tolist()
+    assert torch.equal(both, both.sort(1).values)
+    assert torch.equal(both[1:2], select_tokens(keys[1:2], values[1:2], 10))
+
+
+def test_tokens_all_alike():
+    same = torch.ones(2, 20, 4)
+    assert select_tokens(same, same, 5).tolist() == [[0, 1, 2, 3, 4]] * 2
