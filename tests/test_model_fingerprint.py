@@ -66,6 +66,15 @@ def test_quantised_weights_are_the_model_they_were_made_from(name):
         capsule.check_model(model)
 
 
+def test_weights_in_eight_bit_floats_are_the_model_they_were_made_from():
+    model = copy.deepcopy(FAMILIES["qwen2_5_vl"]().model)
+    before = model_fingerprint(model)
+    for parameter in model.get_decoder().layers.parameters():
+        if parameter.ndim > 1:
+            parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    assert same_model(model_fingerprint(model), before)
+
+
 TUNERS = {
     "LoraConfig": {"modules_to_save": ["lm_head"], "trainable_token_indices": [1, 2]},
     "IA3Config": {"feedforward_modules": []},

@@ -80,8 +80,9 @@ def _digest(about: str, sampled: Iterable[tuple[tuple[str, Tensor], int]]) -> st
 
 
 def _is_quantised(weight: Tensor) -> bool:
-    """Whether a weight's numbers are others than those it was made from (quanto, torchao, bitsandbytes)."""
-    return type(weight) not in (Tensor, Parameter) or not weight.is_floating_point()
+    """Whether a weight's numbers are others than those it was made from (quanto, torchao, 8-bit floats)."""
+    plain = type(weight) in (Tensor, Parameter) and weight.is_floating_point()
+    return not plain or weight.element_size() == 1
 
 
 def _rotary(model: Any) -> list[list[float]]:

@@ -42,7 +42,7 @@ def line(**more):
         ({"answers": "x"}, ("x",)),
         ({"answer": 42}, ("42",)),
         ({"answer": [3.5, "three"]}, ("3.5", "three")),
-        ({"answer": None}, ()),
+        ({"answer": None, "task": None}, ()),
         ({"answer": None, "answers": ["x"]}, ("x",)),
         ({}, ()),
     ],

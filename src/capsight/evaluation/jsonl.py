@@ -24,7 +24,8 @@ def jsonl_items(path: Path) -> Iterator[Item]:
 
     Image paths are relative to the file. `answer` may be a text, a number, a list of these, each of which
     is right, or null; `answers` is another name for it. Without one the question is asked and not scored.
-    `task` may be missing. Files are UTF-8, with or without a byte-order mark; lines end in LF, CRLF or CR.
+    `task` may be missing or null. Files are UTF-8, with or without a byte-order mark; lines end in LF, CRLF
+    or CR.
 
     Raises:
         OptionError: the file, a line or an image cannot be read; says which.
@@ -58,7 +59,8 @@ def _item(line: str, path: Path, where: str) -> Item:
         raise OptionError(f"{where}: {_EXPECTED} ({reason})") from error
     if not isinstance(row, dict):
         _refuse(where, f"the line is {_shown(row)}")
-    names, question, task = row.get("images"), row.get("question"), row.get("task", "all")
+    names, question, task = row.get("images"), row.get("question"), row.get("task")
+    task = "all" if task is None else task
     if not isinstance(names, list) or not all(_is_text(name) for name in names):
         _refuse(where, f"images is {_shown(names)}")
     if not _is_text(question):
