@@ -118,8 +118,7 @@ def alone(prompt: Prompt, processor: Any, item: Any) -> tuple[torch.Tensor, torc
         with enable(prompt.model, capsule=prompt.capsule) as fast:
             z = open_latents(fast.encapsulate(**head), prompt.codec)
         layout = build_layout(head, prompt.model.config)
-        grids = [block.grid for block in layout.rows[0].blocks]
-        piece = code(z, prompt.codec.lost, STORED, grids)
+        piece = code(z, prompt.codec.lost, STORED)
         latents.append(decode(piece, len(z), prompt.codec.levels.rank))
         own = rope_positions(layout, prompt.model.config)
         places += [own[:, 0, b.start : b.end] for b in layout.rows[0].blocks]
@@ -237,7 +236,13 @@ def judged(
 
 def file_nbytes(capsule: KVCapsule) -> int:
     """Bytes of the tensors in a capsule's file."""
-    return sum(x.nbytes for codec in capsule.whole_codecs().values() for x in codec.learnt().values())
+    first = min(capsule.codecs)
+    return sum(
+        x.nbytes
+        for index, codec in capsule.whole_codecs().items()
+        for name, x in codec.learnt().items()
+        if index == first or name not in codec.shared
+    )
 
 
 def fitted(name: str, source: Source, folder: Path | None) -> KVCapsule:

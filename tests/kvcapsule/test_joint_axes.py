@@ -120,7 +120,7 @@ def test_a_capsule_for_rest_is_small_and_reads_what_the_whole_one_wrote(tmp_path
     small = KVCapsule.from_pretrained(tmp_path / "small")
     folders = whole.origin.folder, tmp_path / "small"
     sizes = [next(folder.glob("*.safetensors")).stat().st_size for folder in folders]
-    assert sizes[1] < sizes[0] / 4
+    assert sizes[1] < sizes[0] / 3
     (item,) = reference_items("calibration", 2, 1, first=2000)
     inputs = process(processor, item, [item.asks[0].question])
     found = []

@@ -40,10 +40,12 @@ def write_capsule(
     Raises:
         CapsuleFileError: the folder cannot be written.
     """
+    shared = ALL_CODECS[info.codec].shared
     tensors = {
         f"layers.{index}.{name}": tensor
         for index, codec in codecs.items()
         for name, tensor in codec.learnt().items()
+        if name not in shared or index == min(codecs)
     }
     constants = dict(ALL_CODECS[info.codec].constants)
     write_folder(Path(folder), KIND, info.to_header() | {"constants": constants}, tensors)
@@ -96,13 +98,15 @@ def _codecs(
             f"{folder} was fitted where the {info.codec} codec had the constants {header['constants']}, here "
             f"it has {ours}; use the capsight that wrote it, or fit again"
         )
-    codecs = {}
+    codecs: dict[int, LayerCodec] = {}
+    shared: dict[str, Tensor] = {}
     for layer in info.layers:
         prefix = f"layers.{layer.index}."
         names = [name for name in tensors if name.startswith(prefix)]
         try:
             layer_tensors = {name.removeprefix(prefix): tensors.pop(name) for name in names}
-            codecs[layer.index] = make_codec(layer_tensors, info, layer, lean)
+            shared |= {name: x for name, x in layer_tensors.items() if name in ALL_CODECS[info.codec].shared}
+            codecs[layer.index] = make_codec(shared | layer_tensors, info, layer, lean)
         except OptionError as error:
             raise CapsuleFileError(
                 f"{folder}, layer {layer.index}: {error}; fit the capsule again"

@@ -18,7 +18,6 @@ from capsight.kvcapsule.codecs.entropy import check_coder
 from capsight.kvcapsule.rest import CapsuleStore, ImageKey
 from capsight.kvcapsule.rest.parts import (
     can_reread,
-    image_grids,
     image_sizes,
     joint_codec,
     open_latents,
@@ -85,7 +84,7 @@ class _Pages:
         sparse = fast.head_map
         self._read_as = "" if sparse is None else f"{sparse.categories} {sparse.options}"
         self._spans = _spans(layout)
-        self._grids, self._sizes = image_grids(layout), image_sizes(layout)
+        self._sizes = image_sizes(layout)
         self._keys = list(self._made_keys())
 
     def prefix(self, read: Read) -> CapsuleCache:
@@ -110,7 +109,7 @@ class _Pages:
             if image_latents is None:
                 cache = read(**self._alone(index))
                 image_latents = open_latents(cache, self._codec)
-                self._put(key if key.first else self._key_alone(index), image_latents, index)
+                self._put(key if key.first else self._key_alone(index), image_latents)
             latents.append(image_latents)
         return self._joined(latents)
 
@@ -165,11 +164,11 @@ class _Pages:
     def _put_all(self, indices: Sequence[int], cache: CapsuleCache) -> None:
         latents = open_latents(cache, self._codec).split(self._sizes)
         for index in indices:
-            self._put(self._keys[index], latents[index], index)
+            self._put(self._keys[index], latents[index])
 
-    def _put(self, key: ImageKey, latents: Tensor, index: int) -> None:
+    def _put(self, key: ImageKey, latents: Tensor) -> None:
         try:
-            self._store.put(key, latents, self._capsule, self._model.dtype, self._grids[index])
+            self._store.put(key, latents, self._capsule, self._model.dtype)
         except (CapsuleFileError, OptionError) as error:
             warnings.warn(f"an image was not stored: {error}", CapsuleStoreWarning, stacklevel=5)
 

@@ -61,12 +61,14 @@ class BlockCodec(nn.Module, ABC):
         layers_together: how many layers are best encoded together.
         sharing: how many layers hold the same payload.
         needs_positions: whether it has to know the positions of tokens.
+        shared: names of what was learnt that all layers have alike; files have it once.
     """
 
     name: ClassVar[str]
     layers_together: int = 1
     sharing: int = 1
     needs_positions: ClassVar[bool] = False
+    shared: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, block_size: int) -> None:
         """Set the block size."""

@@ -54,6 +54,7 @@ class JointCodec(LayerCodec):
 
     name: ClassVar[str] = "joint"
     needs_positions: ClassVar[bool] = True
+    shared: ClassVar[frozenset[str]] = frozenset(("lost", "typical", "frequencies", "pairs", "turning"))
     constants: ClassVar[Mapping[str, Any]] = {
         "group": GROUP,
         "bits": [*BITS],

@@ -171,7 +171,8 @@ def rate_of(lost: Tensor, quality: float) -> tuple[float, int]:
         quality: that share, in (0, 1).
 
     Returns:
-        It, and how many coordinates vary more than its error: the first ones, a multiple of `GROUP`.
+        It, and how many coordinates are coded: the first ones, all groups that vary a quarter as much as its
+        error. The variance of a group is an average: some of its coordinates vary more than the error.
     """
     variance = lost[:, 0] / GROUP  # of a coordinate
     level, allowed = float(variance.max()), (1 - quality) * float(variance.sum())
@@ -182,7 +183,7 @@ def rate_of(lost: Tensor, quality: float) -> tuple[float, int]:
             level = middle
         else:
             low = middle
-    return math.sqrt(12 * level), GROUP * max(int((variance > level).sum()), 1)
+    return math.sqrt(12 * level), GROUP * max(int((variance > level / 4).sum()), 1)
 
 
 def _squeeze(code: Tensor, bits: int) -> Tensor:

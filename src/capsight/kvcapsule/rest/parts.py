@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,7 +16,7 @@ from capsight.kvcapsule.codecs.joint_tensors import trimmed
 from capsight.kvcapsule.codecs.levels import pack, rate_of, unpack
 from capsight.kvcapsule.fingerprint import tensors_fingerprint
 from capsight.kvcapsule.rest.latents import check_quality
-from capsight.layout import Grid, PromptLayout
+from capsight.layout import PromptLayout
 
 _LEARNT: WeakKeyDictionary[KVCapsule, str] = WeakKeyDictionary()
 
@@ -87,18 +86,13 @@ def packed(latents: Tensor, codec: JointCodec) -> Payload:
     return JointPayload(dict(zip(("codes", "scales"), pack(wide, codec.levels), strict=True)))
 
 
-def image_grids(layout: PromptLayout) -> list[list[Grid]]:
-    """(t, h, w) of the blocks of each image, by row, then order."""
-    grids: dict[tuple[int, int], list[Grid]] = {}
-    for index, row in enumerate(layout.rows):
-        for block in row.blocks:
-            grids.setdefault((index, block.image), []).append(block.grid)
-    return list(grids.values())
-
-
 def image_sizes(layout: PromptLayout) -> list[int]:
     """Vision tokens of each image, by row, then order."""
-    return [sum(map(math.prod, grids)) for grids in image_grids(layout)]
+    sizes: dict[tuple[int, int], int] = {}
+    for index, row in enumerate(layout.rows):
+        for block in row.blocks:
+            sizes[index, block.image] = sizes.get((index, block.image), 0) + block.num_tokens
+    return list(sizes.values())
 
 
 def can_reread(layout: PromptLayout, ids: Tensor) -> bool:

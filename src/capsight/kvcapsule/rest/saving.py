@@ -24,7 +24,6 @@ from capsight.kvcapsule.rest.container import sealed, write_container
 from capsight.kvcapsule.rest.latents import code
 from capsight.kvcapsule.rest.parts import (
     can_reread,
-    image_grids,
     image_sizes,
     joint_codec,
     learnt_fingerprint,
@@ -105,8 +104,7 @@ def _written(cache: CapsuleCache, capsule: KVCapsule, reread: bool) -> Callable[
 
     def at(quality: float) -> bytes:
         file = BytesIO()
-        images = zip(latents, image_grids(layout), strict=True)
-        pieces = [code(image_latents, codec.lost, quality, grids) for image_latents, grids in images]
+        pieces = [code(image_latents, codec.lost, quality) for image_latents in latents]
         write_container(file, {**header, "quality": quality}, [*pieces, *text])
         return file.getvalue()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
@@ -24,7 +23,6 @@ from capsight.kvcapsule.rest.container import Container, write_container
 from capsight.kvcapsule.rest.latents import DEFAULT_QUALITY, check_quality, code, decode
 from capsight.kvcapsule.rest.parts import joint_codec, learnt_fingerprint
 from capsight.kvcapsule.rest.place import SUFFIX, Place, StoredFile
-from capsight.layout import Grid
 
 Reuse = Literal["prefix", "anywhere"]
 _KIND, _ALONE = "image", "-first"
@@ -125,22 +123,8 @@ class CapsuleStore:
             return latents
         return None
 
-    def put(
-        self,
-        key: ImageKey,
-        latents: Tensor,
-        capsule: KVCapsule,
-        dtype: torch.dtype,
-        grids: Sequence[Grid] = (),
-    ) -> int:
-        """Store an image, then remove what is too much.
-
-        Args:
-            key: what it is found by.
-            latents: float32 `[T, R]`.
-            capsule: that made them.
-            dtype: of the model.
-            grids: (t, h, w) of the image's blocks; with them it takes fewer bytes.
+    def put(self, key: ImageKey, latents: Tensor, capsule: KVCapsule, dtype: torch.dtype) -> int:
+        """Store the latents float32 `[T, R]` of an image, then remove what is too much.
 
         Returns:
             Bytes written.
@@ -149,7 +133,7 @@ class CapsuleStore:
             CapsuleFileError: the place cannot be written; what it held is unharmed.
             OptionError: the capsule is not of the joint codec, or the entropy coder is not installed.
         """
-        piece = code(latents, joint_codec(capsule).lost, self.quality, grids)
+        piece = code(latents, joint_codec(capsule).lost, self.quality)
         path = self._place.path(f"{_folder(capsule, dtype)}/{_name(key)}")
         header = {"kind": _KIND, "name": _name_of(path), "tokens": len(latents), "quality": self.quality}
         file = BytesIO()
