@@ -91,20 +91,34 @@ def test_all_at_once_and_several_answers(tmp_path, exported, prompts, right):
     assert [len(answers) for answers in found["answers"]] == [1, 1, 2, 1, 1, 1, 1, 3]
 
 
-def test_chunks_in_a_pool_that_preempts_and_requests_given_up(tmp_path, exported, prompts, right):
+def test_chunks_through_images_and_a_request_given_up(tmp_path, exported, prompts, right):
     found = drive(
         tmp_path,
         exported,
-        requests(prompts * 2),
+        requests(prompts),
         tokens=TOKENS,
         abort=[3],
         max_model_len=864,
         max_num_batched_tokens=64,
-        num_gpu_blocks_override=29,
+        num_gpu_blocks_override=28,
     )
     assert found["answers"].pop(3) is None
-    assert found["seen"]["preempted"] > 0, found["seen"]
-    check(found, [*right[:3], *right[4:], *right])
+    check(found, [*right[:3], *right[4:]])
+
+
+def test_a_pool_that_preempts(tmp_path, exported, prompts, right):
+    few = [i for i, count in enumerate(COUNTS) if count <= 3] * 5
+    found = drive(
+        tmp_path,
+        exported,
+        [requests(prompts)[i] for i in few],
+        tokens=TOKENS,
+        max_model_len=448,
+        max_num_batched_tokens=448,
+        num_gpu_blocks_override=15,
+    )
+    assert found["seen"]["preempted"] >= 3, found["seen"]
+    check(found, [right[i] for i in few])
 
 
 def test_heads_shared_by_two_processes_of_an_engine_in_a_third(tmp_path, exported, prompts, right):

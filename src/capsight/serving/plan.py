@@ -71,7 +71,7 @@ def plan_request(
         ranges: first and last position of each image's or video's tokens; they do not overlap.
         length: tokens of the prompt.
         block_size: tokens in a block.
-        retained: share of the image tokens to keep, rounded up to whole blocks.
+        retained: share of the image tokens to keep, to the nearest whole block; one of each image at least.
 
     Raises:
         OptionError: `retained` is not in (0, 1], or `block_size` is less than 1.
@@ -95,8 +95,9 @@ def _plan(
     clipped = [(max(a, start) - start, min(b, stop) - start) for a, b in spans]
     images = tuple((a, b) for a, b in clipped if a < b)
     shown = sum(b - a for a, b in images)
-    slots = stop - start - shown + math.ceil(round(retained * shown, 6))
-    kept = -(-slots // block_size)
+    text = stop - start - shown
+    nearest = math.floor((text + retained * shown) / block_size + 0.5)
+    kept = max(nearest, -(-(text + len(images)) // block_size))
     if not images or kept >= end - first:
         return None
     return RequestPlan(block_size, first, end - first, kept, images)

@@ -129,7 +129,7 @@ class CapsightImpl(CPUAttentionBackendImpl):
         config = get_current_vllm_config()
         served = served_by(config)
         self.prefill: SparsePrefill | None = None
-        CapsightBackend.retained = None if served is None else served.retained
+        CapsightBackend.retained = None if served is None or served.retained == 1 else served.retained
         if served is not None:
             check_engine(config)
             self.prefill = _prefill(config.model_config.model, served)

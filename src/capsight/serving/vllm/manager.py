@@ -13,8 +13,9 @@ from capsight.serving.plan import RequestPlan, plan_request
 class CapsuleManager(FullAttentionManager):
     """Blocks of requests whose images shrink, in place, in the step that reads the prompt's last token.
 
-    Blocks in front of the first image are hashed, so that prompts share them. Those from there on hold what
-    cannot be found in them by their tokens: what is kept of the images, and text that was computed from it.
+    Blocks in front of the first image are hashed, so that prompts share them. Those from there on are not:
+    they will hold what is kept of the images, and text that was computed from it; and a request whose own
+    images are too few to shrink must not share theirs with one that writes to them.
     """
 
     def __init__(self, kv_cache_spec: Any, **options: Any) -> None:
@@ -34,15 +35,15 @@ class CapsuleManager(FullAttentionManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Note where the request's images lie, and hash the blocks in front of the first."""
+        ranges = self._ranges(request)
         if request.request_id not in self._plans:
-            self._plans[request.request_id] = self._plan(request)
-        plan = self._plans[request.request_id]
-        if plan is not None:
-            num_tokens = min(num_tokens, plan.first * self.block_size)
+            self._plans[request.request_id] = plan_request(
+                ranges, request.num_prompt_tokens, self.block_size, self._retained
+            )
         if self._hashes:
             super().cache_blocks(
                 request,
-                num_tokens,
+                min([num_tokens, *(start // self.block_size * self.block_size for start, _ in ranges)]),
                 retention_interval=retention_interval,
                 replay_boundaries=replay_boundaries,
             )
@@ -64,12 +65,12 @@ class CapsuleManager(FullAttentionManager):
         self._plans.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
-    def _plan(self, request: Any) -> RequestPlan | None:
-        """What `CapsuleSteps` works out in the worker, of the same numbers."""
-        ranges = [
+    @staticmethod
+    def _ranges(request: Any) -> list[tuple[int, int]]:
+        """First and last position of each image's tokens, as the worker's `mm_req_doc_ranges` has them."""
+        return [
             span
             for feature in request.mm_features
             if feature.modality != "audio"
             for span in feature.mm_position.extract_embeds_range()
         ]
-        return plan_request(ranges, request.num_prompt_tokens, self.block_size, self._retained)

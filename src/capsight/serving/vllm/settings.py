@@ -45,7 +45,10 @@ def served_by(vllm_config: Any) -> Served | None:
     if entry is None:
         return None
     try:
-        served = _SERVED.validate_python({"capsule": None, "head_map": None, "retained": None} | dict(entry))
+        known = {"capsule": None, "head_map": None, "retained": None, "version": VERSION}
+        if set(entry) - set(known):
+            raise ValueError(f"it knows nothing of {min(set(entry) - set(known))}")
+        served = _SERVED.validate_python(known | dict(entry))
     except (ValidationError, TypeError, ValueError) as error:
         raise OptionError(
             f"the entry {KEY!r} of the engine's config cannot be read ({error}); export the checkpoint again"
