@@ -222,11 +222,11 @@ class JointCodec(LayerCodec):
         if payload.open is None:
             codes, scales = payload.tensors["codes"], payload.tensors["scales"]
             payload.open = OpenLatents(unpack(codes, scales, self.levels, self._dtype), self.layers_together)
-        found = payload.open.latents
+        latents = payload.open.latents
         payload.open.left -= 1
         if payload.open.left <= 0:
             payload.open = None
-        return found
+        return latents
 
     def encode(self, keys: Tensor, values: Tensor) -> Payload:
         """Not encoded layer by layer: see `gather`."""
