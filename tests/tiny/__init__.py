@@ -77,4 +77,4 @@ def in_turn(names: str, options: Sequence[Any], families: Sequence[str] = KINDS)
     return pytest.mark.parametrize(f"vlm,{names}", cases, indirect=["vlm"])
 
 
-__all__ = ["CACHES", "FAMILIES", "KINDS", "TinyVLM", "clip", "in_turn", "picture"]
+__all__ = ["CACHES", "COMPLETE", "FAMILIES", "KINDS", "TinyVLM", "clip", "in_turn", "picture"]

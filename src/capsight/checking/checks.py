@@ -134,7 +134,7 @@ def beams(case: Case) -> str:
     """Beam search finds the same."""
     try:
         full = case.generate(case.model.generate, case.batch, num_beams=2)
-    except (AttributeError, NotImplementedError) as error:
+    except Exception as error:  # no two families fail in the same way
         raise NotApplicableError(f"the model itself cannot: {error}") from error
     with capsight.enable(case.model, capsule=case.capsule()) as fast:
         ours = case.generate(fast.generate, case.batch, num_beams=2)
