@@ -119,4 +119,4 @@ test-matrix:  ## run the tests on the oldest and the newest supported transforme
 	PYTHON=$(PYTHON) tools/test_matrix.sh $(ARGS)
 
 clean:  ## remove .venv and what tools left behind
-	rm -rf $(VENV) $(TRITON) $(VLLM) out site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(TRITON) $(VLLM) .venv-transformers* out site .pytest_cache .mypy_cache .ruff_cache .hypothesis
