@@ -11,14 +11,28 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image
 
 from serving.ask_vllm import DEFAULTS, ENVIRONMENT, TESTS
 
+AT_ONCE = 24
+"""Requests that the engine is given at a time."""
 
-def drive(folder: Path, model: Path, requests, tokens=16, abort=(), environment=None, watch=True, **engine):
+
+def drive(
+    folder: Path,
+    model: Path,
+    requests,
+    tokens=16,
+    abort=(),
+    environment=None,
+    watch=True,
+    timeout=900,
+    **engine,
+):
     """Run a job; answers by request (None if it was given up), and what was seen of the scheduler."""
     job, found = folder / "drive.json", folder / "found.json"
     found.unlink(missing_ok=True)
@@ -36,7 +50,7 @@ def drive(folder: Path, model: Path, requests, tokens=16, abort=(), environment=
         env=os.environ | ENVIRONMENT | (environment or {}) | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=590,
+        timeout=timeout,
         cwd=folder,
     )
     assert found.is_file(), done.stdout[-2000:] + done.stderr[-6000:]
@@ -69,18 +83,15 @@ def watched(engine, job, sampling):
     llm = engine.llm_engine
     scheduler = llm.engine_core.engine_core.scheduler
     pool = scheduler.kv_cache_manager.block_pool
-    for index, (text, files, count) in enumerate(job["requests"]):
-        llm.add_request(str(index), prompt(text, files), sampling(count))
-    answers, running, most_used, steps, preempted, abort = (
-        [None] * len(job["requests"]),
-        0,
-        0,
-        0,
-        set(),
-        job["abort"],
-    )
-    while llm.has_unfinished_requests():
+    asked = iter(enumerate(job["requests"]))
+    waiting = list(islice(asked, AT_ONCE))
+    answers, abort = [None] * len(job["requests"]), job["abort"]
+    running, most_used, steps, preempted = 0, 0, 0, set()
+    while waiting or llm.has_unfinished_requests():
+        for index, (text, files, count) in waiting:
+            llm.add_request(str(index), prompt(text, files), sampling(count))
         outputs = llm.step()
+        waiting = list(islice(asked, max(AT_ONCE - len(scheduler.requests), 0)))
         steps += 1
         running = max(running, len(scheduler.running))
         most_used = max(most_used, pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
@@ -89,7 +100,7 @@ def watched(engine, job, sampling):
             begun = {
                 r.request_id for r in scheduler.running if 0 < r.num_computed_tokens < r.num_prompt_tokens
             }
-            for index in [i for i in abort if any(x.startswith(str(i)) for x in begun)]:
+            for index in [i for i in abort if str(i) in {x.split("-")[0] for x in begun}]:
                 llm.abort_request([str(index)])
                 abort = [i for i in abort if i != index]
         for output in outputs:
