@@ -8,6 +8,7 @@ TRITON := .venv-triton
 TRITON_STAMP := $(TRITON)/.ready
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.ready
+VLLM_TESTS := tests/serving
 
 # Idle OpenMP threads must not spin: on two cores they would take the other process's time.
 export KMP_BLOCKTIME ?= 0
@@ -109,7 +110,7 @@ $(TRITON_STAMP): $(STAMP)
 	@touch $@
 
 test-vllm: $(VLLM_STAMP)  ## test serving inside vLLM on the CPU, in a virtual environment of its own
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest $(VLLM_TESTS)
 
 $(VLLM_STAMP): tools/vllm_venv.sh pyproject.toml
 	PYTHON=$(PYTHON) tools/vllm_venv.sh $(VLLM)

@@ -1,0 +1,76 @@
+"""A head map in the prefill and capsules afterwards, both inside vLLM, give the tokens of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+import capsight
+from capsight import HeadMap
+from capsight.blindsight import Category, MaskOptions
+from capsight.reference import load_reference_vlm, reference_path, split_prompt
+from capsight.serving.export import export_checkpoint
+from capsight.serving.method import PagedCapsules
+from serving.drive_vllm import drive
+
+RETAINED, TOKENS = 0.4, 40
+COUNTS = (8, 2, 0, 5, 8)
+HEAD_MAP = HeadMap.random(
+    8, 8, {Category.DENSE: 16, Category.SINK: 32, Category.INTRA_IMAGE: 8, Category.INTRA_IMAGE_SINK: 8},
+    seed=3, options=MaskOptions(False, 3, 2),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """An exported folder, requests, and the tokens and log-probabilities of transformers."""
+    root, (model, processor) = tmp_path_factory.mktemp("both"), load_reference_vlm()
+    export_checkpoint(reference_path(), root / "model", model, head_map=HEAD_MAP, retained=RETAINED)
+    requests, right = [], []
+    for number, count in enumerate(COUNTS):
+        prompt = split_prompt("test", 20 + number, count or 1)
+        images = [scene.image for scene in prompt.scenes[:count]]
+        files = [str(root / f"{number}-{index}.png") for index in range(count)]
+        for image, file in zip(images, files, strict=True):
+            image.save(file)
+        content = [{"type": "image"}] * count + [{"type": "text", "text": prompt.questions[0].text}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        inputs = processor(text=[text], return_tensors="pt", **({"images": [images]} if images else {}))
+        options = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": [-1], "pad_token_id": 0}
+        both = {"capsule": PagedCapsules(RETAINED), "head_map": HEAD_MAP}
+        with torch.no_grad(), capsight.enable(model, **both) as fast:
+            out = fast.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+        tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        rows = torch.stack(out.logits)[:, 0].float().log_softmax(-1)
+        requests.append((text, files, 1))
+        right.append((tokens, [rows[i, token].item() for i, token in enumerate(tokens)]))
+    return root / "model", requests, right
+
+
+def check(found, right):
+    for (answer,), (tokens, logprobs) in zip(found["answers"], right, strict=True):
+        assert answer["tokens"] == tokens
+        gaps = [abs(a - b) for a, b in zip(answer["logprobs"], logprobs, strict=True)]
+        answered = tokens.index(4) + 1 if 4 in tokens else len(tokens)  # behind the end token it is untrained
+        assert max(gaps[:answered]) <= 1e-4
+        assert max(gaps) <= 1e-3
+
+
+def test_chunks_in_a_pool_that_preempts(tmp_path, job):
+    folder, requests, right = job
+    tight = {"max_model_len": 896, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 29}
+    found = drive(tmp_path, folder, requests, tokens=TOKENS, **tight)
+    check(found, right)
+    assert found["seen"]["preempted"] > 0
+    assert found["seen"]["leaked"] == 0
+
+
+def test_heads_shared_by_two_processes(tmp_path, job):
+    folder, requests, right = job
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    options = {"watch": False, "tensor_parallel_size": 2, "environment": environment}
+    check(drive(tmp_path, folder, requests, tokens=TOKENS, **options), right)
