@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from capsight import HeadMap, KVCapsule
 from capsight.blindsight import Category
@@ -100,6 +100,26 @@ def test_what_the_plugin_cannot_run_is_refused(tmp_path):
     config.text_config.layer_types[1] = "sliding_attention"
     with pytest.raises(UnsupportedModelError, match="sliding"):
         check_carried(config)
+
+
+@pytest.mark.parametrize("tiny", [qwen2_vl, qwen2_5_vl])
+def test_configs_in_their_older_form(tiny, tmp_path):
+    values = tiny.build().config.to_dict()
+    text = values.pop("text_config")
+    text.pop("model_type")
+    text.pop("layer_types")
+    rope = text.pop("rope_parameters")
+    values |= text | {"rope_theta": 1e6, "sliding_window": 1024, "max_window_layers": 1}
+    values["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    for sliding in (False, True):
+        values["use_sliding_window"] = sliding
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        config = AutoConfig.from_pretrained(tmp_path)
+        if not sliding:
+            check_carried(config)
+            continue
+        with pytest.raises(UnsupportedModelError, match="sliding"):
+            check_carried(config)
 
 
 def test_wrong_input(tmp_path):
