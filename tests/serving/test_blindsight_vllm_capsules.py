@@ -16,7 +16,7 @@ from capsight.serving.method import PagedCapsules
 from serving.drive_vllm import drive
 
 RETAINED, TOKENS = 0.4, 40
-COUNTS = (8, 2, 0, 5, 8)
+COUNTS = (8, 2, 3, 5, 1, 0)
 HEAD_MAP = HeadMap.random(
     8, 8, {Category.DENSE: 16, Category.SINK: 32, Category.INTRA_IMAGE: 8, Category.INTRA_IMAGE_SINK: 8},
     seed=3, options=MaskOptions(False, 3, 2),
@@ -62,11 +62,12 @@ def check(found, right):
 
 def test_chunks_in_a_pool_that_preempts(tmp_path, job):
     folder, requests, right = job
-    tight = {"max_model_len": 896, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 29}
-    found = drive(tmp_path, folder, requests * 2, tokens=TOKENS, **tight)
-    check(found, right * 2)
-    assert found["seen"]["preempted"] > 0
+    few = [index for index, count in enumerate(COUNTS) if count <= 3] * 5
+    tight = {"max_model_len": 448, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 15}
+    found = drive(tmp_path, folder, [requests[index] for index in few], tokens=TOKENS, **tight)
+    assert found["seen"]["preempted"] > 0, found["seen"]
     assert found["seen"]["leaked"] == 0
+    check(found, [right[index] for index in few])
 
 
 def test_heads_shared_by_two_processes(tmp_path, job):
