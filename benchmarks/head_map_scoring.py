@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from capsight.blindsight import HeadMap
 from capsight.blindsight.calibrate.capture import following, shape_of, untouched, watching
-from capsight.evaluation import Item
+from capsight.evaluation import Item, Outcome
 from capsight.evaluation.prompting import chat_text, process
 from capsight.layout import build_layout
 
@@ -26,15 +26,28 @@ MOST_TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Counts over questions."""
+    """What became of questions."""
 
-    questions: int = 0
-    right: int = 0
-    agrees: int = 0
+    outcomes: tuple[Outcome, ...] = ()
+
+    @property
+    def questions(self) -> int:
+        """How many there are."""
+        return len(self.outcomes)
+
+    @property
+    def right(self) -> int:
+        """How many answers are right."""
+        return sum(outcome.right == 1 for outcome in self.outcomes)
+
+    @property
+    def agrees(self) -> int:
+        """How many answers are the dense model's."""
+        return sum(outcome.agrees for outcome in self.outcomes)
 
     def __add__(self, other: Score) -> Score:
         """Both together."""
-        return Score(self.questions + other.questions, self.right + other.right, self.agrees + other.agrees)
+        return Score(self.outcomes + other.outcomes)
 
 
 class Scored:
@@ -50,7 +63,7 @@ class Scored:
             lead: what the model writes before an answer.
         """
         self._model, tokenizer = model, processor.tokenizer
-        self.images = len(item.images)
+        self._item, self.images = item, len(item.images)
         inputs = process(processor, item, [item.asks[0].question])
         layout = build_layout(inputs, model.config)
         split = layout.last_vision_end
@@ -73,11 +86,15 @@ class Scored:
         answers = [*self._right, *(self._dense[i] for i in other)]
         said = self._read(self._prefilled(head_map), questions, answers)
         given = [a == b for a, b in zip(said, answers, strict=True)]
-        right = given[: len(self._right)]
-        agrees = list(right)
+        agrees = given[: len(self._right)]
         for place, index in enumerate(other, len(self._right)):
             agrees[index] = given[place]
-        return Score(len(right), sum(right), sum(agrees))
+        return Score(
+            tuple(
+                Outcome(self._item.name, ask.task, self.images, float(a), b, 0.0)
+                for ask, a, b in zip(self._item.asks, given, agrees, strict=False)
+            )
+        )
 
     def _embedded(self, inputs: dict[str, Any], split: int) -> dict[str, Tensor]:
         """What the text part gets for the images: `inputs_embeds [1, P, E]`, `position_ids [(3,) 1, P]`."""

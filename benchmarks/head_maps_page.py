@@ -70,9 +70,17 @@ def _map_cells(row: Report, images: list[str]) -> list[str]:
         label,
         *(f"{100 * row['by_images'][n]['attention_saved']:.1f}" for n in images),
         f"{row['exact_match']:.1f}",
-        f"{row['drop']:+.1f}",
+        _drop(row),
         f"{row['agreement']:.1f}",
     ]
+
+
+def _drop(row: Report) -> str:
+    """Points lost, with the interval where it was measured."""
+    if "drop_interval" not in row or row["group"] == "dense":
+        return f"{row['drop']:+.1f}"
+    low, high = row["drop_interval"]
+    return f"{row['drop']:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def _first_tokens(models: list[Report]) -> list[str]:

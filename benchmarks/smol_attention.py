@@ -108,7 +108,9 @@ def main(
 ) -> None:
     """Measure and write."""
     torch.set_num_threads(1)
-    model, processor = load_smol(torch.bfloat16, data, weights, adapted=not frozen)
+    model, processor = load_smol(
+        torch.bfloat16, data, weights, additions="" if frozen else "lora.safetensors"
+    )
     model.model.text_model.set_attn_implementation("eager")
     packer = Packer(processor.tokenizer)
     found = [measure(model, packer, processor.tokenizer, i, images, data) for i in range(test)]

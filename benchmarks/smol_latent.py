@@ -179,7 +179,9 @@ def main(
     """Measure and write."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, processor = load_smol(torch.bfloat16, data, weights, adapted=not frozen)
+    model, processor = load_smol(
+        torch.bfloat16, data, weights, additions="" if frozen else "lora.safetensors"
+    )
     packer, width = Packer(processor.tokenizer), 3 * 64
     rows = image_rows(model, packer, "calibration", fit, images, data)
     replayed = [Replayed(model, packer, i, images, data) for i in range(test)]

@@ -31,7 +31,7 @@ def accuracy(card: Report) -> list[str]:
     """Right answers by kind and number of images."""
     found = card["right, by images and kind"]
     kinds = list(dict.fromkeys(kind for part in found.values() for kind in part))
-    rows = [[f"{n} images" if n != "1" else "1 image", *(_percent(part.get(kind)) for kind in kinds)]
+    rows = [[f"{n} images" if n != "1" else "1 image", *(percent(part.get(kind)) for kind in kinds)]
             for n, part in found.items()]  # fmt: skip
     overall = ", ".join(f"{percent:.1f} % at {n}" for n, percent in card["right, %"].items())
     return [
@@ -42,7 +42,8 @@ def accuracy(card: Report) -> list[str]:
     ]
 
 
-def _percent(counts: str | None) -> str:
+def percent(counts: str | None) -> str:
+    """right/asked as a share and the number asked."""
     if counts is None:
         return ""
     right, asked = (int(x) for x in counts.split("/"))
@@ -59,7 +60,7 @@ def curve(card: Report) -> list[str]:
         "The tower alone, % of its tokens whose nearest word is the right one (training pictures):\n",
         *table(
             ["step", *(s.removeprefix("tokens right, ") for s in sorts)],
-            ([str(line["step"]), *(f"{100 * line[s]:.1f}" for s in sorts)] for line in _some(see)),
+            ([str(line["step"]), *(f"{100 * line[s]:.1f}" for s in sorts)] for line in some(see)),
         ),
         "",
         "Then the low-rank additions, % of training questions right since the line before:\n",
@@ -68,13 +69,13 @@ def curve(card: Report) -> list[str]:
             (
                 [str(line["step"]), str(line["tokens"]),
                  *(f"{100 * line['train'][k]:.0f}" if k in line["train"] else "" for k in kinds)]
-                for line in _some(answers)
+                for line in some(answers)
             ),
         ),
     ]  # fmt: skip
 
 
-def _some(lines: list[Report], most: int = 10) -> list[Report]:
+def some(lines: list[Report], most: int = 10) -> list[Report]:
     """About `most` lines, the last among them."""
     step = max(1, len(lines) // most)
     return lines[::-1][::step][::-1]
@@ -91,8 +92,9 @@ def head_maps(report: Report) -> list[str]:
         "--judge smol --dtype bfloat16 --criteria output --voting 1 --held 2 --samples 6 --json "
         "benchmarks/results/smol_head_maps.json` measures it.\n",
         "No map costs 5 points, not even cutting every head off from other images: the questions come after "
-        "the images, text sees everything, and the model compares there. This judge, too, cannot tell a good "
-        "map from a random one by its answers; one that could would have to be asked before it looks.\n",
+        "the images, say which ones they are about, text sees everything, and the model compares there. By "
+        "these answers a good map cannot be told from a random one; "
+        "[below](#a-judge-of-head-maps-smol-repeats) are some that images have to look at each other for.\n",
         *maps(report["rows"]),
     ]
 

@@ -18,6 +18,7 @@ import judges_sections
 import readme_numbers
 import readme_picture
 import smol_page
+import smol_repeats_page
 import speed_page
 from judges_record import Record
 from readme_numbers import load
@@ -79,7 +80,11 @@ def main(root: Path = ROOT) -> None:
         )
     if (card := load(root / "tools" / "judging" / "weights" / "smol", "card.json")) is not None:
         measured = [load(results, f"smol_{name}.json") for name in ("head_maps", "attention", "latent")]
-        write("smol", smol_page.page(card, *measured))
+        text = smol_page.page(card, *measured)
+        if (learnt := load(root / "tools" / "judging" / "weights" / "smol", "repeats.json")) is not None:
+            curve = load(results, "smol_repeats_head_maps.json")
+            text += "\n".join(["", *smol_repeats_page.repeats(learnt, curve), ""])
+        write("smol", text)
     readme_numbers.main(root)
 
 

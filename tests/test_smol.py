@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
+from judging.smol.across import Probe
 from judging.smol.asks import ASKED, KINDS, Prompt, draw_prompt
 from judging.smol.lora import FIRST_LAYER, adapt, merge
-from judging.smol.packed import Packer
+from judging.smol.packed import Hidden, Packer, hide
 from judging.smol.pictures import Pictures
+from judging.smol.repeats import draw_repeats, repeated
 from judging.smol.tower import FAKE, GLOBAL, IMAGE, TOKENS
 from judging.smol.words import COLORS, ICONS, SHAPES, SORTS
 from tiny.base import byte_tokenizer
@@ -154,3 +156,53 @@ def test_merged_additions_do_what_they_did_apart():
     after = apart(ids).last_hidden_state
     assert (after - before).abs().max() > 1e-3
     assert torch.allclose(plain(ids).last_hidden_state, after, atol=1e-4)
+
+
+def test_what_comes_twice_is_told_truly(pictures):
+    pairs = Counter()
+    for index in range(60):
+        prompt = draw_repeats(pictures, random.Random(index), (2, 4, 8)[index % 3], 6)
+        names = [p.name for p in prompt.pictures]
+        later = [i for i, name in enumerate(names) if name in names[:i]]
+        pairs[len(later)] += 1
+        assert len(set(names)) == len(names) - len(later)
+        assert all(prompt.pictures[i].sort == prompt.pictures[names.index(names[i])].sort for i in later)
+        twice, *others = prompt.questions
+        assert twice.answer == (", ".join(names[i] for i in later) or "nothing")
+        assert {q.task for q in others} <= set(ASKED)
+    assert set(pairs) == {0, 1, 2}
+
+
+def test_images_can_be_hidden_from_each_other_and_from_the_text_between(pictures, packer):
+    packed = packer([draw_repeats(pictures, random.Random(3), n, 4) for n in (2, 4)])
+    image = packer._encode(IMAGE)[0]
+    for row, prefix in enumerate(packed.prefix):
+        is_image = packed.input_ids[row] == image
+        number = torch.repeat_interleave(torch.arange(4), TOKENS)[: int(is_image.sum())]
+        before = packed.mask[row, 0]
+        apart = hide(packed, image, Hidden.FROM_IMAGES).mask[row, 0]
+        other = number[:, None] != number[None, :]
+        seen = before[is_image][:, is_image]
+        assert torch.equal(apart[is_image][:, is_image], seen & ~other)
+        assert torch.equal(apart[~is_image], before[~is_image])
+        assert torch.equal(apart[:, ~is_image], before[:, ~is_image])
+        blind = hide(packed, image, Hidden.FROM_TEXT).mask[row, 0]
+        text = ~is_image & (torch.arange(len(is_image)) < prefix)
+        assert not blind[text][:, is_image].any()
+        assert torch.equal(blind[~text], before[~text])
+        assert torch.equal(blind[:, ~is_image], before[:, ~is_image])
+
+
+def test_the_probe_is_told_which_pictures_repeat(pictures):
+    layer = torch.nn.Identity()
+    probe = Probe(layer, 8)
+    prompts = [draw_repeats(pictures, random.Random(i), 4, 1) for i in range(3)]
+    where = torch.ones(3, 4 * TOKENS, dtype=torch.bool)
+    again = torch.tensor([[float(name >= 0) for name in repeated(p.pictures)] for p in prompts])
+    layer((again.repeat_interleave(TOKENS, 1) * 2 - 1)[..., None].expand(-1, -1, 8))
+    with torch.no_grad():
+        probe.say.weight.fill_(1.0)
+        probe.say.bias.zero_()
+    loss, repeats, new = probe(where, [p.pictures for p in prompts])
+    assert (repeats, new) == (1.0, 1.0)
+    assert loss < 0.01

@@ -10,13 +10,15 @@ from judging.prompts import draw_prompt, split_rng
 from judging.shapes import JUDGES
 
 WEIGHTS = Path(__file__).parent / "weights"
+SMOL = {"smol": "lora.safetensors", "smol-repeats": "repeats.safetensors"}
+"""Judges with SmolLM2 inside, and the additions that make it one or the other."""
 
 
 def load_judge(name: str, dtype: torch.dtype = torch.float32, folder: Path | None = None) -> tuple[Any, Any]:
     """A trained judge in eval mode, and its processor (left padding, pictures in RGB).
 
     Args:
-        name: one of `JUDGES`, or "smol" (`judging.smol`).
+        name: one of `JUDGES`, or "smol" or "smol-repeats" (`judging.smol`).
         dtype: compute type; the weights are stored in bfloat16.
         folder: where `NAME/model.safetensors` lies; else what ships.
 
@@ -24,10 +26,10 @@ def load_judge(name: str, dtype: torch.dtype = torch.float32, folder: Path | Non
         FileNotFoundError: the judge is unknown or not trained.
     """
     path = (folder or WEIGHTS) / name
-    if name == "smol" and (path / "tower.safetensors").is_file():
+    if name in SMOL and (path.with_name("smol") / SMOL[name]).is_file():
         from judging.smol.loader import load_smol
 
-        return load_smol(dtype, weights=path)
+        return load_smol(dtype, weights=path.with_name("smol"), additions=SMOL[name])
     if name not in JUDGES or not (path / "model.safetensors").is_file():
         trained = sorted(p.parent.name for p in (folder or WEIGHTS).glob("*/model.safetensors"))
         raise FileNotFoundError(
@@ -43,10 +45,11 @@ def load_judge(name: str, dtype: torch.dtype = torch.float32, folder: Path | Non
 
 def judge_prompt(name: str, split: str, index: int, pictures: int, questions: int = 12) -> Any:
     """Prompt `index` of a split (calibration, dev, test) with 1, 2, 4 (smol: 8) pictures; always equal."""
-    if name == "smol":
-        from judging.smol.loader import smol_prompt
+    if name in SMOL:
+        from judging.smol.loader import repeats_prompt, smol_prompt
 
-        return smol_prompt(split, index, pictures, questions)
+        drawn = smol_prompt if name == "smol" else repeats_prompt
+        return drawn(split, index, pictures, questions)
     judge = JUDGES[name]
     rng = split_rng(name, split, index, f"{pictures} pictures")
     return draw_prompt(rng, judge.grid, judge.style, pictures, questions, judge.kinds)

@@ -8,6 +8,7 @@ import random
 import shutil
 import time
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +17,9 @@ import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from judging.smol.asks import KINDS, Prompt, draw_prompt, split_rng
+from judging.smol.asks import Prompt, draw_prompt, split_rng
 from judging.smol.lora import adapt
-from judging.smol.packed import Packed, Packer
+from judging.smol.packed import Hidden, Packed, Packer, hide
 from judging.smol.pictures import Pictures
 from judging.smol.registry import DATA, RUN
 from judging.smol.see import pixels
@@ -52,6 +53,30 @@ def save_tower(checkpoint: Path, file: Path) -> None:
     save_file({k: v.contiguous() for k, v in kept.items()}, file)
 
 
+def student(data: Path, tower: Path) -> tuple[Any, Any, dict[str, nn.Parameter]]:
+    """The frozen model in bfloat16, its tokenizer, and the additions to be trained."""
+    tokenizer = tokenizer_of(data / "lm")
+    model = build(tokenizer)
+    load_language(model, data / "lm")
+    load_tower(model, tower)
+    model.bfloat16().requires_grad_(False).eval()
+    model.model.text_model.set_attn_implementation("eager")  # fused attention is slow backwards in bfloat16
+    return model, tokenizer, adapt(model.model.text_model)
+
+
+def fill(added: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
+    """Put trained additions in the place of those that `adapt` made."""
+    for name, p in added.items():
+        p.data.copy_(saved[name])
+
+
+def compiled(layers: Iterable[nn.Module]) -> None:
+    """Compile layers, each anew for every length."""
+    torch._dynamo.config.recompile_limit = 64  # four lengths; layers with and without additions
+    for layer in layers:
+        layer.compile(dynamic=False)
+
+
 def answers(model: Any, packed: Packed, prompts: list[Prompt]) -> Tensor:
     """[N, vocabulary] logits at `packed.at`."""
     inner = model.model
@@ -61,8 +86,9 @@ def answers(model: Any, packed: Packed, prompts: list[Prompt]) -> Tensor:
         tokens = inner.connector(inner.vision_model(images).last_hidden_state).to(embeds.dtype)
         where = (packed.input_ids == model.config.image_token_id).unsqueeze(-1)
         embeds = embeds.masked_scatter(where, tokens.flatten(0, 1))
-        hide = ~packed.mask
-        mask = torch.zeros(hide.shape, dtype=embeds.dtype).masked_fill(hide, torch.finfo(embeds.dtype).min)
+        unseen = ~packed.mask
+        mask = torch.zeros(unseen.shape, dtype=embeds.dtype)
+        mask = mask.masked_fill(unseen, torch.finfo(embeds.dtype).min)
     hidden = inner.text_model(
         inputs_embeds=embeds, position_ids=packed.position_ids, attention_mask=mask, use_cache=False
     ).last_hidden_state
@@ -72,17 +98,24 @@ def answers(model: Any, packed: Packed, prompts: list[Prompt]) -> Tensor:
 
 @torch.no_grad()
 def accuracy(
-    model: Any, packer: Packer, source: Pictures, split: str, images: int, prompts: int, questions: int = 16
+    model: Any, packer: Packer, prompts: Sequence[Prompt], hidden: Hidden | None = None
 ) -> dict[str, tuple[int, int]]:
     """(right, asked) by kind; right when every token of the answer would have been said."""
     found: dict[str, list[bool]] = defaultdict(list)
-    for index in range(prompts):
-        prompt = draw_prompt(source, split_rng(split, index, f"{images} images"), images, questions)
+    for prompt in prompts:
         packed = packer([prompt])
+        if hidden is not None:
+            packed = hide(packed, model.config.image_token_id, hidden)
         hit = answers(model, packed, [prompt]).argmax(-1) == packed.target
         for number, question in enumerate(prompt.questions):
             found[question.task].append(bool(hit[packed.question == number].all()))
-    return {k: (sum(found[k]), len(found[k])) for k in KINDS if found[k]}
+    return {k: (sum(v), len(v)) for k, v in found.items()}
+
+
+def held_out(source: Pictures, split: str, images: int, prompts: int, questions: int = 16) -> list[Prompt]:
+    """The first prompts of a split, all kinds asked."""
+    rngs = (split_rng(split, index, f"{images} images") for index in range(prompts))
+    return [draw_prompt(source, rng, images, questions) for rng in rngs]
 
 
 def answer(
@@ -96,25 +129,18 @@ def answer(
     """Train the low-rank additions."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    tokenizer = tokenizer_of(data / "lm")
-    model = build(tokenizer)
-    load_language(model, data / "lm")
-    load_tower(model, out / "see.pt")
-    model.bfloat16().requires_grad_(False).eval()
-    model.model.text_model.set_attn_implementation("eager")  # fused attention is slow backwards in bfloat16
-    added = adapt(model.model.text_model)
-    torch._dynamo.config.recompile_limit = 64  # four lengths; layers with and without additions
-    for layer in model.model.text_model.layers if fuse else ():
-        layer.compile(dynamic=False)
+    model, tokenizer, added = student(data, out / "see.pt")
+    if fuse:
+        compiled(model.model.text_model.layers)
     optimiser = torch.optim.AdamW(added.values(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     file, step, seconds, tokens = out / "answer.pt", 0, 0.0, 0
     if file.exists():
         saved = torch.load(file, weights_only=True)
-        for name, p in added.items():
-            p.data.copy_(saved["added"][name])
+        fill(added, saved["added"])
         optimiser.load_state_dict(saved["optimiser"])
         step, seconds, tokens = saved["step"], saved["seconds"], saved["tokens"]
-    train, dev, packer = Pictures(data, "train"), Pictures(data, "dev"), Packer(tokenizer)
+    train, packer = Pictures(data, "train"), Packer(tokenizer)
+    few = held_out(Pictures(data, "dev"), "dev", 4, 3)
     begun = time.time() - seconds
     saved_at, right = time.time(), defaultdict[str, list[float]](list)
     while step < steps and (time.time() - begun) / 60 < minutes:
@@ -136,7 +162,7 @@ def answer(
         optimiser.zero_grad(set_to_none=True)
         step, tokens = step + 1, tokens + int(packed.input_ids.numel())
         tasks = [q.task for p in prompts for q in p.questions]
-        for task, wrong in zip(tasks, _wrong(logits.detach(), packed, len(tasks)), strict=True):
+        for task, wrong in zip(tasks, missed(logits.detach(), packed, len(tasks)), strict=True):
             right[task].append(1.0 - wrong)
         if time.time() - saved_at > 90 or step == steps or (time.time() - begun) / 60 > minutes:
             line: dict[str, Any] = {
@@ -147,7 +173,7 @@ def answer(
             }
             line["train"] = {k: round(sum(v) / len(v), 3) for k, v in sorted(right.items())}
             with torch.compiler.set_stance("force_eager"):  # of any length
-                few_dev = accuracy(model, packer, dev, "dev", 4, 3)
+                few_dev = accuracy(model, packer, few)
             line["dev, 4 images"] = {k: f"{a}/{b}" for k, (a, b) in few_dev.items()}
             saved_at, right = time.time(), defaultdict(list)
             print(json.dumps(line), flush=True)
@@ -160,10 +186,11 @@ def answer(
             )
 
 
-def _wrong(logits: Tensor, packed: Packed, questions: int) -> list[float]:
+def missed(logits: Tensor, packed: Packed, questions: int) -> list[float]:
+    """1 for each question of which some token would have been said wrong, else 0."""
     miss = (logits.argmax(-1) != packed.target).float()
-    missed: list[float] = (torch.bincount(packed.question, miss, questions) > 0).float().tolist()
-    return missed
+    found: list[float] = (torch.bincount(packed.question, miss, questions) > 0).float().tolist()
+    return found
 
 
 if __name__ == "__main__":

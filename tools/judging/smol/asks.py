@@ -137,6 +137,27 @@ def _draw(source: Pictures, rng: random.Random, images: int) -> list[Picture]:
     return pictures
 
 
+def ask(
+    pictures: Sequence[Picture],
+    rng: random.Random,
+    questions: int,
+    kinds: Sequence[str] = KINDS,
+    across: int = 1,
+) -> tuple[Question, ...]:
+    """Up to `questions` different questions of `kinds`; those across images `across` times as frequent."""
+    asked: dict[str, Question] = {}
+    names: list[str] = []
+    pool = ["what", "what", *_MAKERS, *_ACROSS * (across - 1)]
+    for _ in range(6 * questions):
+        names = names or rng.sample(pool, len(pool))
+        question = _MAKERS[names.pop()](list(pictures), rng, rng.randrange(len(pictures)))
+        if question is not None and question.task in kinds:
+            asked.setdefault(question.text, question)
+        if len(asked) == questions:
+            break
+    return tuple(asked.values())
+
+
 def draw_prompt(
     source: Pictures,
     rng: random.Random,
@@ -145,19 +166,6 @@ def draw_prompt(
     kinds: Sequence[str] = KINDS,
     across: int = 1,
 ) -> Prompt:
-    """Draw `images` pictures and ask up to `questions` different questions of `kinds` about them.
-
-    Questions across images are `across` times as frequent as in the splits.
-    """
+    """Draw `images` pictures and ask about them; see `ask`, which the splits call with `across=1`."""
     pictures = _draw(source, rng, images)
-    asked: dict[str, Question] = {}
-    names: list[str] = []
-    pool = ["what", "what", *_MAKERS, *_ACROSS * (across - 1)]
-    for _ in range(6 * questions):
-        names = names or rng.sample(pool, len(pool))
-        question = _MAKERS[names.pop()](pictures, rng, rng.randrange(images))
-        if question is not None and question.task in kinds:
-            asked.setdefault(question.text, question)
-        if len(asked) == questions:
-            break
-    return Prompt(tuple(pictures), tuple(asked.values()))
+    return Prompt(tuple(pictures), ask(pictures, rng, questions, kinds, across))

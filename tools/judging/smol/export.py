@@ -13,7 +13,7 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from judging.smol.answer import accuracy, save_tower
+from judging.smol.answer import accuracy, held_out, save_tower
 from judging.smol.asks import ASKED, KINDS, Prompt
 from judging.smol.loader import load_smol, smol_prompt
 from judging.smol.packed import Packer
@@ -52,7 +52,7 @@ def export(
     model, processor = load_smol(torch.bfloat16, data, out)
     packer, source = Packer(processor.tokenizer), Pictures(data, "test")
     assert same_tokens(processor, packer, smol_prompt("test", 0, 4, 1, data))
-    found = {n: accuracy(model, packer, source, "test", n, prompts) for n in IMAGES}
+    found = {n: accuracy(model, packer, held_out(source, "test", n, prompts)) for n in IMAGES}
     log = [json.loads(line) for line in (run / "answer.jsonl").read_text().splitlines()]
     see = [json.loads(line) for line in (run / "see.jsonl").read_text().splitlines()]
     card: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """Prompts as batches: the images once, then every question on its own, hidden from the others by the mask."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -33,6 +34,32 @@ class Packed:
     target: Tensor
     question: Tensor
     prefix: list[int]
+
+
+class Hidden(Enum):
+    """What of the images is kept from some rows before the questions."""
+
+    FROM_TEXT = "text between the images sees no image"
+    FROM_IMAGES = "an image sees no other image"
+
+
+def hide(packed: Packed, image: int, what: Hidden) -> Packed:
+    """The batch with images hidden from the text between them, or from each other.
+
+    Args:
+        packed: a batch.
+        image: id of the image token.
+        what: the rows that see less.
+    """
+    is_image = packed.input_ids == image  # [B, S]
+    number = (is_image & ~torch.nn.functional.pad(is_image, (1, 0))[:, :-1]).cumsum(1)
+    if what is Hidden.FROM_IMAGES:
+        other = number[:, :, None] != number[:, None, :]
+        hidden = is_image[:, :, None] & is_image[:, None, :] & other
+    else:
+        before = torch.arange(is_image.shape[1]) < torch.tensor(packed.prefix)[:, None]
+        hidden = (before & ~is_image)[:, :, None] & is_image[:, None, :]
+    return replace(packed, mask=packed.mask & ~hidden[:, None])
 
 
 class Packer:
