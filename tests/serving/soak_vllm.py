@@ -55,14 +55,13 @@ def main(
         export_checkpoint(reference_path(), folder / "model", model, retained=retained)
         asked = questions(processor, folder, requests, rng)
         given_up = sorted(rng.sample(range(requests), requests // 25))
-        options = {"tokens": tokens, "timeout": 7200}
+        options = {"tokens": tokens, "timeout": 7200, "max_model_len": (blocks - 1) * 32}
         roomy = drive(folder, folder / "model", asked, **options)
         tight = drive(
             folder,
             folder / "model",
             asked,
             abort=given_up,
-            max_model_len=(blocks - 1) * 32,
             max_num_batched_tokens=256,
             num_gpu_blocks_override=blocks,
             **options,
@@ -70,7 +69,7 @@ def main(
     pairs = list(zip(roomy["answers"], tight["answers"], strict=True))
     both = [(a[0], b[0]) for a, b in pairs if b is not None]
     same = sum(a["tokens"] == b["tokens"] for a, b in both)
-    gaps = (abs(x - y) for a, b in both for x, y in zip(a["logprobs"], b["logprobs"], strict=True))
+    gaps = (abs(x - y) for a, b in both for x, y in zip(a["logprobs"], b["logprobs"], strict=False))
     found = {
         "answers": len(both),
         "same": same,
