@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_command(monkeypatch, capsys, folder):
-    options = ("--images", 8, "--tensor-parallel", 2, "--dry-run", "--", "--dtype", "float32")
+    options = ("--images", 8, "--tensor-parallel", 2, "--dry-run", "--", "--dtype", "bfloat16")
     code, out, _ = run(monkeypatch, capsys, "serve", folder, *options)
     assert code == 0
     words = shlex.split(out)
@@ -32,7 +32,8 @@ def test_the_command(monkeypatch, capsys, folder):
     assert words[words.index("--served-model-name") + 1] == "served"
     assert words[words.index("--tensor-parallel-size") + 1] == "2"
     assert words[words.index("--block-size") + 1] == "32"
-    assert words[-2:] == ["--dtype", "float32"]
+    assert words[words.index("--dtype") + 1] == "float32"
+    assert words[-2:] == ["--dtype", "bfloat16"]
 
 
 def test_what_it_refuses(monkeypatch, capsys, tmp_path, folder):

@@ -1,4 +1,4 @@
-"""`capsight serve` answers the OpenAI chat API as transformers answers with the same head map. Needs vLLM."""
+"""`capsight serve` answers the OpenAI chat API as transformers does, head map and capsules. Needs vLLM."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ import capsight
 from capsight import HeadMap
 from capsight.reference import load_reference_vlm, reference_path, split_prompt
 from capsight.serving.export import export_checkpoint
+from capsight.serving.method import PagedCapsules
 from serving.ask_vllm import ENVIRONMENT
 
-TOKENS = 12
+TOKENS, RETAINED = 12, 0.4
 
 
 def free_port() -> int:
@@ -39,10 +40,10 @@ def served(tmp_path_factory):
     root, port = tmp_path_factory.mktemp("server"), free_port()
     model, processor = load_reference_vlm()
     head_map = HeadMap.from_pretrained("reference")
-    export_checkpoint(reference_path(), root / "model", model, head_map=head_map)
+    export_checkpoint(reference_path(), root / "model", model, head_map=head_map, retained=RETAINED)
     command = [sys.executable, "-m", "capsight", "serve", str(root / "model"), "--port", str(port)]
-    command += ["--images", "4", "--name", "tiny", "--", "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "4096", "--block-size", "32"]
+    command += ["--images", "4", "--name", "tiny", "--", "--enforce-eager"]
+    command += ["--max-model-len", "4096"]
     environment = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with (root / "log").open("w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -91,7 +92,8 @@ def expected(prompt, model, processor, head_map):
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
     inputs = processor(text=[text], images=[[s.image for s in prompt.scenes]], return_tensors="pt")
-    with torch.no_grad(), capsight.enable(model, head_map=head_map) as fast:
+    both = {"capsule": PagedCapsules(RETAINED), "head_map": head_map}
+    with torch.no_grad(), capsight.enable(model, **both) as fast:
         out = fast.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
     return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
 

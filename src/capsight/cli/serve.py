@@ -53,7 +53,7 @@ def serve(
 def vllm_command(
     folder: Path, entry: Served, host: str, port: int, name: str, images: int | None, tensor_parallel: int
 ) -> list[str]:
-    """The command line of vLLM.
+    """The command line of vLLM; of an option that is repeated behind it, vLLM takes the last.
 
     Args:
         folder: the exported checkpoint.
@@ -67,7 +67,7 @@ def vllm_command(
     limits = {"video": 0} if images is None else {"image": images, "video": 0}
     command = [sys.executable, "-m", _SERVER, "--model", str(folder)]
     command += ["--host", host, "--port", str(port), "--served-model-name", name]
-    command += ["--limit-mm-per-prompt", json.dumps(limits)]
+    command += ["--limit-mm-per-prompt", json.dumps(limits), "--dtype", "float32"]
     if entry.retained is not None:
         command += ["--block-size", str(_BLOCK)]
     return command + (["--tensor-parallel-size", str(tensor_parallel)] if tensor_parallel > 1 else [])
