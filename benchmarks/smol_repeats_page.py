@@ -64,12 +64,17 @@ def tested(curve: Report) -> list[str]:
     prompts, rows = curve["prompts"], curve["rows"]
     worst = max((row for row in rows if row["group"] == "control"), key=lambda row: row["drop"])
     low, high = worst["drop_interval"]
+    equal = [row for row in rows if row["group"] == "equal FLOPs"]
+    chosen = next(row for row in equal if not row["name"].startswith("random"))
+    drawn = [row["drop"] for row in equal if row["name"].startswith("random")]
     return [
         "### Its head maps\n",
         f"{prompts['voting']} calibration prompts vote, {prompts['held_out']} others measure the drop, "
         f"{prompts['test, each image count']} test prompts of each image count are asked. "
         f"{machine(curve['machine'])} `{COMMAND}` measures it.\n",
         f"The worst control, {worst['name']}, costs {worst['drop']:.1f} points (95 % interval "
-        f"{low:.1f} to {high:.1f}).\n",
+        f"{low:.1f} to {high:.1f}); at equal FLOPs the calibrated map costs {chosen['drop']:.1f}, random "
+        f"ones {min(drawn):.1f} to {max(drawn):.1f}. A tolerance is only as good as the held-out prompts, "
+        "here one question each: too few to find the largest alpha.\n",
         *maps(rows),
     ]

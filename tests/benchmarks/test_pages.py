@@ -288,14 +288,16 @@ def test_page_of_the_judge_of_head_maps(root):
     (folder / "repeats.json").write_text(json.dumps(repeats))
     curve = maps()
     control = {"group": "control", "name": "all sink", "drop": 12.0, "drop_interval": [7.5, 16.0]}
-    curve["rows"] += [curve["rows"][0] | control]
+    equal = [{"group": "equal FLOPs", "name": n, "drop": d} for n, d in (("output", 0.5), ("random 0", 9.0))]
+    curve["rows"] += [curve["rows"][0] | facts for facts in (control, *equal)]
     curve["rows"][0] |= {"group": "dense"}
     write(root, smol_repeats_head_maps=curve)
     page = (root / "docs" / "benchmarks" / "smol.md").read_text()
     assert "| 4 images, apart | 25 (4) | 50 (2) |" in page
     assert "| 8 images, apart |  |  |" in page
     assert "| 20 | 200 | 90 | 70 |" in page
-    assert "The worst control, all sink, costs 12.0 points (95 % interval 7.5 to 16.0)." in page
+    assert "The worst control, all sink, costs 12.0 points (95 % interval 7.5 to 16.0); at equal" in page
+    assert "the calibrated map costs 0.5, random ones 9.0 to 9.0" in page
     assert "| 95.0 | +12.0 (+7.5 to +16.0) | 98.0 |" in page
     assert tables_are_square(page)
 

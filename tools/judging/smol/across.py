@@ -81,8 +81,8 @@ def few(source: Pictures, split: str, images: int, prompts: int, questions: int 
 def across(
     data: Annotated[Path, typer.Option(help="Folder of `registry.fetch`.")] = DATA,
     out: Annotated[Path, typer.Option(help="Folder of the checkpoints; goes on where a run stopped.")] = RUN,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 900,
-    look: Annotated[int, typer.Option(help="Steps of the first part.")] = 300,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 300,
+    look: Annotated[int, typer.Option(help="Steps of the first part.")] = 93,
     rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1e-3,
     minutes: Annotated[float, typer.Option(help="The rate falls to nothing by then, if sooner.")] = 1e9,
     fuse: Annotated[bool, typer.Option(help="Compile the layers; needs g++.")] = bool(shutil.which("g++")),
