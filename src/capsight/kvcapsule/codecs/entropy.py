@@ -8,6 +8,7 @@ the same on every machine; whoever decodes compares a checksum all the same.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def encode(rows: Integers) -> bytes:
     columns, of_rows = _classes(np.abs(rows))
     for classes, count, turn in ((columns, _CLASSES, _TURN[0]), (of_rows, _ROWS, _TURN[1])):
         coder.encode((np.diff(classes, prepend=0) % count).astype(np.int32), _differences(count, turn))
-    top = int(np.abs(rows).max(initial=0))
+    top = _up(int(np.abs(rows).max(initial=0)))
     classes = _together(columns, of_rows)
     for kind in np.unique(classes[classes > 0]).tolist():
         coder.encode((rows[classes == kind] + top).astype(np.int32), _model_of(kind, top))
@@ -52,7 +53,7 @@ def decode(data: bytes, tokens: int, rank: int, top: int) -> Integers:
         OptionError: the coder is not installed.
         CapsuleFileError: `data` is none that `encode` gave.
     """
-    library = _library()
+    library, top = _library(), _up(top)
     rows = np.zeros((tokens, rank), np.int32)
     try:
         coder = library.stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
@@ -96,6 +97,7 @@ def check_coder() -> None:
     _library()
 
 
+@lru_cache(maxsize=512)
 def _model_of(kind: int, top: int) -> Any:
     """Of integers from -top to top whose magnitudes have the mean of a class."""
     mean = 2.0 ** (kind - _FINEST)
@@ -103,6 +105,12 @@ def _model_of(kind: int, top: int) -> Any:
     return _model(np.concatenate((powers[:0:-1] / 2, powers[:1], powers[1:] / 2)))
 
 
+def _up(top: int) -> int:
+    """A largest magnitude that many share, so that few models are made: the next power of two, less one."""
+    return 2 ** top.bit_length() - 1
+
+
+@lru_cache
 def _differences(count: int, mean: float) -> Any:
     """Of differences between neighbouring classes, modulo their number."""
     powers = np.cumprod(np.full(count, mean / (1 + mean)))
