@@ -18,14 +18,7 @@ from typing import Annotated, Any
 
 import typer
 from attention_measuring import machine
-
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_CI_ENV": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-}
+from serve_vllm import ENVIRONMENT
 
 
 def main(

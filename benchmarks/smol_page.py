@@ -89,8 +89,8 @@ def head_maps(report: Report) -> list[str]:
         f"{prompts['voting']} calibration prompts vote, {prompts['held_out']} others measure the drop, "
         f"{prompts['test, each image count']} test prompts of each image count are asked. Columns as on "
         f"[head maps](head-maps.md). {machine(report['machine'])} `python benchmarks/head_map_curve.py "
-        "--judge smol --dtype bfloat16 --criteria output --voting 1 --held 2 --samples 6 --json "
-        "benchmarks/results/smol_head_maps.json` measures it.\n",
+        "--judge smol --dtype bfloat16 --criteria output --voting 1 --held 2 --samples 6 --shares 0.5,0.75 "
+        "--tolerances 0.01 --json benchmarks/results/smol_head_maps.json` measures it.\n",
         "No map costs 5 points, not even cutting every head off from other images: the questions come after "
         "the images, say which ones they are about, text sees everything, and the model compares there. By "
         "these answers a good map cannot be told from a random one; "
