@@ -113,6 +113,12 @@ def test_coarse_axes_are_entropy_coded_in_files(seed, groups, top):
             joint_tensors._opened(held, (2, 3, 4))
 
 
+def test_a_layer_that_has_no_part_in_an_axis_needs_no_coder():
+    axes = torch.full((GROUP, 2, 3, 4), 127, dtype=torch.int8)
+    axes[-1] = 0
+    assert "coded" not in for_file({"axes": axes, "steps": torch.ones(2, GROUP)})
+
+
 def test_a_capsule_for_rest_is_small_and_reads_what_the_whole_one_wrote(tmp_path):
     model, processor = capsight.load_reference_vlm()
     whole = KVCapsule.from_pretrained("reference")

@@ -30,7 +30,7 @@ _SHAPES: dict[str, tuple[int | None, ...]] = {
 }
 _ADDED = 0.03  # error by the steps of axes, of that of images
 _CODED = struct.Struct("<IB")  # checksum of axes, their largest integer
-_FEW = 63  # largest integer of a last axis that is not as fine as it can be
+_FEW = 63  # largest integer of an axis that is not as fine as it can be
 _DTYPES = {"axes": torch.int8, "lost": torch.float64, "frequencies": torch.float64, "pairs": torch.int64}
 
 
@@ -54,11 +54,12 @@ def trimmed(tensors: Mapping[str, Tensor], rank: int, loses: float) -> dict[str,
 
 
 def for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With axes entropy coded, as "coded": uint8 `[bytes]`, where the last one is coarse."""
+    """With axes entropy coded, as "coded": uint8 `[bytes]`, where some are coarse."""
     axes = tensors["axes"].contiguous().cpu()
-    if not len(axes) or int(axes[-1].abs().max()) > _FEW:
-        return dict(tensors)
     rows = axes.flatten(1).int().numpy()
+    largest = abs(rows).max(1, initial=0)
+    if not ((largest > 0) & (largest <= _FEW)).any():
+        return dict(tensors)
     head = _CODED.pack(zlib.crc32(axes.numpy().tobytes()), int(abs(rows).max()))
     coded = torch.frombuffer(bytearray(head + entropy.encode(rows)), dtype=torch.uint8)
     return {**{name: x for name, x in tensors.items() if name != "axes"}, "coded": coded}
