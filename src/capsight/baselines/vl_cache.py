@@ -45,10 +45,10 @@ class VLCache(ObservingBaseline):
         counts: list[dict[int, int]] = [{} for _ in observed]
         for row, indices in runs_by_row(runs).items():
             tokens = len(indices) * self.block_size
-            kept = self.kept * len(indices)
+            budget = self.kept * len(indices)
             weights = [float(layer.density[row]) for layer in observed if layer.density is not None]
-            floor = min(max(round(LEAST * tokens), 1), kept)
-            for layer, count in enumerate(allocate(weights, kept * len(observed), floor, tokens)):
+            floor = min(max(round(LEAST * tokens), 1), budget)
+            for layer, count in enumerate(allocate(weights, budget * len(observed), floor, tokens)):
                 counts[layer][row] = count
         return [top_per_head(layer.scores, runs, counts[i]) for i, layer in enumerate(observed)]
 

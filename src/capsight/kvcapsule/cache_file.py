@@ -139,10 +139,10 @@ def capsule_fingerprint(capsule: KVCapsule) -> str:
     """Hash of what a capsule learnt, and of how much it keeps in how many bits."""
     tensors = {f"{i}.{k}": t for i, codec in capsule.codecs.items() for k, t in codec.state_dict().items()}
     info = capsule.info
-    kept = [(layer.index, layer.kept) for layer in info.layers]
+    counts = [(layer.index, layer.kept) for layer in info.layers]
     first = next(iter(capsule.codecs.values()))
     stored = [first.coding, first.constants]
-    return tensors_fingerprint(tensors, [info.codec, info.block_size, info.bits, info.share, kept, stored])
+    return tensors_fingerprint(tensors, [info.codec, info.block_size, info.bits, info.share, counts, stored])
 
 
 def _check_origin(path: Path, header: Mapping[str, Any], capsule: KVCapsule) -> None:

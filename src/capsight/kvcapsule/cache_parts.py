@@ -182,21 +182,21 @@ def _fill(
 
 def _check_kept(capsules: Payload, runs: Sequence[Run], block_size: int, prefix: str) -> None:
     """Refuse kept positions and counts that no choice of tokens gives."""
-    if (kept := capsules.tensors.get("kept")) is None:
+    if (positions := capsules.tensors.get("kept")) is None:
         return
     if isinstance(capsules, RaggedPayload):
         counts, rows = capsules.tensors["counts"].long(), torch.tensor([run.row for run in runs])
         blocks = torch.bincount(rows)
         counted = torch.zeros_like(blocks).index_add(0, rows, counts.sum(1))
-        shared = len(kept) // len(runs) * blocks  # what a row has to share out
+        shared = len(positions) // len(runs) * blocks  # what a row has to share out
         if (counts < 1).any() or (counts > block_size).any() or (counted != shared).any():
             raise CapsuleFileError(
                 f"{prefix}capsule.counts does not share out the tokens of a row; save the cache again"
             )
         places = capsules.slots(block_size)
     else:
-        places = kept.long()
-    if (kept >= block_size).any() or (places.diff() <= 0).any():
+        places = positions.long()
+    if (positions >= block_size).any() or (places.diff() <= 0).any():
         raise CapsuleFileError(f"{prefix}capsule.kept does not ascend within a block; save the cache again")
 
 

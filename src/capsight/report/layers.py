@@ -60,13 +60,13 @@ def attention(pictures: Sequence[Picture]) -> Section:
 
 def layer_budgets(info: CapsuleInfo) -> Section:
     """What each layer keeps."""
-    kept = {layer.kept for layer in info.layers}
+    counts = {layer.kept for layer in info.layers}
     lead = f"Of every {info.block_size} vision tokens, "
-    if len(kept) == 1:
-        lead += f"each of the {len(info.layers)} layers keeps {kept.pop()}."
+    if len(counts) == 1:
+        lead += f"each of the {len(info.layers)} layers keeps {counts.pop()}."
         body = ""
     else:
-        lead += f"layers keep between {min(kept)} and {max(kept)}."
+        lead += f"layers keep between {min(counts)} and {max(counts)}."
         body = f"<figure>{budgets(info, 'budgets')}</figure>"
     if info.needs is not None:
         lead += (

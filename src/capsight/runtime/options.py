@@ -28,8 +28,8 @@ def check_options(options: Mapping[str, Any], seen: int, model: Any) -> None:
         raise OptionError("use_cache=False leaves no cache to keep capsules in; leave it out")
     if _asked(options, "cache_implementation") is not None:
         raise OptionError("cache_implementation would take the place of the cache in use; leave it out")
-    own = model.generation_config
-    guessing = next((x for x in GUESSING if _asked(options, x) or getattr(own, x, None)), None)
+    generation_config = model.generation_config
+    guessing = next((x for x in GUESSING if _asked(options, x) or getattr(generation_config, x, None)), None)
     if seen and guessing is not None:
         raise OptionError(
             f"{guessing} cannot go on from a filled cache; leave it out, or pass the whole prompt without "
@@ -42,8 +42,8 @@ def check_options(options: Mapping[str, Any], seen: int, model: Any) -> None:
 
 def unset(cache: Any, model: Any) -> dict[str, Any]:
     """Options that take back what the model's own generation config would do to a cache that is given."""
-    own = getattr(model.generation_config, "cache_implementation", None)
-    return {} if cache is None or own is None else {"cache_implementation": None}
+    implementation = getattr(model.generation_config, "cache_implementation", None)
+    return {} if cache is None or implementation is None else {"cache_implementation": None}
 
 
 def check_rows(options: Mapping[str, Any], rows: int, held: int, model: Any) -> None:

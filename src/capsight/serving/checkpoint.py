@@ -75,10 +75,10 @@ def served(folder: Path, whole: bool = False) -> Served:
     for name, known in listed.items():
         _check(folder / name, known, whole or not name.endswith(".safetensors"))
     entry = json.loads(read_bytes(folder / "config.json", "checkpoint")).get(KEY)
-    found = checked(Served, json.dumps(entry), folder / "config.json", "export the checkpoint again")
-    if found.version != VERSION:
-        raise UnsupportedModelError(f"{folder} is of version {found.version}; this capsight reads {VERSION}")
-    return found
+    served = checked(Served, json.dumps(entry), folder / "config.json", "export the checkpoint again")
+    if served.version != VERSION:
+        raise UnsupportedModelError(f"{folder} is of version {served.version}; this capsight reads {VERSION}")
+    return served
 
 
 def _check(path: Path, known: Mapping[str, Any], whole: bool) -> None:

@@ -175,11 +175,11 @@ def missing_mass(mass: Tensor) -> Tensor:
 
 def _bins(row: RowLayout, table: TokenTable, image: int, rows: Tensor, options: MaskOptions) -> Tensor:
     """The bin of every key for queries `rows` of one image: int64 `[n, S]`."""
-    own = table.image == image  # [S]
-    bins = torch.where(own, FAR, torch.where(table.is_sink, SINKS, OTHER))
+    own_image = table.image == image  # [S]
+    bins = torch.where(own_image, FAR, torch.where(table.is_sink, SINKS, OTHER))
     bins = torch.where(table.image < 0, TEXT, bins)  # [S]
     distance = (rows[:, None] - torch.arange(row.length)).abs()  # [n, S]
-    return torch.where(own & (table.is_sink | (distance < options.own_window)), NEAR, bins)
+    return torch.where(own_image & (table.is_sink | (distance < options.own_window)), NEAR, bins)
 
 
 def _chunk(call: LayerCall, index: int, rows: Tensor, visible: Intervals, bins: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def attend(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    kept: KeptTokens,
+    tokens: KeptTokens,
     rows: BlockRows,
     mask: Tensor | None,
     scaling: float,
@@ -34,23 +34,29 @@ def attend(
     if mask is not None:
         mask = mask.unflatten(1, (heads if mask.shape[1] > 1 else 1, -1))  # [B or 1, H or 1, G or 1, Q, X]
         mask = mask.expand(-1, -1, query_heads // heads, -1, -1).flatten(2, 3)  # [B or 1, H or 1, C, X]
-    pieces = pieces_of(kept, rows, batch)
+    pieces = pieces_of(tokens, rows, batch)
     if isinstance(pieces, Runs):
-        out = _side_by_side(q, keys, values, kept, pieces, mask, scaling)
+        out = _side_by_side(q, keys, values, tokens, pieces, mask, scaling)
     else:
         exact = partial_attention(q, keys, values, mask, scaling)
-        out = exact[0] if pieces is None else _with_chunks(exact, q, kept, pieces, scaling)
+        out = exact[0] if pieces is None else _with_chunks(exact, q, tokens, pieces, scaling)
     return out.to(query.dtype).view(batch, query_heads, count, head_dim).transpose(1, 2)
 
 
 def _side_by_side(
-    q: Tensor, keys: Tensor, values: Tensor, kept: KeptTokens, runs: Runs, mask: Tensor | None, scaling: float
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tokens: KeptTokens,
+    runs: Runs,
+    mask: Tensor | None,
+    scaling: float,
 ) -> Tensor:
     """Attention of queries `[B, H, C, D]` over exact tokens and copies of kept ones: `[B, H, C, D]`."""
     sizes = q.shape[:2]
     k, v = (
         torch.cat((exact, runs.gather(x).unflatten(0, sizes)), 2)
-        for exact, x in ((keys, kept.keys), (values, kept.values))
+        for exact, x in ((keys, tokens.keys), (values, tokens.values))
     )
     hidden = runs.hidden.to(q.dtype).view(*sizes, 1, -1)  # [B, H, 1, W]
     if mask is None:
@@ -63,13 +69,13 @@ def _side_by_side(
     return scaled_dot_product_attention(q, k, v, attn_mask=whole_mask, scale=scaling)
 
 
-def _with_chunks(exact: Partial, q: Tensor, kept: KeptTokens, chunks: Chunks, scaling: float) -> Tensor:
+def _with_chunks(exact: Partial, q: Tensor, tokens: KeptTokens, chunks: Chunks, scaling: float) -> Tensor:
     """Attention of queries `[B, H, C, D]` over kept tokens and, already there, over exact ones."""
     asked = q.flatten(0, 1).index_select(0, chunks.piece)  # [n + R, C, D]
-    k, v = (chunks.where_they_lie(x)[None] for x in (kept.keys, kept.values))  # [1, n, size, D]
+    k, v = (chunks.where_they_lie(x)[None] for x in (tokens.keys, tokens.values))  # [1, n, size, D]
     partials = [[x[0] for x in partial_attention(asked[None, : chunks.count], k, v, None, scaling)]]
     if chunks.rest is not None:
-        k, v = (chunks.rest.gather(x)[:, None] for x in (kept.keys, kept.values))  # [R, 1, W, D]
+        k, v = (chunks.rest.gather(x)[:, None] for x in (tokens.keys, tokens.values))  # [R, 1, W, D]
         hidden = chunks.rest.hidden.to(q.dtype)[:, None, None].expand(-1, -1, q.shape[2], -1)
         rest = partial_attention(asked[chunks.count :, None], k, v, hidden, scaling)
         partials.append([x[:, 0] for x in rest])

@@ -98,8 +98,8 @@ def over_capsules(
         slot_scores = tl.dot(q, k, input_precision=PRECISION) * scaling  # [BC, BR]
         now = top
         if SLOT_TOKENS:
-            kept = tl.where(is_r[None, :], slot_scores, _NEVER)
-            now = tl.maximum(now, tl.max(kept, 1))
+            kept_scores = tl.where(is_r[None, :], slot_scores, _NEVER)
+            now = tl.maximum(now, tl.max(kept_scores, 1))
         if key_weights is not None:
             s = key_weight_strides
             w = _tile(key_weights + block * s[0], r, s[2], is_r, t, s[1], is_t)  # [BR, BT]
@@ -114,7 +114,7 @@ def over_capsules(
         gathered = tl.zeros([BC, BR], tl.float32)  # sums of probabilities, one for each value slot
         offset = 0  # of the others among the value map's tokens
         if SLOT_TOKENS:
-            p = tl.exp(kept - now[:, None])
+            p = tl.exp(kept_scores - now[:, None])
             total += tl.sum(p, 1)
             if COPIED:
                 gathered += p

@@ -105,30 +105,30 @@ class Chunks:
         return x[: self.count * self.size].unflatten(0, (self.count, self.size))
 
 
-def pieces_of(kept: KeptTokens, rows: BlockRows, batch: int) -> Runs | Chunks | None:
+def pieces_of(tokens: KeptTokens, rows: BlockRows, batch: int) -> Runs | Chunks | None:
     """How what B rows and H heads keep is best read; remembered, since no step of decoding changes it.
 
     Returns:
         B H runs, row by row, where they are short; else chunks of H B pieces, head by head, as they lie in
         memory. None if nothing is kept.
     """
-    if not len(kept.keys):
+    if not len(tokens.keys):
         return None
-    if kept.counts not in rows.plans:
-        rows.plans[kept.counts] = _pieces_of(kept, rows, batch)
-    plan: Runs | Chunks = rows.plans[kept.counts]
+    if tokens.counts not in rows.plans:
+        rows.plans[tokens.counts] = _pieces_of(tokens, rows, batch)
+    plan: Runs | Chunks = rows.plans[tokens.counts]
     return plan
 
 
-def _pieces_of(kept: KeptTokens, rows: BlockRows, batch: int) -> Runs | Chunks:
+def _pieces_of(tokens: KeptTokens, rows: BlockRows, batch: int) -> Runs | Chunks:
     sizes = []  # [H][B], those of rows that have none, too
-    for head_sizes in kept.sizes(rows):
+    for head_sizes in tokens.sizes(rows):
         of_row = dict(zip(rows.spans, head_sizes, strict=True))
         sizes.append([of_row.get(row, 0) for row in range(batch)])
-    if len(sizes) * batch * max(map(max, sizes)) * kept.keys[0].nbytes > _SHORT:
-        return Chunks.of(sizes, kept.keys.device)
+    if len(sizes) * batch * max(map(max, sizes)) * tokens.keys[0].nbytes > _SHORT:
+        return Chunks.of(sizes, tokens.keys.device)
     runs = list(pairwise(accumulate(chain.from_iterable(sizes), initial=0)))
-    return Runs.of([run for row in range(batch) for run in runs[row::batch]], kept.keys.device)
+    return Runs.of([run for row in range(batch) for run in runs[row::batch]], tokens.keys.device)
 
 
 def _first_pieces(ends: Sequence[int], size: int) -> tuple[list[int], list[bool]]:

@@ -113,10 +113,10 @@ def train_mlp(kept_index: Tensor, linear: Tensor, samples: KeySamples, width: in
 class _Data:
     """Keys of one layer in the shapes that the loss needs."""
 
-    def __init__(self, kept: Tensor, wanted: Tensor, linear: Tensor, root: Tensor) -> None:
+    def __init__(self, kept_keys: Tensor, wanted: Tensor, linear: Tensor, root: Tensor) -> None:
         """Take kept keys `[M, r, H, D]`, others `[M, T, H, D]`, their map `[T, r]`, queries `[H, D, D]`."""
-        self.kept, self.wanted, self.root = kept.flatten(2), wanted, root
-        self.base = linear @ self.kept  # [M, T, H * D]
+        self.kept_keys, self.wanted, self.root = kept_keys.flatten(2), wanted, root
+        self.base = linear @ self.kept_keys  # [M, T, H * D]
 
     def loss(self, mlp: TokenMlp, blocks: Tensor) -> Tensor:
         """Relative squared error + mean cosine distance + relative squared error of attention logits.
@@ -128,7 +128,7 @@ class _Data:
             blocks: int64 `[m]`, which blocks count.
         """
         wanted = self.wanted[blocks]
-        predicted = (self.base[blocks] + mlp(self.kept[blocks])).view_as(wanted)
+        predicted = (self.base[blocks] + mlp(self.kept_keys[blocks])).view_as(wanted)
         error = predicted - wanted
         relative = error.square().sum() / wanted.square().sum().clamp_min(1e-12)
         cosine = 1 - cosine_similarity(predicted, wanted, dim=-1, eps=SHORTEST).mean()

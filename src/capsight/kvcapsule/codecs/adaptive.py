@@ -82,12 +82,12 @@ class AdaptiveCodec(SelectingCodec):
 
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Predict the tokens that were not kept from those that were."""
-        keys, values, kept = (payload.tensors[name] for name in ("keys", "values", "kept"))
+        keys, values, positions = (payload.tensors[name] for name in ("keys", "values", "kept"))
         if self.kept == self.block_size:
             return keys.transpose(1, 2), values.transpose(1, 2)
         weights, mean = self._weights(payload).to(keys.dtype), self.mean.to(keys.dtype)
-        first = torch.arange(len(kept), device=kept.device)[:, None] * self.block_size  # [M, 1]
-        slots = (first + kept).flatten(), (first + self._others(kept)).flatten()
+        first = torch.arange(len(positions), device=positions.device)[:, None] * self.block_size  # [M, 1]
+        slots = (first + positions).flatten(), (first + self._others(positions)).flatten()
         return (
             _rebuild(weights[:, 0], keys, mean[0], self.block_size, slots),
             _rebuild(weights[:, -1], values, mean[1], self.block_size, slots),
@@ -124,13 +124,13 @@ class AdaptiveCodec(SelectingCodec):
         """Weights of the tokens that were not kept: `[M, G, N - r, r]`."""
         if "weights" in payload.tensors:
             return payload.tensors["weights"]
-        kept = payload.tensors["kept"]
-        return prediction_weights(self.covariance(), kept.long(), self._others(kept))
+        positions = payload.tensors["kept"]
+        return prediction_weights(self.covariance(), positions.long(), self._others(positions))
 
-    def _others(self, kept: Tensor) -> Tensor:
-        """The positions that are not in `kept` `[M, r]`, ascending: int64 `[M, N - r]`."""
-        taken = torch.zeros(len(kept), self.block_size, dtype=torch.bool, device=kept.device)
-        order = taken.scatter_(1, kept.long(), True).sort(dim=1, stable=True).indices
+    def _others(self, positions: Tensor) -> Tensor:
+        """The positions that are not in `positions` `[M, r]`, ascending: int64 `[M, N - r]`."""
+        taken = torch.zeros(len(positions), self.block_size, dtype=torch.bool, device=positions.device)
+        order = taken.scatter_(1, positions.long(), True).sort(dim=1, stable=True).indices
         return order[:, : self.block_size - self.kept]
 
 

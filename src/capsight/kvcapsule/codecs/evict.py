@@ -22,8 +22,10 @@ class EvictCodec(SelectingCodec):
 
     def decode(self, payload: Payload) -> tuple[Tensor, Tensor]:
         """Kept tokens in their places, zeros elsewhere."""
-        kept = payload.tensors["kept"].long()[:, :, None, None]
-        return self._spread(payload.tensors["keys"], kept), self._spread(payload.tensors["values"], kept)
+        positions = payload.tensors["kept"].long()[:, :, None, None]
+        return self._spread(payload.tensors["keys"], positions), self._spread(
+            payload.tensors["values"], positions
+        )
 
     def latent(self, payload: Payload) -> LatentBlocks:
         """Kept tokens as slots; there are no others."""
@@ -41,10 +43,10 @@ class EvictCodec(SelectingCodec):
         """Tokens that were not kept: bool `[M, N]`."""
         if self.kept == self.block_size:
             return None
-        kept = payload.tensors["kept"].long()
-        everywhere = torch.ones(len(kept), self.block_size, dtype=torch.bool, device=kept.device)
-        return everywhere.scatter(1, kept, False)
+        positions = payload.tensors["kept"].long()
+        everywhere = torch.ones(len(positions), self.block_size, dtype=torch.bool, device=positions.device)
+        return everywhere.scatter(1, positions, False)
 
-    def _spread(self, x: Tensor, kept: Tensor) -> Tensor:
+    def _spread(self, x: Tensor, positions: Tensor) -> Tensor:
         full = x.new_zeros(x.shape[0], self.block_size, *x.shape[2:])
-        return full.scatter(1, kept.expand_as(x), x).transpose(1, 2)
+        return full.scatter(1, positions.expand_as(x), x).transpose(1, 2)

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 
-def prediction_weights(covariance: Tensor, kept: Tensor, wanted: Tensor | None = None) -> Tensor:
+def prediction_weights(covariance: Tensor, positions: Tensor, wanted: Tensor | None = None) -> Tensor:
     """Weights that predict tokens of a block from its kept tokens.
 
     Args:
         covariance: float `[G, N, N]`, symmetric positive definite.
-        kept: int64 `[M, r]`, kept positions of each block.
+        positions: int64 `[M, r]`, kept positions of each block.
         wanted: int64 `[M, T]`, positions to predict; None for all, in order (T = N).
 
     Returns:
         `[M, G, T, r]`; rows of kept tokens are unit vectors up to rounding.
     """
-    rows = covariance[:, kept]  # [G, M, r, N]
-    square = rows.gather(3, kept[None, :, None, :].expand(*rows.shape[:3], -1))  # [G, M, r, r]
+    rows = covariance[:, positions]  # [G, M, r, N]
+    square = rows.gather(3, positions[None, :, None, :].expand(*rows.shape[:3], -1))  # [G, M, r, r]
     if wanted is not None:
         rows = rows.gather(3, wanted[None, :, None, :].expand(*rows.shape[:3], -1))  # [G, M, r, T]
     factor = torch.linalg.cholesky(square)
@@ -60,8 +60,8 @@ class Selection(NamedTuple):
         Returns:
             `[L, M, G, T, r]`.
         """
-        kept, rest = self._rows(self.order), self._rows(wanted)
-        return torch.linalg.solve_triangular(kept, rest, upper=False, left=False, unitriangular=True)
+        triangle, rest = self._rows(self.order), self._rows(wanted)
+        return torch.linalg.solve_triangular(triangle, rest, upper=False, left=False, unitriangular=True)
 
     def _rows(self, at: Tensor) -> Tensor:
         index = at[:, :, None, :, None].expand(*self.factor.shape[:3], -1, self.factor.shape[4])

@@ -81,14 +81,14 @@ class SelectingCodec(LearntCodec):
 
     def _pack(self, keys: Tensor, values: Tensor, selection: Selection) -> Payload:
         """Capsules of the blocks `[M, H, N, D]` of one layer."""
-        kept = selection.order[0].sort(1).values  # [M, r]
-        first = torch.arange(len(kept), device=kept.device)[:, None] * self.block_size
-        slots = (first + kept).flatten()  # [M * r]
+        positions = selection.order[0].sort(1).values  # [M, r]
+        first = torch.arange(len(positions), device=positions.device)[:, None] * self.block_size
+        slots = (first + positions).flatten()  # [M * r]
         parts = [x.transpose(1, 2).flatten(0, 1).index_select(0, slots) for x in (keys, values)]
         tensors = {
-            name: x.unflatten(0, kept.shape) for name, x in zip(("keys", "values"), parts, strict=True)
+            name: x.unflatten(0, positions.shape) for name, x in zip(("keys", "values"), parts, strict=True)
         }
-        return Payload(tensors | {"kept": kept.to(index_dtype(self.block_size))})
+        return Payload(tensors | {"kept": positions.to(index_dtype(self.block_size))})
 
     def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> int:
         """Bytes of one block's capsule: the kept tokens and their positions."""

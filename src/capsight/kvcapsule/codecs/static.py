@@ -101,9 +101,9 @@ class StaticCodec(LayerCodec):
         values += self.value_mean.to(latent.dtype)[:, None, None]
         return keys.transpose(1, 2), values.transpose(1, 2)
 
-    def rebuilt_keys(self, kept: Tensor) -> Tensor:
+    def rebuilt_keys(self, kept_keys: Tensor) -> Tensor:
         """All keys `[M, N, C]` from the kept ones `[M, r, C]`; in their own places these go unused."""
-        return self.key_map.to(kept.dtype) @ kept
+        return self.key_map.to(kept_keys.dtype) @ kept_keys
 
     def latent(self, payload: Payload) -> LatentBlocks:
         """Kept keys and value coordinates as slots; the kept tokens come first."""

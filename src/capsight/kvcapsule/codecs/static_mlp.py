@@ -82,10 +82,10 @@ class StaticMlpCodec(StaticCodec):
         static = (self.kept_index, self.key_map, self.value_mean, self.value_basis)
         return type(self)(*static, mlp=mlp)
 
-    def rebuilt_keys(self, kept: Tensor) -> Tensor:
+    def rebuilt_keys(self, kept_keys: Tensor) -> Tensor:
         """All keys `[M, N, C]` from the kept ones `[M, r, C]`."""
-        keys = super().rebuilt_keys(kept)
-        keys[:, self.others] += self.mlp(kept)
+        keys = super().rebuilt_keys(kept_keys)
+        keys[:, self.others] += self.mlp(kept_keys)
         return keys
 
     def latent(self, payload: Payload) -> LatentBlocks:

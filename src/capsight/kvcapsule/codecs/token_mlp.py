@@ -39,10 +39,10 @@ class TokenMlp(NamedTuple):
         w_in = torch.randn(width, kept, generator=generator) / kept**0.5
         return cls(w_in, torch.zeros(width), torch.zeros(rebuilt, width))
 
-    def __call__(self, kept: Tensor) -> Tensor:
+    def __call__(self, tokens: Tensor) -> Tensor:
         """The correction `[..., T, C]` for kept tokens `[..., r, C]`, in their dtype."""
-        w_in, bias, w_out = (weights.to(kept.dtype) for weights in self)
-        return w_out @ gelu(w_in @ kept + bias[:, None])
+        w_in, bias, w_out = (weights.to(tokens.dtype) for weights in self)
+        return w_out @ gelu(w_in @ tokens + bias[:, None])
 
     def scaled(self, scale: float) -> Self:
         """The network `x -> scale * self(x / scale)`: for tokens of another magnitude."""

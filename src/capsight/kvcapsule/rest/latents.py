@@ -77,6 +77,6 @@ def decode(data: bytes, tokens: int, rank: int) -> Tensor:
     if zlib.crc32(rows.astype("<i4").tobytes()) != checksum:
         raise CapsuleFileError("the entropy coder gives other latents than were written; encapsulate again")
     latents = torch.zeros(tokens, rank)
-    kept = min(stored, rank)
-    latents[:, :kept] = torch.from_numpy(rows[:, :kept]).float() * step
+    columns = min(stored, rank)
+    latents[:, :columns] = torch.from_numpy(rows[:, :columns]).float() * step
     return latents

@@ -63,7 +63,7 @@ def sparse_requests(step: Any) -> tuple[SparseRequest, ...]:
         step: vLLM's `CommonAttentionMetadata`: of it `query_start_loc_cpu`, `seq_lens`, `block_table_tensor`
             and `mm_req_doc_ranges` (request -> first and last position of each image).
     """
-    found = []
+    requests = []
     starts = step.query_start_loc_cpu.tolist()
     lengths = step.seq_lens.tolist()
     for index, ranges in sorted((step.mm_req_doc_ranges or {}).items()):
@@ -78,8 +78,8 @@ def sparse_requests(step: Any) -> tuple[SparseRequest, ...]:
         row = starts[index] - first
         layout = request_layout(ranges, lengths[index])
         rows = (row + begin, row + end)
-        found.append(SparseRequest(index, rows, end, step.block_table_tensor[index], layout))
-    return tuple(found)
+        requests.append(SparseRequest(index, rows, end, step.block_table_tensor[index], layout))
+    return tuple(requests)
 
 
 def dense_rest(step: Any, requests: Sequence[SparseRequest]) -> tuple[Any, Tensor]:
@@ -94,7 +94,7 @@ def dense_rest(step: Any, requests: Sequence[SparseRequest]) -> tuple[Any, Tenso
         rows of its tokens in the whole step, int64 `[n]`.
     """
     starts, lengths = step.query_start_loc_cpu.tolist(), step.seq_lens.tolist()
-    images = {found.index: found.rows for found in requests}
+    images = {request.index: request.rows for request in requests}
     pieces = []  # request, its first row, the row after its last, tokens up to there
     for index, length in enumerate(lengths):
         first, end = starts[index], starts[index + 1]
@@ -135,9 +135,9 @@ class SparsePrefill:
             rank: of this process among those that share the heads (tensor parallelism).
             size: processes that share them; divides the number of heads.
         """
-        own = head_map.num_heads // size
+        heads = head_map.num_heads // size
         self.options = head_map.options
-        self.categories = tuple(layer[rank * own : (rank + 1) * own] for layer in head_map.categories)
+        self.categories = tuple(layer[rank * heads : (rank + 1) * heads] for layer in head_map.categories)
 
     def is_dense(self, layer: int) -> bool:
         """Whether no head of this layer, of those that this process has, leaves anything out."""
@@ -166,7 +166,7 @@ class SparsePrefill:
         for request in requests:
             key, value = read_tokens(kv_cache, request.blocks, request.keys)
             rows = slice(*request.rows)
-            found = sparse_attention(
+            attended = sparse_attention(
                 query[rows].transpose(0, 1)[None],
                 key[None],
                 value[None],
@@ -175,4 +175,4 @@ class SparsePrefill:
                 options=self.options,
                 scaling=scaling,
             )  # [1, Hq, S, D]
-            out[rows] = found[0].transpose(0, 1)
+            out[rows] = attended[0].transpose(0, 1)
