@@ -15,7 +15,7 @@ from ablation_places import BeforeRope, Tiles
 from ablation_variants import BEFORE, RUNS, TABLES, TILES, VALUE_TILES, variants, variants_of_heads
 
 import capsight
-from benchmarks.test_pages import MACHINE, tables_are_square
+from benchmarks.made_up import MACHINE, tables_are_square
 from capsight.evaluation import MethodResult, Outcome, summary
 from capsight.kvcapsule.codecs import AdaptiveCodec
 from tiny import FAMILIES

@@ -7,7 +7,8 @@ import torch
 from capsight.errors import LayoutError
 from capsight.layout import build_layout
 from capsight.layout.pixels import select_images
-from layout.golden import VIDEOS, written
+from layout.golden import written
+from layout.golden_video import VIDEOS
 from tiny import FAMILIES, clip
 
 FRAMES_AS_IMAGES = ["internvl", "smolvlm"]

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from judging.dense import Labels, labels_of
 from judging.prompts import Prompt
-from judging.questions import SUBJECTS, Place, Question
+from judging.question import Place, Question
+from judging.questions import SUBJECTS
 from judging.shapes import Judge
 from reference_training.batches import patches
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from judging.drawing import Style, draw
-from judging.questions import KINDS, Question, ask
+from judging.question import Question
+from judging.questions import KINDS, ask
 from judging.world import COLORS, World, change_one, draw_world
 
 SPLITS = ("train", "calibration", "dev", "test")

@@ -4,7 +4,8 @@ import random
 from dataclasses import dataclass
 
 from judging.prompts import Prompt, draw_prompt, split_rng
-from judging.questions import KINDS, Question, describe
+from judging.question import Question
+from judging.questions import KINDS, describe
 from judging.shapes import Judge
 
 
