@@ -1,5 +1,6 @@
 """capsight-smol's prompts, packing and additions, without its language model and its pictures."""
 
+import json
 import random
 from collections import Counter
 
@@ -10,6 +11,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from judging.smol.across import Probe
 from judging.smol.asks import ASKED, KINDS, Prompt, draw_prompt
+from judging.smol.course import Course
 from judging.smol.lora import FIRST_LAYER, adapt, merge
 from judging.smol.packed import Hidden, Packer, hide
 from judging.smol.pictures import Pictures
@@ -206,3 +208,25 @@ def test_the_probe_is_told_which_pictures_repeat(pictures):
     loss, repeats, new = probe(where, [p.pictures for p in prompts])
     assert (repeats, new) == (1.0, 1.0)
     assert loss < 0.01
+
+
+def test_a_course_that_was_cut_off_goes_on_as_if_it_had_not_been(tmp_path):
+    def weights(file, stops):
+        for steps in stops:
+            torch.manual_seed(0)
+            weight = torch.nn.Parameter(torch.randn(4))
+            course = Course(tmp_path / file, [weight], 6, 0.1, 1e9)
+            if course.saved is not None:
+                weight.data.copy_(course.saved["added"])
+            while course.goes_on() and course.step < steps:
+                loss = (weight * torch.arange(4) - course.step).square().sum()
+                course.learn(loss, 10)
+                course.right["kind"].append(1.0)
+            course.save(loss, {}, added=weight.data)
+        return weight
+
+    assert torch.equal(weights("whole.pt", [6]), weights("parts.pt", [2, 6]))
+    lines = [json.loads(line) for line in (tmp_path / "parts.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["tokens"], x["train"]) for x in lines] == [
+        (n, 10 * n, {"kind": 1.0}) for n in (2, 6)
+    ]

@@ -8,21 +8,20 @@ layers do not run, then beside the answers. In the first part, and in every othe
 between the images sees no image, so that it cannot do the comparing for them.
 """
 
-import json
 import random
 import shutil
-import time
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from torch import Tensor, nn
 
-from judging.smol.answer import accuracy, answers, compiled, fill, missed, student
+from judging.smol.answer import accuracy, answers, compiled, fill, student
 from judging.smol.asks import Prompt
+from judging.smol.cards import counts
+from judging.smol.course import Course, answer_loss, answered
 from judging.smol.packed import Hidden, Packer, hide
 from judging.smol.pictures import Picture, Pictures
 from judging.smol.registry import DATA, RUN
@@ -31,6 +30,9 @@ from judging.smol.repeats import draw_repeats, repeated, repeats_rng
 PROBE = 12
 #: Images of a prompt -> (prompts of a step, most questions and all tokens of each); of the first part.
 SIZES, LOOKING = {4: (3, 2, 400), 8: (1, 4, 960)}, (3, 1, 336)
+
+#: How answers to held-out questions are measured: with everything seen, and images apart.
+HIDDEN = (("dense", None), ("images apart", Hidden.FROM_IMAGES))
 
 
 class Probe(nn.Module):
@@ -95,25 +97,16 @@ def across(
     probe = Probe(layers[PROBE], model.config.text_config.hidden_size)
     if fuse:
         compiled(layer for i, layer in enumerate(layers) if i != PROBE)
-    learnt = [*added.values(), *probe.parameters()]
-    optimiser = torch.optim.AdamW(learnt, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    file, step, seconds, tokens = out / "across.pt", 0, 0.0, 0
-    if file.exists():
-        saved = torch.load(file, weights_only=True)
-        optimiser.load_state_dict(saved["optimiser"])
-        probe.load_state_dict(saved["probe"])
-        step, seconds, tokens = saved["step"], saved["seconds"], saved["tokens"]
-    else:
+    course = Course(out / "across.pt", [*added.values(), *probe.parameters()], steps, rate, minutes)
+    saved = course.saved
+    if saved is None:
         saved = torch.load(out / "answer.pt", weights_only=True)
+    else:
+        probe.load_state_dict(saved["probe"])
     fill(added, saved["added"])
-    train, packer, dev = (
-        Pictures(data, "train"),
-        Packer(tokenizer),
-        few(Pictures(data, "dev"), "dev", 4, 12),
-    )
-    begun = time.time() - seconds
-    saved_at, right = time.time(), defaultdict[str, list[float]](list)
-    while step < steps and (time.time() - begun) / 60 < minutes:
+    train, packer, dev = Pictures(data, "train"), Packer(tokenizer), few(Pictures(data, "dev"), "dev", 4, 12)
+    while course.goes_on():
+        step = course.step
         rng = random.Random(f"capsight/smol/across/{step}")
         looking, images = step < look, rng.choice((4, 4, 4, 8)) if step >= look else 4
         rows, questions, length = LOOKING if looking else SIZES[images]
@@ -125,46 +118,22 @@ def across(
         if looking or step % 2:
             packed = hide(packed, image, Hidden.FROM_TEXT)
         logits = answers(model, packed, prompts)
-        each = nn.functional.cross_entropy(logits, packed.target, reduction="none")
-        count = torch.bincount(packed.question)
-        loss = (each / count[packed.question]).sum() / len(count)
+        loss = answer_loss(logits, packed)
         doubt, hit, quiet = probe(packed.input_ids == image, [p.pictures for p in prompts])
-        (doubt if looking else loss + 0.5 * doubt).backward()
-        nn.utils.clip_grad_norm_(learnt, 1.0)
-        done = max(step / steps, (time.time() - begun) / 60 / minutes)
-        optimiser.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 30) * max(0.03, 1 - done)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        step, tokens = step + 1, tokens + int(packed.input_ids.numel())
-        tasks = [q.task for p in prompts for q in p.questions if not looking]
-        for task, wrong in zip(tasks, missed(logits.detach(), packed, len(count)), strict=False):
-            right[task].append(1.0 - wrong)
-        right["probe, repeats"] += [hit] if hit == hit else []
-        right["probe, new"] += [quiet] if quiet == quiet else []
-        if (
-            time.time() - saved_at > (120 if looking else 280)
-            or step == steps
-            or (time.time() - begun) / 60 > minutes
-        ):
-            line: dict[str, Any] = {
-                "step": step,
-                "seconds": time.time() - begun,
-                "tokens": tokens,
-                "loss": loss.item(),
-            }
-            line["train"] = {k: round(sum(v) / len(v), 3) for k, v in sorted(right.items())}
+        course.learn(doubt if looking else loss + 0.5 * doubt, packed.input_ids.numel())
+        if not looking:
+            tasks = [q.task for p in prompts for q in p.questions]
+            for task, right in zip(tasks, answered(logits.detach(), packed), strict=True):
+                course.right[task].append(right)
+        course.right["probe, repeats"] += [hit] if hit == hit else []
+        course.right["probe, new"] += [quiet] if quiet == quiet else []
+        if course.is_due(120 if looking else 280):
+            measured = {}
             with torch.compiler.set_stance("force_eager"):  # of any length
-                for name, hidden in (
-                    (("dense", None), ("images apart", Hidden.FROM_IMAGES)) if not looking else ()
-                ):
-                    found = accuracy(model, packer, dev, hidden)
-                    line[f"dev, 4 images, {name}"] = {k: f"{a}/{b}" for k, (a, b) in found.items()}
-            saved_at, right = time.time(), defaultdict(list)
-            print(json.dumps(line), flush=True)
-            with (out / "across.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
-            state = {"added": added, "optimiser": optimiser.state_dict(), "probe": probe.state_dict()}
-            torch.save(state | {"step": step, "tokens": tokens, "seconds": time.time() - begun}, file)
+                for name, hidden in () if looking else HIDDEN:
+                    dev_right = accuracy(model, packer, dev, hidden)
+                    measured[f"dev, 4 images, {name}"] = counts(dev_right, dev_right)
+            course.save(loss, measured, added=added, probe=probe.state_dict())
 
 
 if __name__ == "__main__":

@@ -3,10 +3,8 @@
 python -m judging.smol.answer    (in tools/, after judging.smol.see)
 """
 
-import json
 import random
 import shutil
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from judging.smol.asks import Prompt, draw_prompt, split_rng
+from judging.smol.cards import counts
+from judging.smol.course import Course, answer_loss, answered
 from judging.smol.lora import adapt
 from judging.smol.packed import Hidden, Packed, Packer, hide
 from judging.smol.pictures import Pictures
@@ -132,65 +132,28 @@ def answer(
     model, tokenizer, added = student(data, out / "see.pt")
     if fuse:
         compiled(model.model.text_model.layers)
-    optimiser = torch.optim.AdamW(added.values(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    file, step, seconds, tokens = out / "answer.pt", 0, 0.0, 0
-    if file.exists():
-        saved = torch.load(file, weights_only=True)
-        fill(added, saved["added"])
-        optimiser.load_state_dict(saved["optimiser"])
-        step, seconds, tokens = saved["step"], saved["seconds"], saved["tokens"]
+    course = Course(out / "answer.pt", [*added.values()], steps, rate, minutes)
+    if course.saved is not None:
+        fill(added, course.saved["added"])
     train, packer = Pictures(data, "train"), Packer(tokenizer)
     few = held_out(Pictures(data, "dev"), "dev", 4, 3)
-    begun = time.time() - seconds
-    saved_at, right = time.time(), defaultdict[str, list[float]](list)
-    while step < steps and (time.time() - begun) / 60 < minutes:
-        rng = random.Random(f"capsight/smol/answer/{step}")
-        images = rng.choice([sizes for first, sizes in STAGES if step >= first][-1])
+    while course.goes_on():
+        rng = random.Random(f"capsight/smol/answer/{course.step}")
+        images = rng.choice([sizes for first, sizes in STAGES if course.step >= first][-1])
         rows, questions, length = SIZES[images]
         prompts = [draw_prompt(train, rng, images, questions, across=ACROSS) for _ in range(rows)]
         prompts = [packer.fitting(prompt, length) for prompt in prompts]
         packed = packer(prompts, length)
         logits = answers(model, packed, prompts)
-        each = nn.functional.cross_entropy(logits, packed.target, reduction="none")
-        count = torch.bincount(packed.question)
-        loss = (each / count[packed.question]).sum() / len(count)
-        loss.backward()
-        nn.utils.clip_grad_norm_(added.values(), 1.0)
-        done = max(step / steps, (time.time() - begun) / 60 / minutes)
-        optimiser.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 30) * max(0.03, 1 - done)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        step, tokens = step + 1, tokens + int(packed.input_ids.numel())
+        loss = answer_loss(logits, packed)
+        course.learn(loss, packed.input_ids.numel())
         tasks = [q.task for p in prompts for q in p.questions]
-        for task, wrong in zip(tasks, missed(logits.detach(), packed, len(tasks)), strict=True):
-            right[task].append(1.0 - wrong)
-        if time.time() - saved_at > 90 or step == steps or (time.time() - begun) / 60 > minutes:
-            line: dict[str, Any] = {
-                "step": step,
-                "seconds": time.time() - begun,
-                "tokens": tokens,
-                "loss": loss.item(),
-            }
-            line["train"] = {k: round(sum(v) / len(v), 3) for k, v in sorted(right.items())}
+        for task, right in zip(tasks, answered(logits.detach(), packed), strict=True):
+            course.right[task].append(right)
+        if course.is_due(90):
             with torch.compiler.set_stance("force_eager"):  # of any length
                 few_dev = accuracy(model, packer, few)
-            line["dev, 4 images"] = {k: f"{a}/{b}" for k, (a, b) in few_dev.items()}
-            saved_at, right = time.time(), defaultdict(list)
-            print(json.dumps(line), flush=True)
-            with (out / "answer.jsonl").open("a") as log:
-                log.write(json.dumps(line) + "\n")
-            torch.save(
-                {"added": added, "optimiser": optimiser.state_dict(), "step": step, "tokens": tokens}
-                | {"seconds": time.time() - begun},
-                file,
-            )
-
-
-def missed(logits: Tensor, packed: Packed, questions: int) -> list[float]:
-    """1 for each question of which some token would have been said wrong, else 0."""
-    miss = (logits.argmax(-1) != packed.target).float()
-    found: list[float] = (torch.bincount(packed.question, miss, questions) > 0).float().tolist()
-    return found
+            course.save(loss, {"dev, 4 images": counts(few_dev, few_dev)}, added=added)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from judging.smol.answer import accuracy, held_out, save_tower
 from judging.smol.asks import ASKED, KINDS, Prompt
+from judging.smol.cards import counts, table
 from judging.smol.loader import load_smol, smol_prompt
 from judging.smol.packed import Packer
 from judging.smol.pictures import Pictures
@@ -56,9 +57,7 @@ def export(
     log = [json.loads(line) for line in (run / "answer.jsonl").read_text().splitlines()]
     see = [json.loads(line) for line in (run / "see.jsonl").read_text().splitlines()]
     card: dict[str, Any] = {
-        "right, by images and kind": {
-            str(n): {k: f"{c[k][0]}/{c[k][1]}" for k in KINDS if k in c} for n, c in found.items()
-        },
+        "right, by images and kind": {str(n): counts(c, KINDS) for n, c in found.items()},
         "right, %": {str(n): _percent([c[k] for k in ASKED if k in c]) for n, c in found.items()},
         "asked": list(ASKED),
         "test prompts of each": prompts,
@@ -78,13 +77,7 @@ def _percent(counts: Sequence[tuple[int, int]]) -> float:
 def _words(card: dict[str, Any]) -> dict[str, Any]:
     """What `CARD` is filled with."""
     by_images, see, answers = card["right, by images and kind"], card["curve, tower"], card["curve, answers"]
-    rows = [
-        "| kind | " + " | ".join(f"{n} images" for n in by_images) + " |",
-        "|---|" + "--:|" * len(by_images),
-    ]
-    for kind in KINDS:
-        cells = [_cell(part[kind]) if kind in part else "" for part in by_images.values()]
-        rows.append(f"| {kind} | " + " | ".join(cells) + " |")
+    rows = table(["1 image" if n == "1" else f"{n} images" for n in by_images], KINDS, [*by_images.values()])
     rows.append("| asked kinds | " + " | ".join(f"{x:.1f}" for x in card["right, %"].values()) + " |")
     return {
         "table": "\n".join(rows), "prompts": card["test prompts of each"],
@@ -94,11 +87,6 @@ def _words(card: dict[str, Any]) -> dict[str, Any]:
         "tokens": card["tokens trained on"],
         "unlearnt": ", ".join(k for k in KINDS if k not in ASKED) or "none",
     }  # fmt: skip
-
-
-def _cell(counts: str) -> str:
-    right, asked = map(int, counts.split("/"))
-    return f"{100 * right / asked:.1f} ({asked})"
 
 
 if __name__ == "__main__":

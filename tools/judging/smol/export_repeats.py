@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from judging.smol.across import few
 from judging.smol.answer import accuracy
+from judging.smol.cards import counts, table
 from judging.smol.loader import load_smol
 from judging.smol.packed import Hidden, Packer
 from judging.smol.pictures import Pictures
@@ -40,9 +41,7 @@ def export_repeats(
     card: dict[str, Any] = {"test prompts of each": prompts, "tokens trained on": trained["tokens"]}
     for name, hidden in (("right", None), ("right, images apart", Hidden.FROM_IMAGES)):
         found = {str(n): accuracy(model, packer, few(source, "test", n, prompts), hidden) for n in IMAGES}
-        card[f"{name}, by images and kind"] = {
-            n: {k: f"{c[k][0]}/{c[k][1]}" for k in REPEATS if k in c} for n, c in found.items()
-        }
+        card[f"{name}, by images and kind"] = {n: counts(c, REPEATS) for n, c in found.items()}
     card["curve"] = [json.loads(line) for line in (run / "across.jsonl").read_text().splitlines()]
     (out / "repeats.json").write_text(json.dumps(card, indent=1) + "\n")
     (out / "REPEATS.md").write_text(CARD.read_text().format(**_words(card)))
@@ -52,26 +51,17 @@ def export_repeats(
 def _words(card: dict[str, Any]) -> dict[str, Any]:
     """What `CARD` is filled with."""
     heads = [f"{n} images{more}" for n in IMAGES for more in ("", ", apart")]
-    rows = ["| kind | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(heads)]
     sides = [
         card[f"{name}, by images and kind"][str(n)]
         for n in IMAGES
         for name in ("right", "right, images apart")
     ]
-    for kind in REPEATS:
-        rows.append(f"| {kind} | " + " | ".join(_cell(side.get(kind)) for side in sides) + " |")
     last = card["curve"][-1]
     return {
-        "table": "\n".join(rows), "prompts": card["test prompts of each"], "steps": last["step"],
+        "table": "\n".join(table(heads, REPEATS, sides)),
+        "prompts": card["test prompts of each"], "steps": last["step"],
         "minutes": round(last["seconds"] / 60), "tokens": card["tokens trained on"],
     }  # fmt: skip
-
-
-def _cell(counts: str | None) -> str:
-    if counts is None:
-        return ""
-    right, asked = map(int, counts.split("/"))
-    return f"{100 * right / asked:.1f} ({asked})"
 
 
 if __name__ == "__main__":
