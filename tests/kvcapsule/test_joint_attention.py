@@ -32,7 +32,7 @@ def problems(draw: st.DrawFn):
     rank = levels.rank
     pairs = draw(st.integers(1, size // 2))
     rotary = Rotary(
-        torch.rand(pairs, generator=g).double(),
+        torch.rand(pairs, generator=g).double() * draw(st.sampled_from([1.0, 0.03, 1e-3])),
         torch.randint(0, draw(st.sampled_from([1, 3])), (pairs,), generator=g),
         draw(st.booleans()),
         draw(st.sampled_from([1.0, 1.3])),
@@ -62,10 +62,10 @@ def problems(draw: st.DrawFn):
 def as_read(packed, levels: Levels, basis: LayerBasis, level: str) -> tuple[torch.Tensor, LayerBasis, float]:
     """Latents, float64, and the basis as native code of a level takes them, and how close it comes."""
     opened = unpack(*packed, levels, torch.float32)
-    if level == "AMX":  # which also rounds probabilities
+    if level == "AMX":  # which also rounds probabilities, and queries seen through the axes
         keys = (basis.key_axes * basis.key_steps).bfloat16()
         basis = replace(basis, key_axes=keys, key_steps=torch.ones_like(basis.key_steps))
-        return opened.bfloat16().double(), basis, 1e-2
+        return opened.bfloat16().double(), basis, 2e-2
     return opened.double(), basis, 1e-4
 
 
@@ -84,7 +84,7 @@ def test_nothing_has_to_be_rebuilt(level):
         opened, basis, close = as_read(packed, levels, basis, level)
         expected = plain_joint_attention(query.double(), opened, tokens, basis, 0.2)
         torch.testing.assert_close(found[0].double(), expected[0], atol=close, rtol=close)
-        torch.testing.assert_close(found[1].double(), expected[1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found[1].double(), expected[1], atol=close, rtol=1e-4)
 
     with mock.patch.object(joint, "library", return_value=build.library(level)):
         check()
@@ -109,10 +109,33 @@ def test_exact_tokens_are_attended_to_in_the_same_call(problem, most, dtype):
     near, near_lse = plain_attention(query.double(), [exact], 0.2)
     total = torch.logaddexp(far_lse, near_lse.double())
     shares = [(x - total).exp().nan_to_num(0)[..., None] for x in (far_lse, near_lse)]
-    torch.testing.assert_close(lse.double(), total, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(lse.double(), total, atol=close, rtol=1e-4)
     expected = (far * shares[0] + near * shares[1]).to(dtype)
     tolerance = close if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.skipif(bool(missing()), reason="no C++ compiler")
+@pytest.mark.parametrize("frequency", [1e-4, 0.03, 0.5])
+@pytest.mark.parametrize("shape", [(1, 40, 50), (5, 20, 30)])
+@pytest.mark.parametrize("queries", [7, 20])
+def test_places_of_large_images_and_of_films(frequency, shape, queries):
+    g, size, levels = torch.Generator().manual_seed(0), 32, Levels(32, 0, 32)
+    axes = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
+    places = torch.stack(axes).flatten(1)
+    thw, count = torch.cat((places, 60 + places[:, :99]), 1), places.shape[1] + 99
+    rotary = Rotary(frequency ** torch.linspace(0.5, 1.5, 12).double(), torch.arange(12) // 4, False, 1.0)
+    tokens = LatentTokens(torch.tensor([0]), torch.tensor([count]), thw, rotary)
+    own = torch.randint(-127, 128, (2, 2, size, levels.rank), generator=g, dtype=torch.int8)
+    steps, mean = torch.full((levels.rank,), 1 / 600), torch.randn(2, 2, size, generator=g)
+    basis = LayerBasis(own[0], steps, mean[0], own[1], steps, mean[1])
+    packed = pack(torch.randn(count, levels.rank, generator=g), levels)
+    query = torch.randn(1, 2 * queries, 1, size, generator=g)
+    found = JointTokens(PackedLatents(*packed, levels.counts, POINTS), tokens, basis).attend(query, [], 0.2)
+    opened, basis, close = as_read(packed, levels, basis, build.best_level())
+    expected = plain_joint_attention(query.double(), opened, tokens, basis, 0.2)
+    torch.testing.assert_close(found[0].double(), expected[0], atol=close, rtol=close)
+    torch.testing.assert_close(found[1].double(), expected[1], atol=close, rtol=1e-4)
 
 
 @settings(max_examples=30)

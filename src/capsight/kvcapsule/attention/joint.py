@@ -105,6 +105,8 @@ class JointTokens:
             key_mean=basis.key_mean.data_ptr(),
             value_mean=basis.value_mean.data_ptr(),
             channels=size,
+            spots=_addresses(self.tokens.tables[3]),
+            fastest=(ctypes.c_double * 3)(*self.tokens.fastest),
         )
         return ctypes.byref(made), (codes, scales)
 
@@ -134,6 +136,8 @@ class _Joint(ctypes.Structure):
             for kind in ("key", "value")
         ),
         ("channels", ctypes.c_int64),
+        ("spots", ctypes.c_void_p * 3),
+        ("fastest", ctypes.c_double * 3),
     )
 
 

@@ -65,12 +65,13 @@ class LatentTokens:
         return [torch.cat((channels[0], torch.arange(2 * len(axes), size))), *channels[1:]]
 
     @cached_property
-    def tables(self) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Which of the places of each axis a token has, int32 `[3, T]`; their cosines and sines, scaled.
+    def tables(self) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        """Which of the places of each axis a token has, int32 `[3, T]`; their cosines and sines, scaled; and
+        their positions, float64.
 
         An axis that turns nothing has one place.
         """
-        which, cosines, sines = [], [], []
+        which, cosines, sines, spots = [], [], [], []
         for axis, coords in enumerate(self.positions):
             turned = self.turning.axes == axis
             places, index = (coords if turned.any() else torch.zeros_like(coords)).unique(return_inverse=True)
@@ -78,12 +79,19 @@ class LatentTokens:
             which.append(index.int())
             cosines.append((angles.cos() * self.turning.scaling).float())
             sines.append((angles.sin() * self.turning.scaling).float())
-        return torch.stack(which), cosines, sines
+            spots.append(places.double())
+        return torch.stack(which), cosines, sines, spots
+
+    @property
+    def fastest(self) -> list[float]:
+        """The largest frequency of each axis; 0 for one that turns nothing."""
+        sizes = self.turning.frequencies.abs()
+        return [max(sizes[self.turning.axes == axis].tolist(), default=0.0) for axis in range(3)]
 
     def native(self, size: int) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
         """For `size` channels: places, `channels`, and cosines and sines `[places, channels, filled up]`."""
         if "_native" not in self.__dict__ or self.__dict__["_native"][0] != size:
-            places, *tables = self.tables
+            places, *tables, _ = self.tables
             channels = self.channels(size)
             made: list[list[Tensor]] = [[], []]
             for of_axis, cosine, sine in zip(channels, *tables, strict=True):

@@ -2,18 +2,17 @@
 //
 // Latents, axes and probabilities are rounded to bfloat16; sums are float.
 #pragma once
-#include "amx_open.h"
+#include "amx_fold.h"
 #include "softmax.h"
 
 #ifdef __AMX_BF16__
 namespace capsight {
 
 constexpr int64_t AMX_AXES = 1 << 19;  // numbers of axes that are soon at hand again
-constexpr int64_t AMX_KEYS = 1 << 12;  // numbers of keys that are looked at at once
 
 // What a chunk needs room for, kept for the next one of the same thread.
 struct AmxRoom {
-  Floats keys, p, query;   // [heads at a time, SPAN, wide], [tiles, H C, TILE], [H, C, wide]
+  Floats keys, p, query;   // [tokens, wide], [tiles, H C, TILE], [H, C, wide]
   Floats cosines, sines;   // [tokens, half], and a vector more
   Halves shares;           // p in bfloat16 [H C, tokens]
 };
@@ -22,9 +21,13 @@ static thread_local AmxRoom amx_room;
 class AmxChunk {
  public:
   // Queries [H, C, D], scaled.
-  AmxChunk(const Joint& s, const AmxLayer& layer, const float* query, int64_t heads, int64_t count)
-      : s(s), layer(layer), rank(layer.rank), heads(heads), count(count), all(heads * count), padded(AmxLayer::up(all, SIDE)),
+  AmxChunk(const Joint& s, const AmxLayer& layer, const AmxAxes* axes, const float* query, int64_t heads, int64_t count)
+      : s(s), layer(layer), rank(s.latents.rank()), heads(heads), count(count), all(heads * count), padded(AmxLayer::up(all, SIDE)),
         out(padded * rank), run((all + MOST - 1) / MOST), z(s.latents) {
+    if (axes) {
+      folded = std::make_unique<AmxFolded>(s, *axes, query, heads, count);
+      return;
+    }
     room.query.resize(all * layer.wide);
     float* to = room.query.data();
     for (int64_t c = 0; c < all; c++)
@@ -39,24 +42,17 @@ class AmxChunk {
     } shapes;
     settle();
     _tile_loadconfig(&shapes);
-    int64_t together = std::max<int64_t>(1, AMX_KEYS / SPAN / layer.wide), most = heads * layer.wide * rank > AMX_AXES ? 8 * SPAN : 4 * SPAN;
-    for (int64_t first = start, end = start + tokens, here; first < end; first += here) {
-      here = std::min(most, end - first);
+    int64_t most = (folded ? rank * s.channels * heads : heads * layer.wide * rank) > AMX_AXES ? 8 * SPAN : 4 * SPAN;
+    for (int64_t first = start, end = start + tokens, ready = start, here; first < end; first += here) {
+      if (folded && first == ready) ready += folded->prepare(first, end);
+      here = std::min(most, (folded ? ready : end) - first);
       int64_t tiles = (here + TILE - 1) / TILE, spans = (here + SPAN - 1) / SPAN;
       z.open(first, here);
-      look_up(first, here);
-      room.p.resize(tiles * all * TILE), room.shares.assign(padded * spans * SPAN, 0), room.keys.resize(SPAN * layer.wide * together);
-      for (int64_t head = 0, end; head < heads; head = end) {
-        end = std::min(heads, head + together);
-        for (int64_t i = 0; i < spans; i++) {
-          for (int64_t h = head; h < end; h++) make_keys(i, h, &room.keys[(h - head) * SPAN * layer.wide]);
-          float* p = &room.p[i * SPAN / TILE * all * TILE + i * SPAN % TILE];
-          for (int64_t c = head * count, taken; c < end * count; c += taken) {  // queries of one head
-            taken = std::min<int64_t>((c / count + 1) * count - c, MOST);
-            some_scores(taken)(*this, &room.keys[(c / count - head) * SPAN * layer.wide], i * SPAN, &room.query[c * layer.wide], p + c * TILE);
-          }
-        }
-      }
+      room.p.resize(tiles * all * TILE), room.shares.assign(padded * spans * SPAN, 0);
+      if (folded) {
+        make_keys(spans, folded->folded(), folded->constants(), folded->wide());
+        folded->add_up(first, here, room.keys.data(), room.p.data());
+      } else rebuild(first, here, spans);
       for (int64_t c = 0; c < all; c++) {
         float* p = &room.p[c * TILE];
         multiply(&out[c * rank], rank, run[c / MOST].take(c % MOST, p, here, all * TILE));
@@ -89,6 +85,7 @@ class AmxChunk {
   Floats out;  // [H C, R]
   std::vector<Softmax> run;
   AmxLatents z;
+  std::unique_ptr<AmxFolded> folded;
   AmxRoom& room = amx_room;
 
   // Cosines and sines of tokens from one on.
@@ -108,34 +105,36 @@ class AmxChunk {
     }
   }
 
-  // Keys of a head [SPAN, wide] before RoPE.
-  void make_keys(int64_t span, int64_t head, float* keys) {
-    int64_t groups = rank / GROUP, step = layer.wide * 4;
-    const uint32_t* axes = &layer.axes[head * layer.wide * rank / 2];
-    settle();
-    for (int64_t i = 0; i < layer.wide; i += 2 * SIDE, axes += SIDE * rank) {
-      const float* mean = &layer.means[head * layer.wide + i];
-      const uint32_t *x = z.plain(span), *y = axes, *more = axes + SIDE * rank / 2;
-      _tile_loadd(0, mean, 0);
-      _tile_loadd(1, mean + SIDE, 0);
-      _tile_loadd(2, mean, 0);
-      _tile_loadd(3, mean + SIDE, 0);
-      for (int64_t k = 0; k < groups; k++, x += 2 * SIDE * SIDE, y += SIDE * SIDE, more += SIDE * SIDE) {
-        _tile_loadd(4, x, 64);
-        _tile_loadd(5, x + SIDE * SIDE, 64);
-        _tile_loadd(6, y, 64);
-        _tile_loadd(7, more, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+  // Scores of opened tokens from one on over rebuilt keys.
+  void rebuild(int64_t first, int64_t tokens, int64_t spans) {
+    look_up(first, tokens);
+    for (int64_t head = 0; head < heads; head++) {
+      make_keys(spans, &layer.axes[head * layer.wide * rank / 2], &layer.means[head * layer.wide], layer.wide);
+      for (int64_t i = 0; i < spans; i++) {
+        float* p = &room.p[i * SPAN / TILE * all * TILE + i * SPAN % TILE];
+        for (int64_t c = head * count, end = c + count, taken; c < end; c += taken) {
+          taken = std::min<int64_t>(end - c, MOST);
+          some_scores(taken)(*this, &room.keys[i * SPAN * layer.wide], i * SPAN, &room.query[c * layer.wide], p + c * TILE);
+        }
       }
-      float *to = keys + i, *below = to + SIDE * layer.wide;
-      _tile_stored(0, to, step);
-      _tile_stored(1, to + SIDE, step);
-      _tile_stored(2, below, step);
-      _tile_stored(3, below + SIDE, step);
     }
+  }
+
+  // Products [spans, SPAN, wide] of latents with axes, and means: a head's keys before RoPE, or folded queries.
+  void make_keys(int64_t spans, const uint32_t* axes, const float* means, int64_t wide) {
+    int64_t groups = rank / GROUP;
+    room.keys.resize(spans * SPAN * wide);
+    settle();
+    for (int64_t i = 0; i < wide; i += 2 * SIDE, axes += SIDE * rank)
+      for (int64_t span = 0; span < spans; span++) {
+        const uint32_t *x = z.plain(span), *y = axes, *more = axes + SIDE * rank / 2;
+        _tile_loadd(0, means + i, 0);
+        _tile_loadd(1, means + i + SIDE, 0);
+        _tile_loadd(2, means + i, 0);
+        _tile_loadd(3, means + i + SIDE, 0);
+        for (int64_t k = 0; k < groups; k++, x += 2 * SIDE * SIDE, y += SIDE * SIDE, more += SIDE * SIDE) multiply_tiles(x, x + SIDE * SIDE, y, more);
+        keep(&room.keys[span * SPAN * wide + i], SIDE, SIDE * wide, wide * 4);
+      }
     settle();
   }
 

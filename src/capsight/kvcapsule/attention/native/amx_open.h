@@ -16,6 +16,25 @@ typedef std::vector<uint16_t, Lines<uint16_t>> Halves;
 // Tile instructions do not tell compilers what memory they read and write.
 INLINE void settle() { __asm__ volatile("" ::: "memory"); }
 
+// Tiles 0 to 3, side by side in memory, or two by two in rows of `wide` numbers.
+INLINE void keep(float* to, int64_t wide, int64_t below, int64_t step) {
+  _tile_stored(0, to, step);
+  _tile_stored(1, to + wide, step);
+  _tile_stored(2, to + below, step);
+  _tile_stored(3, to + below + wide, step);
+}
+// Adds products of two tiles with two to tiles 0 to 3.
+INLINE void multiply_tiles(const uint32_t* a, const uint32_t* below, const uint32_t* b, const uint32_t* more) {
+  _tile_loadd(4, a, 64);
+  _tile_loadd(6, b, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, more, 64);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_loadd(5, below, 64);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
 // Numbers 0 to 15 and 16 to 31 in bfloat16.
 INLINE __m512i both(__m512 first, __m512 second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
 
@@ -76,7 +95,7 @@ struct AmxLayer {
         for (int64_t r = 0; r < rank; r += GROUP, to += SIDE * SIDE) {
           __m512i x[SIDE];
           for (int n = 0; n < SIDE; n++)
-            x[n] = channel[i + n] < 0 ? __m512i{} : bfloats(s.axis(s.key_axes, head, channel[i + n]), s.key_steps, r);
+            x[n] = row(s, head, channel[i + n], r);
           transpose(x);
           for (int n = 0; n < SIDE; n++) _mm512_store_si512(to + n * SIDE, x[n]);
         }
@@ -85,12 +104,14 @@ struct AmxLayer {
 
   static int64_t up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
- private:
-  // A group of axes from number `first` of a row on.
-  static __m512i bfloats(const char* row, const float* steps, int64_t first) {
+  // A group of a channel's axes from number `first` on; 0 for no channel.
+  static __m512i row(const Joint& s, int64_t head, int64_t channel, int64_t first) {
+    if (channel < 0) return __m512i{};
+    const char* row = s.axis(s.key_axes, head, channel) + first;
+    const float* steps = s.key_steps + first;
     vf x[2];
-    Stored<I8>::load(row + first, x), Stored<I8>::load(row + first + W, x + 1);
-    return both((__m512)(x[0] * get<vf>(steps + first)), (__m512)(x[1] * get<vf>(steps + first + W)));
+    Stored<I8>::load(row, x), Stored<I8>::load(row + W, x + 1);
+    return both((__m512)(x[0] * get<vf>(steps)), (__m512)(x[1] * get<vf>(steps + W)));
   }
 };
 

@@ -4,8 +4,8 @@
 // of its own. So its score is z . (u + v + w) + constants: the query, turned back by that place and seen
 // through the basis, for each axis. These vectors are made once for all tokens of a stretch that share a
 // place. What is gathered is one latent for each query; it goes through the values' basis last. Where nearly
-// all tokens have places of their own (RoPE of one dimension) keys are rebuilt instead, a tile at a time; and
-// everywhere, where the machine multiplies matrices (AMX).
+// all tokens have places of their own (RoPE of one dimension) keys are rebuilt instead, a tile at a time. Where
+// the machine multiplies matrices (AMX) keys are rebuilt, or places are few (`amx_fold.h`).
 #include "amx.h"
 #include "chunk.h"
 #include "joint_chunk.h"
@@ -35,9 +35,12 @@ std::vector<Stretch> stretches(const Joint& s, int64_t batch, int64_t threads, s
 // How chunks of one layer are attended.
 class Layer {
  public:
-  Layer(const Joint& s, int64_t heads) : s(s), heads(heads) {
+  Layer(const Joint& s, int64_t batch, int64_t heads, int64_t count) : s(s), heads(heads) {
 #ifdef __AMX_BF16__
-    if (AmxLayer::allowed()) tiles = &amx_layer, amx_layer.take(s, heads);
+    if (!AmxLayer::allowed()) return;
+    tiles = &amx_layer;
+    if (amx_axes.pays(s, batch, heads, count, heads * s.channels)) axes = &amx_axes, amx_axes.take(s, heads);
+    else amx_layer.take(s, heads);
 #endif
   }
 
@@ -45,7 +48,7 @@ class Layer {
   void attend(const Stretch& of, const float* query, int64_t count, float* results) const {
     auto run = [&](auto chunk) { chunk.attend(of.first, of.count), chunk.results(results); };
 #ifdef __AMX_BF16__
-    if (tiles) return run(AmxChunk(s, *tiles, query, heads, count));
+    if (tiles) return run(AmxChunk(s, *tiles, axes, query, heads, count));
 #endif
     run(JointChunk(s, query, heads, count));
   }
@@ -55,6 +58,7 @@ class Layer {
   const int64_t heads;
 #ifdef __AMX_BF16__
   const AmxLayer* tiles = nullptr;
+  const AmxAxes* axes = nullptr;
 #endif
 };
 
@@ -94,7 +98,7 @@ extern "C" void capsight_joint(
   std::vector<float> scaled(batch * heads * own), parts(many * heads * wide), near_parts(near.size() * narrow);
   read(query, format, 0, scaled.size(), scaled.data());
   for (float& x : scaled) x *= scaling;
-  const Layer layer(s, heads);
+  const Layer layer(s, batch, heads, count);
 #pragma omp parallel num_threads(threads) if (threads > 1 && all > 1)
   {
 #pragma omp for schedule(dynamic)
