@@ -3,9 +3,10 @@
     python benchmarks/at_rest.py --judge mosaic --judge tiles --json benchmarks/results/at_rest.json
 
 Every row answers the same questions as the full cache. Images at rest are made and read with a capsule that
-has no more than their quality needs (`for_rest`). `tower-int4` stores what the vision tower gave, in so many
-bits with a 16-bit scale a token, and prefills the language model again: the rival at rest. Bytes are those of
-files: latents, token ids, layout and checksums; of the rival, its numbers and scales alone.
+has no more than their quality needs where a hundred images share its file (`for_rest`). `tower-int4` stores
+what the vision tower gave, in so many bits with a 16-bit scale a token, and prefills the language model
+again: the rival at rest. Bytes are those of files: latents, token ids, layout and checksums; of the rival,
+its numbers and scales alone.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from transformers import DynamicCache
 from capsight import KVCapsule, enable
 from capsight.cli.output import machine, write_json
 from capsight.evaluation.asking import split_questions
+from capsight.evaluation.prompting import process
 from capsight.evaluation.sharing import Asking, _Prompt
 from capsight.kvcapsule.cache.conversation import Conversation
 from capsight.kvcapsule.codecs.positions import TokenPositions
@@ -43,6 +45,8 @@ from judges_known import REFERENCE, Source, load_source
 
 STORED = 0.98
 """Quality of images that are taken from elsewhere."""
+SHARE = 100
+"""Images that share the file of a capsule."""
 
 
 class Prompt(_Prompt):
@@ -166,7 +170,8 @@ def judged(
     images = 0
     vision = 0
     per_token = joint_codec(capsule).full_nbytes
-    small = {quality: for_rest(capsule, quality) for quality in qualities}
+    shared = round(SHARE * vision_tokens_an_image(processor, model, items[0]))
+    small = {quality: for_rest(capsule, quality, shared) for quality in qualities}
     modules = {f"rest {quality:g}": file_nbytes(own) for quality, own in small.items()}
 
     def count(label: str, item: Any, texts: list[str], nbytes: float) -> None:
@@ -226,12 +231,18 @@ def judged(
                 "share_of_vision_bytes": round(r["bytes"] / (vision * per_token), 5),
                 "module_bytes": modules.get(k, 0),
                 "share_of_100_images": round(
-                    (r["bytes"] / images + modules.get(k, 0) / 100) / (vision * per_token / images), 5
+                    (r["bytes"] / images + modules.get(k, 0) / SHARE) / (vision * per_token / images), 5
                 ),
             }
             for k, r in rows.items()
         },
     }
+
+
+def vision_tokens_an_image(processor: Any, model: Any, item: Any) -> float:
+    """Of a prompt."""
+    inputs = process(processor, item, [item.asks[0].question])
+    return build_layout(inputs, model.config).vision_tokens / len(item.images)
 
 
 def file_nbytes(capsule: KVCapsule) -> int:

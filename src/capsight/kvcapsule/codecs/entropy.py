@@ -1,13 +1,15 @@
-"""Small integers in few bytes: range coding with two-sided geometric distributions.
+"""Small integers in few bytes: range coding with normal distributions.
 
-The mean magnitude of a number is a power of two: its column's times its row's. Both are coded beside the
-numbers, so data needs no table that was fitted elsewhere. Range coding: Martin, 1979; the coder is the
-library `constriction`. Probabilities come of additions, products and quotients of doubles alone, which are
-the same on every machine; whoever decodes compares a checksum all the same.
+The mean magnitude of a number is a power of two: its column's times its row's. Numbers of the same magnitude
+are a class, and a class has a width. All are coded beside the numbers, so data needs no table that was fitted
+elsewhere. Range coding: Martin, 1979; the coder is the library `constriction`. Probabilities come of
+additions, products, quotients and square roots of doubles alone, which are the same on every machine; whoever
+decodes compares a checksum all the same.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +27,8 @@ _ROWS, _LOWEST = 16, -6
 """A row of class c has magnitudes 2^c times as large as others; so many classes, from this one on."""
 _TURN = 0.6, 1.0
 """Mean difference between the classes of neighbouring columns, and rows."""
+_WIDTHS, _NARROWEST = 96, -20
+"""So many widths: of width w, n is as likely as t^(n^2), t = v / (1 + v), v = 2^((w - 20) / 2)."""
 
 Integers = NDArray[np.int32]
 
@@ -41,8 +45,12 @@ def encode(rows: Integers) -> bytes:
         coder.encode((np.diff(classes, prepend=0) % count).astype(np.int32), _differences(count, turn))
     top = _up(int(np.abs(rows).max(initial=0)))
     classes = _together(columns, of_rows)
-    for kind in np.unique(classes[classes > 0]).tolist():
-        coder.encode((rows[classes == kind] + top).astype(np.int32), _model_of(kind, top))
+    for kind in _used(classes):
+        own = rows[classes == kind]
+        square = np.log2(max(np.square(own, dtype=np.float64).mean(), 1e-9))
+        width = int(np.abs(_squares(top) - square).argmin())
+        coder.encode(np.array([(width - _usual(kind)) % _WIDTHS], np.int32), _differences(_WIDTHS, 1.0))
+        coder.encode((own + top).astype(np.int32), _model_of(width, top))
     return bytes(coder.get_compressed().astype("<u4").tobytes())
 
 
@@ -60,9 +68,10 @@ def decode(data: bytes, tokens: int, rank: int, top: int) -> Integers:
         columns = np.cumsum(coder.decode(_differences(_CLASSES, _TURN[0]), rank)) % _CLASSES
         of_rows = np.cumsum(coder.decode(_differences(_ROWS, _TURN[1]), tokens)) % _ROWS
         classes = _together(columns, of_rows)
-        for kind in np.unique(classes[classes > 0]).tolist():
+        for kind in _used(classes):
             places = classes == kind
-            rows[places] = coder.decode(_model_of(kind, top), int(places.sum())) - top
+            width = int(coder.decode(_differences(_WIDTHS, 1.0), 1)[0] + _usual(kind)) % _WIDTHS
+            rows[places] = coder.decode(_model_of(width, top), int(places.sum())) - top
     except (ValueError, AssertionError) as error:
         raise CapsuleFileError(f"coded latents cannot be read ({error}); encapsulate again") from error
     return rows
@@ -88,6 +97,11 @@ def _together(columns: Integers, rows: Integers) -> Integers:
     return np.where(columns > 0, both, 0)
 
 
+def _used(classes: Integers) -> list[int]:
+    """The classes of numbers that are coded, ascending."""
+    return [int(k) for k in np.flatnonzero(np.bincount(classes.ravel(), minlength=1)) if k > 0]
+
+
 def check_coder() -> None:
     """Refuse to go on without the coder.
 
@@ -98,11 +112,38 @@ def check_coder() -> None:
 
 
 @lru_cache(maxsize=512)
-def _model_of(kind: int, top: int) -> Any:
-    """Of integers from -top to top whose magnitudes have the mean of a class."""
-    mean = 2.0 ** (kind - _FINEST)
-    powers = np.cumprod(np.full(top + 1, mean / (1 + mean)))
-    return _model(np.concatenate((powers[:0:-1] / 2, powers[:1], powers[1:] / 2)))
+def _model_of(width: int, top: int) -> Any:
+    """Of integers from -top to top of a width."""
+    powers = _powers(width, top)
+    return _model(np.concatenate((powers[:0:-1], powers)))
+
+
+def _powers(width: int, top: int) -> NDArray[np.float64]:
+    """t^(n^2) of a width, n from 0 to top, as products: t^(n^2) = t^((n-1)^2) t^(2n-1)."""
+    half, odd = divmod(width + _NARROWEST, 2)
+    variance = 2.0**half * math.sqrt(2.0) ** odd
+    base = variance / (1 + variance)
+    factors = np.full(top + 1, base * base)
+    factors[:2] = (1, base)[: top + 1]
+    factors[1:] = np.cumprod(factors[1:])
+    return np.cumprod(factors)
+
+
+@lru_cache
+def _squares(top: int) -> NDArray[np.float64]:
+    """Logarithm, to the base 2, of the mean square of integers up to top of every width."""
+    n = np.arange(top + 1.0)
+    found = []
+    for width in range(_WIDTHS):
+        powers = _powers(width, top)
+        found.append(2 * (powers * n * n).sum() / (2 * powers.sum() - 1))
+    return np.log2(np.maximum(found, 1e-30))
+
+
+def _usual(kind: int) -> int:
+    """About the width of a class."""
+    octave = kind - _FINEST  # of the mean magnitude
+    return max(2 * octave - 2, 4 * octave + 3) - _NARROWEST
 
 
 def _up(top: int) -> int:

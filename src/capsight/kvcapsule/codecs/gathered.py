@@ -60,9 +60,14 @@ class Gathered:
                 self._latents.add_((x @ axes).to(self._latents))
         return self._latents
 
-    def compare(self, typical: float) -> None:
-        """Say so where images lose far more of their variance than those of calibration did: `typical`."""
-        lost = float(1 - self.sum().square().sum() / self.energy.clamp_min(1e-30))
+    def compare(self, latents: Tensor, typical: float) -> None:
+        """Say so where images lose far more of their variance than those of calibration did.
+
+        Args:
+            latents: `[T, R]`, the sums, or least squares of them.
+            typical: share that those of calibration lose.
+        """
+        lost = float(1 - (self.sum() * latents).sum() / self.energy.clamp_min(1e-30))
         if lost > max(_UNLIKE * typical, _LEAST):
             warnings.warn(
                 f"these images are unlike those the capsule was fitted to: latents lose {lost:.0%} of "

@@ -24,6 +24,7 @@ from capsight.kvcapsule.codecs.base import LayerCodec
 from capsight.kvcapsule.codecs.block import Payload
 from capsight.kvcapsule.codecs.gathered import Gathered
 from capsight.kvcapsule.codecs.joint_axes import AXIS_BITS, coordinates_together, numbers
+from capsight.kvcapsule.codecs.joint_coarse import least_squares, typical_loss
 from capsight.kvcapsule.codecs.joint_payload import JointPayload, OpenLatents
 from capsight.kvcapsule.codecs.joint_tensors import for_file, of_file
 from capsight.kvcapsule.codecs.levels import BITS, GROUP, POINTS, pack, share_bits, unpack
@@ -89,6 +90,7 @@ class JointCodec(LayerCodec):
         self.layers_together = self.sharing = int(layers)
         self.share = retained
         self._dtype = torch.bfloat16 if has_amx() else torch.float32
+        self.inverse: Tensor | None = None  # of `joint_coarse.least_squares`
         self.full_nbytes = 2 * self.mean.numel() * self.layers_together  # of a token in 16 bits
         self.levels = share_bits(self.lost[: len(self.axes) // GROUP], retained * self.full_nbytes)
         rank = self.levels.rank
@@ -158,11 +160,13 @@ class JointCodec(LayerCodec):
         """
         assert positions is not None
         back = positions.tables(self.rotary, back=True)
-        flat, energy = self._centred(keys[:, :, 0], values[:, :, 0], back)
-        held = Gathered.none(self.mean, len(keys), self.levels.rank) if held is None else held
-        axes = numbers(self.axes, self.steps * self.weight[:, None], torch.float32)  # of U^T
-        held.add(flat, energy, axes.flatten(1))
+        held = held or Gathered.none(self.mean, len(keys), self.levels.rank)
+        held.add(*self._centred(keys[:, :, 0], values[:, :, 0], back), self.unit_axes())
         return held
+
+    def unit_axes(self) -> Tensor:
+        """This layer's columns of U^T: float32 `[R, 2 H D]`."""
+        return numbers(self.axes, self.steps * self.weight[:, None], torch.float32).flatten(1)
 
     def _centred(self, keys: Tensor, values: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """W (x - mean) `[T, 2 H D]` and the sum of its squares, of `[T, H, D]`; `tables` undo RoPE."""
@@ -176,11 +180,9 @@ class JointCodec(LayerCodec):
 
     @classmethod
     def encode_gathered(cls, codecs: Sequence[Any], held: Gathered, runs: Sequence[Run]) -> list[Payload]:
-        """Store latents that all layers have added to."""
-        first = codecs[0]
-        left_out = first.lost[first.levels.rank // GROUP :, 0].sum() / first.lost[:, 0].sum()
-        latents = held.sum()
-        held.compare(float(first.typical) + float(left_out))
+        """Store latents that all layers have added to; least squares, where axes are coarse."""
+        first, latents = codecs[0], least_squares(held.sum(), codecs)
+        held.compare(latents, typical_loss(first))
         codes, scales = pack(latents, first.levels)
         return [JointPayload({"codes": codes, "scales": scales})] * len(codecs)
 
@@ -234,8 +236,8 @@ class JointCodec(LayerCodec):
 
     def template(self, heads: int, head_dim: int, dtype: torch.dtype) -> Payload:
         """The latent of one token."""
-        codes, scales = pack(torch.zeros(1, self.levels.rank, device=self.mean.device), self.levels)
-        return JointPayload({"codes": codes, "scales": scales})
+        stored = pack(torch.zeros(1, self.levels.rank, device=self.mean.device), self.levels)
+        return JointPayload(dict(zip(("codes", "scales"), stored, strict=True)))
 
     def expand(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Keys before RoPE and values float32 `[T, H, D]` of latents `[T, R]`."""

@@ -17,7 +17,8 @@ from torch import Tensor
 from capsight.errors import OptionError
 from capsight.kvcapsule.codecs import entropy
 from capsight.kvcapsule.codecs.base import take_tensors
-from capsight.kvcapsule.codecs.joint_axes import in_steps, numbers
+from capsight.kvcapsule.codecs.joint_axes import in_steps
+from capsight.kvcapsule.codecs.joint_coarse import is_coarse
 from capsight.kvcapsule.codecs.levels import GROUP
 
 _SHAPES: dict[str, tuple[int | None, ...]] = {
@@ -28,41 +29,28 @@ _SHAPES: dict[str, tuple[int | None, ...]] = {
     "pairs": (None,),
     "turning": (3,),
 }
-_ADDED = 0.03  # error by the steps of axes, of that of images
 _CODED = struct.Struct("<IB")  # checksum of axes, their largest integer
-_FEW = 63  # largest integer of an axis that is not as fine as it can be
 _DTYPES = {"axes": torch.int8, "lost": torch.float64, "frequencies": torch.float64, "pairs": torch.int64}
 
 
-def trimmed(tensors: Mapping[str, Tensor], rank: int, loses: float) -> dict[str, Tensor]:
-    """With no more than the first axes, in steps that hardly add to what images lose.
-
-    A step moves a coordinate by what the rest of a latent has in its direction, and what is rebuilt of a
-    coordinate by its size. Reverse water-filling: steps grow with the root of the two variances' inverse.
-
-    Args:
-        tensors: the buffers of a codec, all axes.
-        rank: how many stay.
-        loses: share of the variance that images lose by their quality.
-    """
-    axes, lost = numbers(tensors["axes"][:rank], tensors["steps"][:, :rank], torch.float32), tensors["lost"]
-    numbers_of_a_token = axes[0].numel() * int(tensors["turning"][2])
-    share = lost[:, 0].repeat_interleave(GROUP)[:rank] / GROUP / lost[:, 0].sum()  # of each coordinate
-    steps = (12 * _ADDED * loses / rank / (1 + numbers_of_a_token * share)).sqrt()  # of U
-    integers, narrow = in_steps(axes, least=(steps / tensors["weight"][:, None]).float())
-    return {**tensors, "axes": integers, "steps": narrow}
-
-
 def for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With axes entropy coded, as "coded": uint8 `[bytes]`, where some are coarse."""
-    axes = tensors["axes"].contiguous().cpu()
+    """With axes entropy coded, as "rounded": uint8 `[bytes]`, where some are coarse.
+
+    Steps that are alike in keys and values but for their weight are there as "scale": bfloat16 `[K]`.
+    """
+    held, axes = dict(tensors), tensors["axes"].contiguous().cpu()
+    if not is_coarse(axes):
+        return held
     rows = axes.flatten(1).int().numpy()
-    largest = abs(rows).max(1, initial=0)
-    if not ((largest > 0) & (largest <= _FEW)).any():
-        return dict(tensors)
     head = _CODED.pack(zlib.crc32(axes.numpy().tobytes()), int(abs(rows).max()))
-    coded = torch.frombuffer(bytearray(head + entropy.encode(rows)), dtype=torch.uint8)
-    return {**{name: x for name, x in tensors.items() if name != "axes"}, "coded": coded}
+    held["rounded"] = torch.frombuffer(bytearray(head + entropy.encode(rows)), dtype=torch.uint8)
+    weight = held["weight"][:, None]
+    scale = (held["steps"][0] * weight[0]).bfloat16()
+    if torch.equal(scale.float() / weight, held["steps"]):
+        held["scale"] = scale
+        del held["steps"]
+    del held["axes"]
+    return held
 
 
 def of_file(tensors: Mapping[str, Tensor], heads: int, head_dim: int) -> dict[str, Tensor]:
@@ -84,9 +72,16 @@ def of_file(tensors: Mapping[str, Tensor], heads: int, head_dim: int) -> dict[st
 
 
 def _opened(tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
-    """With axes in steps; "coded" ones `[K, *shape]`."""
+    """With axes in steps; "rounded" ones `[K, *shape]`."""
     opened = dict(tensors)
-    coded, steps = opened.pop("coded", None), opened.get("steps")
+    if "coded" in opened:
+        raise OptionError("its axes are coded as an earlier capsight did; make the file again with for_rest")
+    scale, weight = opened.get("scale"), opened.get("weight")
+    if scale is not None and weight is not None and "steps" not in opened:
+        known = scale.ndim == 1 and scale.dtype == torch.bfloat16 and weight.shape == (2,)
+        if known and weight.dtype == torch.float32:
+            opened["steps"] = opened.pop("scale").float() / weight[:, None]
+    coded, steps = opened.pop("rounded", None), opened.get("steps")
     if coded is not None and steps is not None and steps.ndim == 2 and coded.dtype == torch.uint8:
         data = coded.numpy().tobytes().ljust(_CODED.size)
         checksum, top = _CODED.unpack_from(data)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from capsight.errors import CapsuleFileError
 
 MAGIC = b"capsrest"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _START = struct.Struct("<8sHI16s")  # magic, version, bytes of the header, its digest
 _COMMON = (  # changes with `FORMAT_VERSION` alone
     b'"name":","tokens":0,0,0,0,0,0,0,0,0,0,0,"first":true,"kind":"image","text":"video","frame_seconds":0.5}]},'

@@ -11,13 +11,17 @@ from capsight.errors import CapsightError, OptionError
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.codecs import JointCodec, Payload
+from capsight.kvcapsule.codecs.joint_coarse import typical_loss
 from capsight.kvcapsule.codecs.joint_payload import JointPayload
-from capsight.kvcapsule.codecs.joint_tensors import trimmed
-from capsight.kvcapsule.codecs.levels import pack, rate_of, unpack
+from capsight.kvcapsule.codecs.levels import pack, unpack
 from capsight.kvcapsule.fingerprint import tensors_fingerprint
+from capsight.kvcapsule.rest.axes import coarse
 from capsight.kvcapsule.rest.latents import check_quality
 from capsight.layout import PromptLayout
 
+USUAL_TOKENS = 10_000
+"""Vision tokens that share a capsule's file: about a hundred images."""
+_MOST_LOST = 0.5  # share of the variance
 _LEARNT: WeakKeyDictionary[KVCapsule, str] = WeakKeyDictionary()
 
 
@@ -50,25 +54,37 @@ def joint_codec(capsule: KVCapsule) -> JointCodec:
     return codec
 
 
-def for_rest(capsule: KVCapsule, quality: float) -> KVCapsule:
-    """A joint capsule with no more than images at rest of a quality need: its file is several times smaller.
+def for_rest(capsule: KVCapsule, quality: float, tokens: int = USUAL_TOKENS) -> KVCapsule:
+    """A joint capsule with no more than images at rest of a quality need: its file is many times smaller.
 
-    Axes that such images do not store are left out, the others as coarse as such images allow, and entropy
-    coded in files. What one of the two capsules wrote at rest the other reads. Caches are made with these
-    axes as well, and lose about what the quality does.
+    Axes that such images hardly use are left out. The others are rounded until the file and the images
+    together lose least for their bytes (see `axes`), and entropy coded in files. Write images with the
+    capsule that reads them: what one of the two capsules wrote at rest the other reads, but loses more.
+    Caches are made with these axes as well.
+
+    Args:
+        capsule: the whole one.
+        quality: of images, as `save` and stores take it; the axes' rounding is lost beside it.
+        tokens: vision tokens that will be at rest with this capsule, of all images together. Twice as many
+            get finer axes, and a larger file.
 
     Raises:
         CapsuleFileError: the capsule's file is gone, from which its axes are read again.
-        OptionError: the capsule is of another codec, or `quality` is not between 0 and 1.
+        OptionError: the capsule is of another codec, `quality` is not between 0 and 1, or `tokens` is no
+            positive whole number, or too small for such a file.
     """
-    rank = rate_of(joint_codec(capsule).lost, check_quality(quality))[1]
-    codecs = capsule.whole_codecs().items()
-    small = {
-        index: JointCodec(trimmed(codec.whole(), rank, 1 - quality), codec.share)
-        for index, codec in codecs
-        if isinstance(codec, JointCodec)
-    }
-    return KVCapsule(small, capsule.info)
+    joint_codec(capsule)
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise OptionError(f"tokens is how many vision tokens will be at rest, a whole number, not {tokens!r}")
+    whole = {i: codec for i, codec in capsule.whole_codecs().items() if isinstance(codec, JointCodec)}
+    small = coarse({i: codec.whole() for i, codec in whole.items()}, check_quality(quality), tokens)
+    made = {i: JointCodec(small[i], codec.share) for i, codec in whole.items()}
+    if (lost := typical_loss(next(iter(made.values())))) > _MOST_LOST:
+        raise OptionError(
+            f"a file that {tokens} tokens share would lose {lost:.0%} of the variance; give more tokens, or "
+            "a higher quality"
+        )
+    return KVCapsule(made, capsule.info)
 
 
 def open_latents(cache: CapsuleCache, codec: JointCodec) -> Tensor:
