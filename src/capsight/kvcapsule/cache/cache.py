@@ -64,6 +64,7 @@ class CapsuleCache(LayeredCache):
         """
         layer = self.layers[layer_idx]
         if not self._open:
+            self._reader.look()
             self._fit_batch(key_states.shape[0])
             self.check_dtype(key_states.dtype)
             if key_states.shape[2] == 1:

@@ -22,17 +22,18 @@ class Reader:
         """Watch for a cache of a model with this config; the model's own says what attention it runs."""
         self._config: PreTrainedConfig | None = config
         self._seen = False
+        self._known: str | None = None  # what the model runs, as it was last looked at
         self._codec: str | None = None  # whose keys were last handed over, "" if nothing is hidden in them
 
     @property
     def is_ours(self) -> bool:
         """Whether it is known that capsight's attention function runs."""
-        known = self._implementation
-        return self._seen if known is None else known == ATTENTION_NAME
+        return self._seen if self._known is None else self._known == ATTENTION_NAME
 
-    @property
-    def _implementation(self) -> str | None:
-        return None if self._config is None else self._config.get_text_config()._attn_implementation
+    def look(self) -> None:
+        """Look at what attention the model runs; for all layers of a step, since configs answer slowly."""
+        config = self._config
+        self._known = None if config is None else config.get_text_config()._attn_implementation
 
     def expect(self, codec: str) -> None:
         """Note that keys were handed over; `codec` has hidden something in them, if it is not ""."""
@@ -63,7 +64,7 @@ class Reader:
         Raises:
             CapsightError: it is.
         """
-        if self._implementation not in (None, ATTENTION_NAME):
+        if self._known not in (None, ATTENTION_NAME):
             raise _refusal(codec)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Reader:
@@ -74,7 +75,7 @@ class Reader:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the config: a copy of it does not change with the model."""
-        return {"_config": None, "_seen": False, "_codec": None}
+        return {"_config": None, "_seen": False, "_known": None, "_codec": None}
 
 
 def _refusal(codec: str) -> CapsightError:

@@ -1,133 +1,12 @@
 // Scores without a rebuilt key, on machines that multiply tiles of matrices, where places of a stretch differ
 // little: queries are turned back by a few of its places and seen through the axes, and what a token adds up of
-// their products is what a polynomial through these places gives at its own.
-//
-// A pair of channels that turns by f a place is a cosine of places p; through K places p_k the polynomial misses
-// it by f^K / K! prod |p - p_k| at most, and by nothing at these. Folded queries are rounded to bfloat16.
+// their products is what a polynomial through these places gives at its own (`amx_nodes.h`). Folded queries are
+// rounded to bfloat16.
 #pragma once
-#include <memory>
-
-#include "amx_open.h"
+#include "amx_nodes.h"
 
 #ifdef __AMX_BF16__
 namespace capsight {
-
-constexpr double MISSED = 5e-4;  // what the polynomial may miss of a cosine; numbers in bfloat16 miss 2e-3
-constexpr size_t SEVERAL = 8;  // places that a polynomial may go through; else all are taken
-constexpr int64_t FOLDED = 1 << 10;  // tokens of a stretch, or up to the end of an image
-
-// The places of one axis that a stretch has, and those that its tokens are seen through.
-struct Nodes {
-  std::vector<int32_t> places, at;  // by position
-  std::vector<int> slot;            // of each place of the axis, which one of the stretch it is; or -1
-  Floats shares;                    // [places of the stretch, those seen through]
-
-  void take(const Joint& s, int axis, int64_t first, int64_t tokens) {
-    slot.assign(s.sizes[axis], -1), places.clear();
-    for (int64_t t = first; t < first + tokens; t++) {
-      int32_t place = s.places[axis * s.tokens + t];
-      if (slot[place] < 0) slot[place] = 0, places.push_back(place);
-    }
-    spots = s.spots[axis];
-    std::sort(places.begin(), places.end(), [&](int32_t a, int32_t b) { return spots[a] < spots[b]; });
-    double factor = 1;
-    for (size_t many = 1; many <= SEVERAL && many < places.size(); many++)
-      if (see_through(many) * (factor *= s.fastest[axis] / many) <= MISSED) return;
-    at = places;
-  }
-
-  void share() {
-    shares.resize(places.size() * at.size());
-    for (size_t i = 0; i < places.size(); i++) {
-      slot[places[i]] = i;
-      for (size_t k = 0; k < at.size(); k++) {
-        double share = at.size() < places.size() || i == k;
-        for (size_t j = 0; j < at.size() && at.size() < places.size(); j++)
-          if (j != k) share *= (spots[places[i]] - spots[at[j]]) / (spots[at[k]] - spots[at[j]]);
-        shares[i * at.size() + k] = share;
-      }
-    }
-  }
-
- private:
-  const double* spots;
-
-  // Takes so many, close to where Chebyshev has them; the largest product of distances to them.
-  double see_through(size_t many) {
-    at.clear();
-    double low = spots[places.front()], high = spots[places.back()], worst = 0;
-    for (size_t k = 0, i = 0; k < many; k++, i++) {
-      double wanted = (low + high) / 2 - (high - low) / 2 * std::cos(M_PI * (k + .5) / many);
-      while (i + many - k < places.size() && std::abs(spots[places[i + 1]] - wanted) <= std::abs(spots[places[i]] - wanted)) i++;
-      at.push_back(places[i]);
-    }
-    for (int32_t place : places) {
-      double product = 1;
-      for (int32_t node : at) product *= std::abs(spots[place] - spots[node]);
-      worst = std::max(worst, product);
-    }
-    return worst;
-  }
-};
-
-// Channels as rows of matrices; the same for all chunks.
-struct AmxAxes {
-  int64_t rank, tiles, lanes, columns;  // R; of GROUP channels; a KV head's queries, and all, filled up
-  Words axes;                           // [H, R / GROUP, tiles, 2 SIDE, SIDE], two channels each
-
-  // Whether that is less work than to rebuild `keys` lanes of all heads.
-  bool pays(const Joint& s, int64_t batch, int64_t heads, int64_t count, int64_t keys) {
-    if (count < 3) return false;
-    rank = s.latents.rank(), tiles = AmxLayer::up(s.padded(0) + s.padded(1) + s.padded(2), GROUP) / GROUP;
-    for (lanes = 4; lanes < std::min<int64_t>(count, SIDE);) lanes *= 2;
-    if (count > SIDE) lanes = AmxLayer::up(count, 2 * SIDE);
-    columns = AmxLayer::up(heads * lanes, SIDE);
-    int64_t work = 0, tokens = 0, groups = rank / GROUP;
-    for (int64_t row = 0; row < batch; row++)
-      if (s.counts[row]) {  // other stretches are alike
-        int64_t here = stretch(s, s.starts[row], s.starts[row] + s.counts[row]);
-        tokens += here, work += AmxLayer::up(nodes(s, s.starts[row], here) * columns, 2 * SIDE) * (here + 128);
-      }
-    return work * (groups + 2) < tokens * keys * (groups + 2 + count * 2 / 3);
-  }
-
-  static int64_t stretch(const Joint& s, int64_t first, int64_t end) {
-    int64_t t = first + 1;
-    while (t < end && t - first < FOLDED && (t - first < 8 * SPAN || s.places[t] == s.places[t - 1])) t++;
-    return t - first;
-  }
-
-  static int64_t nodes(const Joint& s, int64_t first, int64_t tokens) {
-    int64_t all = 1;
-    Nodes own;
-    for (int axis = 0; axis < 3; axis++) own.take(s, axis, first, tokens), all += own.at.size() - 1;
-    return all;
-  }
-
-  void take(const Joint& s, int64_t heads) {
-    std::vector<int64_t> channel(tiles * GROUP, -1);
-    for (int64_t axis = 0, at = 0; axis < 3; at += s.padded(axis++)) std::copy_n(s.order[axis], s.widths[axis], &channel[at]);
-    axes.resize(heads * rank * tiles * SIDE);
-    uint32_t* to = axes.data();
-    for (int64_t head = 0; head < heads; head++)
-      for (int64_t r = 0; r < rank; r += GROUP)
-        for (int64_t i = 0; i < tiles; i++, to += GROUP * SIDE) {
-          __m512i x[SIDE], y[SIDE];
-          for (int n = 0; n < SIDE; n++) {
-            const int64_t* own = &channel[i * GROUP + 2 * n];
-            __m512i a = AmxLayer::row(s, head, own[0], r), b = AmxLayer::row(s, head, own[1], r);
-            x[n] = _mm512_unpacklo_epi16(a, b), y[n] = _mm512_unpackhi_epi16(a, b);
-          }
-          transpose(x), transpose(y);
-          for (int n = 0; n < SIDE; n++) {  // coordinates in their order again
-            _mm512_store_si512(to + (n / 4 * 8 + n % 4) * SIDE, x[n]);
-            _mm512_store_si512(to + (n / 4 * 8 + 4 + n % 4) * SIDE, y[n]);
-          }
-        }
-  }
-};
-
-static thread_local AmxAxes amx_axes;
 
 // What scores need room for, kept for the next ones of the same thread.
 struct AmxFoldRoom {
@@ -182,26 +61,33 @@ class AmxFolded {
 
   // Scores p [tiles, H C, TILE] of tokens from one on of their products [tokens, wide].
   void add_up(int64_t first, int64_t tokens, const float* products, float* p) const {
-    for (int64_t t = 0; t < tokens; t += SIDE)
+    Floats shares(SIDE * many);
+    for (int64_t t = 0; t < tokens; t += SIDE) {
+      for (int axis = 0, at = 0; axis < 3; axis++) {
+        const Nodes& of = room.nodes[ordered(axis)];
+        const int32_t* places = s.places + ordered(axis) * s.tokens + first;
+        const size_t all = of.at.size(), left_out = axis > 0;
+        for (int n = 0; n < SIDE; n++) {
+          const float* own = &of.shares[of.slot[places[std::min(t + n, tokens - 1)]] * all];
+          for (size_t k = left_out; k < all; k++) shares[n * many + at + k - left_out] = own[k];
+        }
+        at += all - left_out;
+      }
       for (int64_t i = 0; i < columns; i += SIDE) {
         __m512i x[SIDE];
         for (int n = 0; n < SIDE; n++) {
           const float* own = products + (t + n) * wide() + i;
-          int64_t token = first + std::min(t + n, tokens - 1);
           vf sum = {};
-          for (int axis = 0; axis < 3; axis++) {
-            const Nodes& of = room.nodes[ordered(axis)];
-            const float* shares = &of.shares[of.slot[s.places[ordered(axis) * s.tokens + token]] * of.at.size()];
-            for (size_t k = axis > 0; k < of.at.size(); k++, own += columns) sum += shares[k] * get<vf>(own);
-          }
+          for (int64_t k = 0; k < many; k++) sum += shares[n * many + k] * get<vf>(own + k * columns);
           x[n] = (__m512i)sum;
         }
         transpose(x);
-        for (int n = 0; n < SIDE; n++) {
-          int64_t head = (i + n) / axes.lanes, c = (i + n) % axes.lanes;
-          if (head < heads && c < count) _mm512_store_si512(p + (t / TILE * heads * count + head * count + c) * TILE + t % TILE, x[n]);
+        for (int64_t n = 0, head = i / axes.lanes, c = i % axes.lanes; n < SIDE && head < heads; n++) {
+          if (c < count) _mm512_store_si512(p + (t / TILE * heads * count + head * count + c) * TILE + t % TILE, x[n]);
+          if (++c == axes.lanes) c = 0, head++;
         }
       }
+    }
   }
 
  private:

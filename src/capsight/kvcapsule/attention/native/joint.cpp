@@ -12,14 +12,14 @@
 
 namespace capsight {
 
-constexpr int64_t JOINT_CHUNK = 256;  // tokens at least that one of several threads takes at a time
+constexpr int64_t JOINT_CHUNK = 256;  // tokens at least that one of several threads takes at a time; four times as many at most
 
 struct Stretch {
   int64_t row, first, count;
 };
 std::vector<Stretch> stretches(const Joint& s, int64_t batch, int64_t threads, std::vector<int64_t>& ends) {
   std::vector<Stretch> found;
-  int64_t least = threads > 1 ? JOINT_CHUNK : s.tokens;
+  int64_t least = threads > 1 ? std::max(JOINT_CHUNK, std::min(4 * JOINT_CHUNK, s.tokens / threads / 4)) : s.tokens;
   for (int64_t row = 0; row < batch; row++) {
     int64_t end = s.starts[row] + s.counts[row];
     for (int64_t first = s.starts[row], next; first < end; first = next) {
