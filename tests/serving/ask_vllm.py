@@ -38,62 +38,73 @@ ENVIRONMENT = {
 }
 
 
-def ask(folder: Path, model: Path, prompts, rounds=1, tokens=16, on=False, environment=None, **engine):
-    """Run a job; of every round and prompt: token ids, log-probabilities, how many tokens were cached, and
-    how many requests the engine has preempted so far.
-    """
-    job, answers = folder / "job.json", folder / "answers.json"
+def in_process(module, folder: Path, job, environment=None, timeout=900):
+    """Run a job in `module`, a process of its own, and return what it has written."""
+    job_file, answers = folder / "job.json", folder / "answers.json"
     answers.unlink(missing_ok=True)
-    given = {"model": str(model), "prompts": prompts, "rounds": rounds, "tokens": tokens}
-    given["on"] = on
-    job.write_text(json.dumps(given | {"engine": engine}))
+    job_file.write_text(json.dumps(job))
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", "serving.ask_vllm", str(job), str(answers)],
+        [sys.executable, "-m", f"serving.{module}", str(job_file), str(answers)],
         env=os.environ | ENVIRONMENT | (environment or {}) | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=timeout,
         cwd=folder,
     )
     assert answers.is_file(), done.stdout[-2000:] + done.stderr[-6000:]
     return json.loads(answers.read_text())
 
 
+def engine_of(job):
+    """The engine that a job asks for."""
+    from vllm import LLM
+
+    return LLM(model=job["model"], **(DEFAULTS | job["engine"]))
+
+
+def prompt(text, files):
+    """What vLLM takes."""
+    images = [Image.open(file).convert("RGB") for file in files]
+    return {"prompt": text} | ({"multi_modal_data": {"image": images}} if files else {})
+
+
+def logprobs(output):
+    """Log-probabilities of the tokens of one answer."""
+    return [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+
+
+def ask(folder: Path, model: Path, prompts, rounds=1, tokens=16, on=False, environment=None, **engine):
+    """Run a job; of every round and prompt: token ids, log-probabilities, how many tokens were cached, and
+    how many requests the engine has preempted so far.
+    """
+    job = {"model": str(model), "prompts": prompts, "rounds": rounds, "tokens": tokens, "on": on}
+    return in_process("ask_vllm", folder, job | {"engine": engine}, environment)
+
+
 def main(job_file: str, answers_file: str) -> None:
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     job = json.loads(Path(job_file).read_text())
-    engine = LLM(model=job["model"], **(DEFAULTS | job["engine"]))
+    engine = engine_of(job)
     sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], logprobs=1, ignore_eos=job["on"])
-    found = []
+    rounds = []
     for _ in range(job["rounds"]):
-        asked = [
-            {"prompt": text, "multi_modal_data": {"image": [Image.open(p).convert("RGB") for p in pictures]}}
-            if pictures
-            else {"prompt": text}
-            for text, pictures in job["prompts"]
-        ]
-        outputs = engine.generate(asked, sampling, use_tqdm=False)
+        outputs = engine.generate([prompt(*given) for given in job["prompts"]], sampling, use_tqdm=False)
         counts = {metric.name: metric for metric in engine.get_metrics()}
-        found.append(
+        rounds.append(
             [
                 {
                     "prompt": list(output.prompt_token_ids),
                     "tokens": list(output.outputs[0].token_ids),
-                    "logprobs": [
-                        entry[token].logprob
-                        for token, entry in zip(
-                            output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True
-                        )
-                    ],
+                    "logprobs": logprobs(output.outputs[0]),
                     "cached": output.num_cached_tokens,
                     "preempted": counts["vllm:num_preemptions"].value,
                 }
                 for output in outputs
             ]
         )
-    Path(answers_file).write_text(json.dumps(found))
+    Path(answers_file).write_text(json.dumps(rounds))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One vLLM engine in a process of its own, watched: `python -m serving.drive_vllm JOB.json FOUND.json`.
+"""One vLLM engine in a process of its own, watched: `python -m serving.drive_vllm JOB.json ANSWERS.json`.
 
 A job has `model` (a folder), `requests` (text, picture files, how many answers), `tokens` (how many to
 generate), `abort` (which requests are given up while their prompts are read), `engine` (arguments of
@@ -8,15 +8,11 @@ generate), `abort` (which requests are given up while their prompts are read), `
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
-
-from serving.ask_vllm import DEFAULTS, ENVIRONMENT, TESTS
+from serving.ask_vllm import engine_of, in_process, logprobs, prompt
 
 AT_ONCE = 24
 """Requests that the engine is given at a time."""
@@ -34,46 +30,21 @@ def drive(
     **engine,
 ):
     """Run a job; answers by request (None if it was given up), and what was seen of the scheduler."""
-    job, found = folder / "drive.json", folder / "found.json"
-    found.unlink(missing_ok=True)
-    given = {
+    job = {
         "model": str(model),
         "requests": requests,
         "tokens": tokens,
         "abort": list(abort),
         "watch": watch,
+        "engine": engine,
     }
-    job.write_text(json.dumps(given | {"engine": engine}))
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-m", "serving.drive_vllm", str(job), str(found)],
-        env=os.environ | ENVIRONMENT | (environment or {}) | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=folder,
-    )
-    assert found.is_file(), done.stdout[-2000:] + done.stderr[-6000:]
-    return json.loads(found.read_text())
-
-
-def prompt(text, files):
-    """What vLLM takes."""
-    if not files:
-        return {"prompt": text}
-    return {
-        "prompt": text,
-        "multi_modal_data": {"image": [Image.open(file).convert("RGB") for file in files]},
-    }
+    return in_process("drive_vllm", folder, job, environment, timeout)
 
 
 def answer(output):
     """Tokens and their log-probabilities of each answer to a request."""
     return [
-        {
-            "tokens": list(one.token_ids),
-            "logprobs": [e[t].logprob for t, e in zip(one.token_ids, one.logprobs, strict=True)],
-        }
+        {"tokens": list(one.token_ids), "logprobs": logprobs(one)}
         for one in sorted(output.outputs, key=lambda one: one.index)
     ]
 
@@ -111,12 +82,12 @@ def watched(engine, job, sampling):
     return answers, seen | {"blocks": pool.num_gpu_blocks, "most used": most_used, "leaked": leaked}
 
 
-def main(job_file: str, found_file: str) -> None:
-    from vllm import LLM, SamplingParams
+def main(job_file: str, answers_file: str) -> None:
+    from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     job = json.loads(Path(job_file).read_text())
-    engine = LLM(model=job["model"], **(DEFAULTS | job["engine"]))
+    engine = engine_of(job)
 
     def sampling(count):
         return SamplingParams(
@@ -136,7 +107,7 @@ def main(job_file: str, found_file: str) -> None:
         each = [sampling(count) for _, _, count in job["requests"]]
         answers = [answer(output) for output in engine.generate(prompts, each, use_tqdm=False)]
         seen = {}
-    Path(found_file).write_text(json.dumps({"answers": answers, "seen": seen}))
+    Path(answers_file).write_text(json.dumps({"answers": answers, "seen": seen}))
 
 
 if __name__ == "__main__":

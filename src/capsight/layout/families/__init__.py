@@ -15,7 +15,6 @@ from capsight.layout.families.gemma4 import Gemma4
 from capsight.layout.families.glm4v import Glm4V
 from capsight.layout.families.internvl import InternVL
 from capsight.layout.families.lfm2_vl import LFM2VL
-from capsight.layout.families.lfm3_vl import LFM3VL
 from capsight.layout.families.llava import Llava
 from capsight.layout.families.llava_next import LlavaNext
 from capsight.layout.families.llava_onevision import LlavaOnevision
@@ -24,10 +23,9 @@ from capsight.layout.families.minicpmv4_7 import MiniCPMV47
 from capsight.layout.families.mistral3 import Mistral3
 from capsight.layout.families.muse_glimmer import MuseGlimmer
 from capsight.layout.families.ovis2 import Ovis2
-from capsight.layout.families.paddleocr_vl import PaddleOCRVL
 from capsight.layout.families.qwen2_5_vl import Qwen25VL
 from capsight.layout.families.qwen2_vl import Qwen2VL
-from capsight.layout.families.qwen3_vl import Qwen3VL
+from capsight.layout.families.qwen3_vl import LFM3VL, Qwen3VL
 from capsight.layout.families.refused import reason
 from capsight.layout.families.smolvlm import SmolVLM
 
@@ -42,7 +40,6 @@ _ADAPTERS: tuple[Family, ...] = (
     SmolVLM(),
     Glm4V(),
     Mistral3(),
-    PaddleOCRVL(),
     Llava(),
     LlavaNext(),
     LFM3VL(),

@@ -1,4 +1,7 @@
-"""Qwen2-VL: `<|vision_start|>` tokens `<|vision_end|>` around each image and around each whole video."""
+"""Qwen2-VL: `<|vision_start|>` tokens `<|vision_end|>` around each image and around each whole video.
+
+PaddleOCR-VL writes the same with delimiters of other names.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from capsight.layout.row_layout import Grid, Kind, VisionBlock
 
 
 class Qwen2VL(MRope):
-    """Adapter for Qwen2-VL: one block per image or clip, its merged grid from `*_grid_thw`."""
+    """Adapter for both: one block per image or clip, its merged grid from `*_grid_thw`."""
 
-    model_types: tuple[str, ...] = ("qwen2_vl",)
+    model_types: tuple[str, ...] = ("qwen2_vl", "paddleocr_vl")
 
     def blocks(
         self, rows: Sequence[TokenRow], inputs: Mapping[str, Any], config: Any

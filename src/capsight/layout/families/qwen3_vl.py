@@ -1,8 +1,8 @@
-"""Qwen3-VL, Qwen3.5: images as in Qwen2-VL; a video is one delimited block per frame, after its timestamp.
+"""Qwen3-VL, Qwen3.5, LFM3-VL: images as in Qwen2-VL; of videos one delimited block per frame.
 
-A frame here is a temporal patch: the vision tower merges two film frames into one. The chat template
-already writes delimiters around the video placeholder, so recent processors leave an outer pair
-around all frames; it is counted to the first and the last frame.
+A timestamp is written before each frame. A frame here is a temporal patch: the vision tower merges two film
+frames into one. The chat template already writes delimiters around the video placeholder, so recent
+processors leave an outer pair around all frames; it is counted to the first and the last frame.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from capsight.layout.families.base import Supply, TokenRow, check_length, enclosing
 from capsight.layout.families.qwen2_vl import merged_grid
-from capsight.layout.families.rope import MRope
+from capsight.layout.families.rope import MRope, PlainRope
 from capsight.layout.row_layout import Kind, Span, VisionBlock
 
 
@@ -72,6 +72,12 @@ class Qwen3VL(MRope):
                 blocks.append(VisionBlock(*span, kind, (1, h, w), image, tuple(sorted(delimiters))))
             image += 1
         return blocks
+
+
+class LFM3VL(PlainRope, Qwen3VL):
+    """Adapter for LFM3-VL: writes images and frames as Qwen3-VL does; one position a token."""
+
+    model_types = ("lfm3_vl",)
 
 
 def _outer_pair(row: TokenRow, pairs: list[Span], start: int, end: int) -> tuple[int, ...]:

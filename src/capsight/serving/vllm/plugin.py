@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 
-from capsight.serving.vllm.rope import register_models
+from capsight.serving.checkpoint import ARCHITECTURES, PREFIX
 from capsight.serving.vllm.settings import missing_api
 
 BACKEND = "capsight.serving.vllm.backend.CapsightBackend"
+_MODELS = {"qwen2_vl": "CapsightQwen2VL", "qwen2_5_vl": "CapsightQwen25VL"}
+"""Classes of `models.py`, which vLLM imports when it needs them."""
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +27,9 @@ def register() -> None:
     if problem is not None:
         logger.warning("%s; exported checkpoints cannot be served", problem)
         return
+    from vllm import ModelRegistry
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    register_models()
+    for kind, name in ARCHITECTURES.items():
+        ModelRegistry.register_model(PREFIX + name, f"capsight.serving.vllm.models:{_MODELS[kind]}")
     register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND)
