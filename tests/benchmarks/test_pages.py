@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import write_pages
+
 from benchmarks.made_up import (
     MACHINE,
     accuracy,
@@ -119,3 +123,12 @@ def test_what_is_missing_is_left_out(root):
     assert "make demo" in readme
     assert not (root / "docs" / "benchmarks" / "accuracy.md").exists()
     assert "<!-- /numbers -->" in write(root)
+
+
+def test_every_script_and_result_is_in_the_list_of_benchmarks():
+    folder = Path(write_pages.__file__).parent
+    listed = (folder / "README.md").read_text()
+    scripts = [path.name for path in folder.glob("*.py") if "__main__" in path.read_text()]
+    results = [path.name for path in (folder / "results").glob("*.json")]
+    assert [name for name in (*scripts, *results) if name not in listed] == []
+    assert len(scripts) > 20

@@ -1,4 +1,4 @@
-"""`PretrainedCapsule`: what a fitted capsule is and weighs; how it is saved, loaded and shared."""
+"""`PretrainedCapsule`: what a fitted capsule is, and its bytes; how it is saved, loaded and shared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`VisionShape`: what the vision tower computes for an image of so many tokens."""
+"""`VisionShape`: what the vision tower computes for an image of a given number of tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a cache with capsules weighs: capsules, exact tokens, sliding windows, states."""
+"""Bytes of a cache with capsules: capsules, exact tokens, sliding windows, states."""
 
 from __future__ import annotations
 
