@@ -165,7 +165,8 @@ def test_an_installed_package_brings_a_family(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "why"), [("no_such_module:x", "No module"), (f"{__name__}:Taken", "paddleocr_vl, which is taken")]
+    ("value", "why"),
+    [("no_such_module:x", "No module"), (f"{__name__}:Taken", "paddleocr_vl, which is taken")],
 )
 def test_an_adapter_that_cannot_be_used(entry_points, value, why):
     entry_points(value)
