@@ -1,5 +1,4 @@
 """Methods that are compared with and not shipped: scores of eviction, whole caches in few bits, pruning.
-pruning.
 
 All are methods of `capsight.evaluation.evaluate`, for one prompt at a time on the CPU.
 """

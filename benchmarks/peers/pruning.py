@@ -33,7 +33,8 @@ class Given:
         """Watch a model from now on."""
         self.decoder = model.get_decoder()
         self.pixels = self.embeds = torch.empty(0)
-        tower = getattr(model.model, "visual", None) or model.model.vision_tower
+        names = ("visual", "vision_tower", "vision_model")
+        tower = next(getattr(model.model, name) for name in names if hasattr(model.model, name))
         tower.register_forward_pre_hook(self._note_pixels, with_kwargs=True)
         self.decoder.register_forward_pre_hook(self._note_embeds, with_kwargs=True)
 
@@ -49,7 +50,7 @@ class Given:
         """The pixels of each of `count` vision tokens, `[T, P]`."""
         if self.pixels.ndim == 2:  # patches of the Qwen-VL families, those of a token together
             return self.pixels.reshape(count, -1)
-        pictures, _, height, width = self.pixels.shape  # InternVL: square pictures, tokens row by row
+        pictures, _, height, width = self.pixels.shape  # InternVL, SmolVLM: square pictures, tokens row by row
         side = round((count / pictures) ** 0.5)
         return self.pixels.unfold(2, height // side, height // side).unfold(
             3, width // side, width // side
