@@ -13,14 +13,13 @@ from capsight.evaluation import FULL, split_label
 Report = dict[str, Any]
 SHARES = (0.4, 0.2, 0.1, 0.05)
 PRETRAINED = ("smol",)
-"""Judges whose language model was pretrained: fewer methods were asked of them, and they stand apart."""
+"""Judges whose language model was pretrained: they have a table with intervals, too."""
 WITHIN = 1.0
 """Points that the smallest cache may lose on any judge."""
 
 
 def means(judges: dict[str, Judged]) -> list[str]:
     """Every method's points lost, the mean over judges, and the kind of question that loses most."""
-    judges = {name: judged for name, judged in judges.items() if name not in PRETRAINED}
     names = list(dict.fromkeys(split_label(x)[0] for j in judges.values() for x in j.methods if x != FULL))
     rows = []
     for name in names:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from judges_record import Record
-from judges_sections import means, pretrained
+from judges_sections import means
 from page_parts import apart, human_bytes, table
 
 from capsight.baselines import METHODS
@@ -146,7 +146,7 @@ def main(root: Path = ROOT) -> None:
     first = [] if accuracy is None else summary_lines(accuracy, load(results, "bits.json"))
     text = _replaced(readme.read_text(), "summary", first)
     if judges := Record(results / "judges").judges("test"):
-        text = _replaced(text, "judges", [*means(judges)[1:], "", *pretrained(judges)])
+        text = _replaced(text, "judges", means(judges)[1:])
     readme.write_text(_replaced(text, "numbers", ["", *lines(results), ""]))
 
 
