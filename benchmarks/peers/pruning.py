@@ -50,7 +50,8 @@ class Given:
         """The pixels of each of `count` vision tokens, `[T, P]`."""
         if self.pixels.ndim == 2:  # patches of the Qwen-VL families, those of a token together
             return self.pixels.reshape(count, -1)
-        pictures, _, height, width = self.pixels.shape  # InternVL, SmolVLM: square pictures, tokens row by row
+        # InternVL, SmolVLM: square pictures, tokens row by row
+        pictures, _, height, width = self.pixels.shape
         side = round((count / pictures) ** 0.5)
         return self.pixels.unfold(2, height // side, height // side).unfold(
             3, width // side, width // side
