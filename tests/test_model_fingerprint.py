@@ -30,6 +30,19 @@ def test_dtypes_of_one_checkpoint_are_one_model(name):
 
 
 @every
+def test_a_checkpoint_in_float32_is_one_model_in_float16_and_bfloat16(name):
+    model = FAMILIES[name]().model
+    own = model_fingerprint(model)
+    for dtype in (torch.float16, torch.bfloat16):
+        loaded = copy.deepcopy(model).to(dtype)
+        assert same_model(model_fingerprint(loaded), own)
+        with torch.no_grad():
+            for parameter in loaded.get_decoder().parameters():
+                parameter.mul_(1.5)
+        assert not same_model(model_fingerprint(loaded), own)
+
+
+@every
 def test_norms_biases_and_frequencies_tell_models_apart(name):
     model = FAMILIES[name]().model
     own, before, seen = dict(model.get_decoder().named_parameters()), model_fingerprint(model), 0

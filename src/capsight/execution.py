@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn import Module
 
 from capsight.errors import UnsupportedModelError
 
@@ -30,11 +31,13 @@ def _runs_on(module: Any, device: torch.device) -> torch.device:
 
 
 def check_whole(model: Any) -> None:
-    """Refuse a model of which this process holds a part only (`tp_plan`), or that adds tokens to its prompts.
+    """Refuse what is no model that generates, or one of which this process holds a part only (`tp_plan`), or
+    that adds tokens to its prompts.
 
     Raises:
         UnsupportedModelError: it is one.
     """
+    check_generates(model)
     _check_prompts(model)
     distributed = getattr(model.config, "distributed_config", None)
     sizes = [getattr(model, "tp_size", None)]
@@ -43,6 +46,23 @@ def check_whole(model: Any) -> None:
         raise UnsupportedModelError(
             "each process holds only a part of this model (tensor parallelism or other sharding); load it "
             "whole, on one device or spread by device_map"
+        )
+
+
+def check_generates(model: Any) -> None:
+    """Refuse what is no transformers model with a language head.
+
+    Raises:
+        UnsupportedModelError: it is something else, also a model inside a wrapper that hides it.
+    """
+    kind = type(model).__name__ if isinstance(model, Module) else f"{model!r:.60}"
+    if getattr(model, "config", None) is None or not hasattr(model, "get_decoder"):
+        inside = "; pass its .module" if isinstance(getattr(model, "module", None), Module) else ""
+        raise UnsupportedModelError(f"{kind} is no transformers vision-language model{inside}")
+    if not hasattr(model, "generate"):
+        raise UnsupportedModelError(
+            f"{kind} is a part of a transformers model, without the language head; pass the whole model, "
+            "the one that has generate"
         )
 
 

@@ -35,14 +35,15 @@ def model_fingerprint(model: Any) -> str:
 
     Fine-tunes of one architecture differ in it. Matrices are sampled from all over the model, of norms and
     biases some numbers each. They are rounded to bfloat16 first, and what float16 cannot hold is left out, so
-    that a model loaded in float32, bfloat16 and (from a bfloat16 checkpoint) float16 has one fingerprint.
+    that a model loaded in float32, bfloat16 and (from a bfloat16 checkpoint) float16 has one fingerprint. A
+    float32 model whose numbers float16 would round otherwise has a second one, of itself in float16.
 
     Args:
         model: a transformers model.
 
     Returns:
-        64 hex digits. The first 32 are of what quantisation leaves alone: norms, biases, frequencies. The
-        others, of the matrices, are 0 where these are quantised; see `same_model`.
+        64 hex digits, or twice as many. The first 32 are of what quantisation leaves alone: norms, biases,
+        frequencies. The others, of the matrices, are 0 where these are quantised; see `same_model`.
 
     Raises:
         UnsupportedModelError: this process holds a part of the model only.
@@ -51,30 +52,49 @@ def model_fingerprint(model: Any) -> str:
     parameters = sorted(_own_parameters(model))
     weights = [(name, p) for name, p in parameters if p.ndim > 1 and p.is_floating_point()]
     projections = [item for item in weights if ".k_proj." in item[0] or ".v_proj." in item[0]]
-    if any(map(_is_quantised, (p for _, p in parameters))):
-        matrices = _UNKNOWN
-    else:
-        matrices = _digest("", [(item, _NUMBERS) for item in (*_spread(weights), *_spread(projections))])
+    quantised = any(map(_is_quantised, (p for _, p in parameters)))
+    matrices = () if quantised else _sampled((*_spread(weights), *_spread(projections)), _NUMBERS)
     essentials = {key: config_value(model.config, key) for key in _CONFIG_KEYS}
     rest = [item for item in parameters if item[1].ndim == 1 and item[1].is_floating_point()]
+    vectors = _sampled(rest, _OF_VECTORS)
     about = json.dumps([essentials, _rotary(model)], sort_keys=True)
-    return _digest(about, [(item, _OF_VECTORS) for item in rest]) + matrices
+
+    def of(half: bool) -> str:
+        return _digest(about, vectors, half) + (_UNKNOWN if quantised else _digest("", matrices, half))
+
+    plain, in_half = of(False), of(True)
+    return plain if plain == in_half else plain + in_half
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two fingerprints are of one model; one or both may be quantised."""
+    """Whether two fingerprints are of one model; one or both may be quantised, or in float16."""
+    return any(_same(a, b) for a in _each(one) for b in _each(other))
+
+
+def _each(fingerprint: str) -> list[str]:
+    """The one or two that a model has."""
+    size = 2 * len(_UNKNOWN)
+    return [fingerprint[start : start + size] for start in range(0, len(fingerprint), size)] or [""]
+
+
+def _same(one: str, other: str) -> bool:
     size = len(_UNKNOWN)
     halves = one[size:], other[size:]
     return one[:size] == other[:size] and (halves[0] == halves[1] or _UNKNOWN in halves)
 
 
-def _digest(about: str, sampled: Iterable[tuple[tuple[str, Tensor], int]]) -> str:
-    """Hash of some of the numbers of weights, half as many hex digits as of SHA-256."""
+def _sampled(weights: Iterable[tuple[str, Tensor]], count: int) -> list[tuple[str, Tensor]]:
+    """Names and shapes of weights, and `count` of the numbers of each."""
+    numbers = ((name, w, w.detach().flatten()[:: max(w.numel() // count, 1)][:count]) for name, w in weights)
+    return [(f"{name} {tuple(weight.shape)}", some.cpu()) for name, weight, some in numbers]
+
+
+def _digest(about: str, sampled: Iterable[tuple[str, Tensor]], half: bool) -> str:
+    """Half of the hex digits of SHA-256 of sampled numbers; of what they are in float16, if `half`."""
     digest = hashlib.sha256(about.encode())
-    for (name, weight), count in sampled:
-        step = max(weight.numel() // count, 1)
-        numbers = weight.detach().flatten()[::step][:count].to("cpu", torch.bfloat16)
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
+    for name, some in sampled:
+        numbers = (some.half() if half else some).bfloat16()
+        digest.update(name.encode())
         digest.update(_bytes(numbers.masked_fill(numbers.abs() < _SMALLEST, 0)))
     return digest.hexdigest()[: len(_UNKNOWN)]
 

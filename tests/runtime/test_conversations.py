@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import capsight
-from capsight.errors import CapsightError, LayoutError, OptionError
-from tiny import FAMILIES, clip, in_turn
+from capsight.cache_argument import CACHE
+from capsight.errors import CapsightError, LayoutError, ModelMismatchError, OptionError
+from tiny import CACHES, FAMILIES, clip, in_turn
 
 from .conftest import few, fitted
 from .test_enable import assert_same, greedy, mixed_batch
@@ -22,7 +23,7 @@ def one(vlm, seeds=(1, 2), text="what is it"):
     return vlm.inputs([([vlm.picture(seed) for seed in seeds], text)])
 
 
-@in_turn("way", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@in_turn("way", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache)), copy.copy])
 def test_a_copy_goes_on_in_another_context_after_another_conversation(vlm, way):
     inputs = mixed_batch(vlm)
     full = greedy(vlm.model.generate, **inputs)
@@ -38,6 +39,42 @@ def test_a_copy_goes_on_in_another_context_after_another_conversation(vlm, way):
         with pytest.raises(LayoutError, match="another prompt"):
             fast.generate(past_key_values=other, **edited)
         assert_same(greedy(fast.generate, past_key_values=other, **inputs), full)
+
+
+@in_turn("codec", ["joint", "heads", "adaptive", "evict"], CACHES)
+def test_a_copy_has_tokens_of_its_own_and_the_same_codecs(vlm, codec):
+    capsule = fitted(vlm.name, 0.4, codec) if codec == "joint" else fitted(vlm.name, 0.4).with_codec(codec)
+    a, b = one(vlm), one(vlm, text="what else is there to be seen in these")
+    with capsight.enable(vlm.model, capsule=capsule) as fast:
+        expected = [greedy(fast.generate, past_key_values=fast.encapsulate(**x), **x) for x in (a, b)]
+        cache = fast.encapsulate(**a)
+        for way in (copy.copy, copy.deepcopy):
+            other = way(cache)
+            assert_same(greedy(fast.generate, past_key_values=other, **a), expected[0])
+            pairs = zip(cache.capsule_layers.values(), other.capsule_layers.values(), strict=True)
+            assert all(x.codec is y.codec for x, y in pairs)
+        assert_same(greedy(fast.generate, past_key_values=cache, **b), expected[1])
+
+
+@in_turn("codec", ["joint", "heads", "adaptive", "evict"], CACHES)
+def test_a_copy_of_the_model_goes_on_and_another_model_is_refused(vlm, codec):
+    capsule = fitted(vlm.name, 0.4, codec) if codec == "joint" else fitted(vlm.name, 0.4).with_codec(codec)
+    inputs, model = one(vlm), copy.deepcopy(vlm.model)
+    with capsight.enable(vlm.model, capsule=capsule) as fast:
+        cache = fast.encapsulate(**inputs)
+        expected = greedy(fast.generate, past_key_values=copy.deepcopy(cache), **inputs)
+    with capsight.enable(model, capsule=capsule) as fast:
+        assert_same(greedy(fast.generate, past_key_values=copy.deepcopy(cache), **inputs), expected)
+        tokens = {k: v for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+        assert_same(greedy(model.generate, **{CACHE: copy.deepcopy(cache)}, **tokens), expected)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    with (
+        capsight.enable(model) as fast,
+        pytest.raises(ModelMismatchError, match="another model"),
+    ):
+        fast.generate(past_key_values=cache, **inputs)
 
 
 def changed_pixels(inputs):

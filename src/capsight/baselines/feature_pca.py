@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from capsight.baselines.base import Baseline
 from capsight.errors import CalibrationError, ModelMismatchError
+from capsight.execution import check_whole
 from capsight.kvcapsule.budget import share_to_keep
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.calibration.fit import prefilled_blocks
@@ -70,7 +71,9 @@ class FeaturePCA(Baseline):
 
         Raises:
             CalibrationError: no image is as long as a run, or numbers are not finite.
+            UnsupportedModelError: the model is none that capsight can run.
         """
+        check_whole(model)
         sums: dict[int, tuple[Tensor, Tensor, int]] = {}
         for _, inputs in calibration_inputs(model, processor, samples, progress):
             for index, kv in prefilled_blocks(model, inputs, block_size).items():

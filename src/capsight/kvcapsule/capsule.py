@@ -9,7 +9,7 @@ from typing import Any, Self
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from capsight.errors import ModelMismatchError
-from capsight.execution import inputs_device, own_precision
+from capsight.execution import check_whole, inputs_device, own_precision
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.cache.conversation import Conversation
 from capsight.kvcapsule.calibration.config import CapsuleConfig
@@ -67,11 +67,13 @@ class KVCapsule(FittedCapsule):
             CapsuleFileError: `resume` cannot be read or written.
             ElsewhereError: another process failed; a `CalibrationError`.
             OptionError: an option is unknown or out of range.
+            UnsupportedModelError: the model is none that capsight can run.
         """
         processes = Processes.launched()
         with processes.together():
             named = {"codec": codec, "block_size": block_size}
             chosen = CapsuleConfig.of(config, options | {k: v for k, v in named.items() if v is not None})
+            check_whole(model)
             with own_precision(inputs_device(model)):
                 return cls(*fit_capsule(model, processor, samples, chosen, progress, resume, processes))
 
@@ -91,7 +93,7 @@ class KVCapsule(FittedCapsule):
         config = self.config if config is None else config
         layout = inputs if isinstance(inputs, PromptLayout) else build_layout(inputs, config)
         cache = CapsuleCache(self.stored, layout, config)
-        cache.lean = not self.rebuilds
+        cache.lean, cache.fitted_to = not self.rebuilds, self.info.fingerprint
         if not isinstance(inputs, PromptLayout):
             cache.conversation = Conversation.of(inputs, layout)
         return cache

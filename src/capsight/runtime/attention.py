@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from capsight.errors import UnsupportedModelError
 from capsight.kvcapsule import QueryObserver
-from capsight.kvcapsule.cache.reader import ATTENTION_NAME, handed_over, is_as_given
+from capsight.kvcapsule.cache.reader import ATTENTION_NAME, taken_over
 from capsight.runtime.state import current_state
 
 
@@ -51,10 +51,11 @@ def capsight_attention(
             f"{type(module).__name__} caps its scores or has sinks, which capsight's attention knows nothing "
             "of; leave the model its own"
         )
-    state, given = current_state(), handed_over(key)
-    cache = state.cache if given is None else given
-    if given is not None:
-        given.attended()
+    state, (cache, as_given, unchanged) = current_state(), taken_over(key, value)
+    if as_given:
+        cache.attended()
+    elif cache is not state.cache:  # what a pass that was broken off has left
+        cache = None
     layer = getattr(module, "layer_idx", None)
     if layer is None or (cache is None and state.prefill is None):  # a vision tower, or nothing of ours
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
@@ -62,7 +63,7 @@ def capsight_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     left = None if cache is None else cache.take_latent()
     if left is not None:
-        if not is_as_given(key, value):
+        if not unchanged:
             raise UnsupportedModelError(
                 f"{type(module).__name__} changes keys or values after the cache has given them, so capsules "
                 "cannot be read as they are; use decode='materialise', with a joint or adaptive capsule"

@@ -13,8 +13,9 @@ from weakref import WeakKeyDictionary
 
 from capsight.attention_swap import is_unserved
 from capsight.cache_argument import cache_of, with_cache
-from capsight.errors import CapsightError
+from capsight.errors import CapsightError, LayoutError, UnsupportedModelError
 from capsight.kvcapsule import CapsuleCache, ContextRepeater
+from capsight.runtime.options import check_attentions
 from capsight.runtime.positions import positions_of_caches
 from capsight.runtime.split import brings_pixels
 from capsight.runtime.state import current_state
@@ -102,6 +103,20 @@ class Served:
         given = {name: value for name, value in bound.arguments.items() if name != "self"}
         return fast.generate(**given | given.pop("kwargs", {}))
 
+    def batching(self, *args: Any, **kwargs: Any) -> Any:
+        """`model.init_continuous_batching`, which `generate_batch` begins with.
+
+        Raises:
+            UnsupportedModelError: capsules or a head map are enabled.
+        """
+        if any(fast.capsule or fast.head_map for fast in _OPEN.get(self._model, ([],))[0]):
+            raise UnsupportedModelError(
+                "continuous batching (generate_batch) keeps keys and values in pages of its own, not in "
+                "capsules, and changes the model's attention; call it outside enable(...), or use "
+                "`capsight serve`"
+            )
+        return type(self._model).init_continuous_batching(self._model, *args, **kwargs)
+
     def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Give a prefill its cache of capsules."""
         if module is not self._model or is_unserved() or current_state().generating:
@@ -112,11 +127,13 @@ class Served:
             kwargs |= kwargs.pop("kwargs", {})
         cache = cache_of(kwargs)
         if cache is not None and cache.get_seq_length():
-            if isinstance(cache, CapsuleCache) and brings_pixels(kwargs):
-                raise CapsightError(
-                    "a forward pass cannot bring images to a cache that is filled; call generate, or "
-                    "encapsulate of what enable(...) gave, with the whole conversation"
-                )
+            if isinstance(cache, CapsuleCache):
+                if brings_pixels(kwargs):
+                    raise CapsightError(
+                        "a forward pass cannot bring images to a cache that is filled; call generate, or "
+                        "encapsulate of what enable(...) gave, with the whole conversation"
+                    )
+                cache.watch(module.config)
             return None
         fast = serving_here(module)
         if fast is None or (fast.capsule is None and fast.head_map is None):
@@ -124,6 +141,8 @@ class Served:
         if kwargs.get("input_ids") is None:
             warnings.warn("a call without input_ids runs on the full cache, not on capsules", stacklevel=4)
             return None
+        if kwargs.get("output_attentions"):
+            check_attentions(module)
         if kwargs.get("use_cache") is not False or cache is not None:
             cache = _forward_cache(fast, cache, kwargs)
         state = fast.prefill_state(cache, kwargs)
@@ -156,20 +175,27 @@ def _installed(model: Any) -> ExitStack:
     )
     for hook in hooks:
         stack.callback(hook.remove)
-    original = model.__dict__.get("generate")
-    model.generate = served
-    stack.callback(
-        delattr if original is None else setattr,
-        model,
-        "generate",
-        *(() if original is None else (original,)),
-    )
+    for name, method in (("generate", served), ("init_continuous_batching", served.batching)):
+        if hasattr(model, name):
+            original = model.__dict__.get(name)
+            setattr(model, name, method)
+            stack.callback(
+                *((delattr, model, name) if original is None else (setattr, model, name, original))
+            )
     return stack
 
 
 def _forward_cache(fast: Any, cache: Any, inputs: Mapping[str, Any]) -> Any:
     """The cache for a forward pass that begins a conversation."""
-    new = fast.cache_for(cache, inputs)
+    try:
+        new = fast.cache_for(cache, inputs)
+    except LayoutError as error:
+        if not inputs.get("mm_encoder_outputs"):
+            raise
+        raise CapsightError(
+            "this generate is not the one that enable(...) has put on the model, but that of its class; call "
+            "model.generate inside the context, or generate of what enable(...) gave"
+        ) from error
     if isinstance(new, ContextRepeater):
         raise CapsightError(
             "this method reads the context twice, which generate can do and a forward pass cannot"

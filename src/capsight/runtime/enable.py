@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from capsight.attention_swap import attention_fits
 from capsight.blindsight import HeadMap
-from capsight.errors import OptionError, UnsupportedModelError
-from capsight.execution import check_whole
+from capsight.errors import OptionError
+from capsight.execution import check_generates, check_whole
 from capsight.kvcapsule import CacheMethod, LatentMethod
 from capsight.kvcapsule.rest import CapsuleStore
 from capsight.model_fingerprint import model_fingerprint
@@ -89,8 +89,7 @@ def enable(
 
 def _check_kinds(model: object, capsule: object, head_map: object) -> None:
     """Refuse names and classes in the place of what they name."""
-    if getattr(model, "config", None) is None or not hasattr(model, "get_decoder"):
-        raise UnsupportedModelError(f"enable takes a transformers vision-language model, not {model!r:.60}")
+    check_generates(model)
     if capsule is not None and (isinstance(capsule, type) or not hasattr(capsule, "check_model")):
         raise OptionError(
             "capsule= takes a KVCapsule, such as KVCapsule.from_pretrained('folder'), or a method of "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from capsight.blindsight import HeadMap
-from capsight.errors import OptionError
+from capsight.errors import ModelMismatchError, OptionError
 from capsight.execution import inputs_device
 from capsight.kvcapsule import CacheMethod, CapsuleCache
 from capsight.kvcapsule.cache.conversation import Conversation
 from capsight.kvcapsule.rest import CapsuleStore
+from capsight.model_fingerprint import model_fingerprint, same_model
 from capsight.runtime.caches import is_empty_stock, is_stock
 from capsight.runtime.calls import calling
 from capsight.runtime.decode import Decode
@@ -96,14 +98,30 @@ class EnabledModel:
         return cache
 
     def cache_for(self, cache: Any, inputs: Mapping[str, Any]) -> Any:
-        """The cache of a call that was given `cache`: a new one in place of none or of an empty stock one."""
+        """The cache of a call that was given `cache`: a new one in place of none or of an empty stock one.
+
+        Raises:
+            ModelMismatchError: the cache that was given belongs to another model.
+        """
         if cache is None or (self.capsule is not None and is_empty_stock(cache)):
             return self.new_cache(inputs)
         if self.capsule is not None and is_stock(cache) and not hasattr(cache, "conversation"):
             warnings.warn(
                 f"this call runs on the {type(cache).__name__} that was given, not on capsules", stacklevel=3
             )
+        if isinstance(cache, CapsuleCache):
+            if cache.fitted_to and not same_model(cache.fitted_to, self._fingerprint):
+                raise ModelMismatchError(
+                    "the cache was filled by another model, or by other weights of the same; make a new one"
+                )
+            cache.watch(self.config)
         return cache
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Of the model; `enable` has compared it with the capsule's."""
+        info = getattr(self.capsule, "info", None)
+        return model_fingerprint(self.model) if info is None else str(info.fingerprint)
 
     def save(
         self, path: str | os.PathLike[str], quality: float | None = None, bytes: int | None = None

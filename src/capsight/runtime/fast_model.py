@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from capsight.cache_argument import CACHE
+from capsight.errors import CapsightError
 from capsight.kvcapsule import CapsuleCache, ContextRepeater
 from capsight.layout import PromptLayout, build_layout
 from capsight.runtime.caches import in_use, is_empty_stock, the_cache
@@ -115,6 +116,11 @@ class FastModel(EnabledModel):
                 )
             if isinstance(cache, CapsuleCache):
                 cache.check_finite()
+                if cache.get_seq_length() <= turn.seen:
+                    raise CapsightError(
+                        "the model has put nothing into the cache; gradient checkpointing does that while it "
+                        "trains: call model.eval()"
+                    )
         except BaseException:
             if isinstance(cache, CapsuleCache):
                 cache.restore(turn.seen)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from capsight.errors import LayoutError, OptionError
+from capsight.kvcapsule.cache.reader import ATTENTION_NAME
+from capsight.runtime.wrapped import inner_model
 
 GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
@@ -29,6 +31,8 @@ def check_options(options: Mapping[str, Any], seen: int, model: Any) -> None:
     if _asked(options, "cache_implementation") is not None:
         raise OptionError("cache_implementation would take the place of the cache in use; leave it out")
     generation_config = model.generation_config
+    if _asked(options, "output_attentions") or generation_config.output_attentions:
+        check_attentions(model)
     guessing = next((x for x in GUESSING if _asked(options, x) or getattr(generation_config, x, None)), None)
     if seen and guessing is not None:
         raise OptionError(
@@ -38,6 +42,19 @@ def check_options(options: Mapping[str, Any], seen: int, model: Any) -> None:
     for name, value in options.items():
         if name.startswith("pixel_values") and isinstance(value, Tensor) and not torch.isfinite(value).all():
             raise OptionError(f"{name} holds NaN or infinite numbers; process the images again")
+
+
+def check_attentions(model: Any) -> None:
+    """Refuse to give attention weights while capsight's attention runs, which has none.
+
+    Raises:
+        OptionError: it does.
+    """
+    if inner_model(model).config.get_text_config()._attn_implementation == ATTENTION_NAME:
+        raise OptionError(
+            "output_attentions: attention over capsules as they are gives no weights; leave it out, or "
+            "enable with decode='materialise', a joint or adaptive capsule and no head map"
+        )
 
 
 def unset(cache: Any, model: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from capsight.blindsight.calibrate.votes import Thresholds, Votes
 from capsight.blindsight.categories import Category, MaskOptions
 from capsight.blindsight.head_map import CalibrationRecord, HeadMap
 from capsight.errors import CalibrationError, OptionError
+from capsight.execution import check_whole
 from capsight.model_fingerprint import model_fingerprint
 from capsight.processors import AnyProcessor
 from capsight.text_layers import layer_sizes
@@ -99,6 +100,7 @@ def calibrate(
         LayoutError: a sample is not what the model's processor writes.
     """
     check_options(criterion, unit, tolerance)
+    check_whole(model)
     chosen = options or MaskOptions()
     ends = ALPHAS[criterion] if alpha is None else alpha
     thresholds = Thresholds(ends if isinstance(ends, tuple) else (ends, ends), gamma_d, gamma_s, gamma_i)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -30,9 +31,11 @@ class CapsuleCache(LayeredCache):
     Attributes:
         honours_key_bias: to be set by whoever calls `update` without a model and adds `key_bias` itself.
         lean: whether attention had better read what is kept alone, wherever it can.
+        fitted_to: fingerprint of the model that the codecs were fitted to; "" where they fit any.
     """
 
     lean = False
+    fitted_to = ""
 
     def __init__(
         self, codecs: Mapping[int, BlockCodec], layout: PromptLayout, config: PreTrainedConfig
@@ -51,6 +54,18 @@ class CapsuleCache(LayeredCache):
         self._leaves: tuple[int | None] | None = None  # tokens from which on capsules may be left, if told
         self._reader = Reader(config)
         self.honours_key_bias = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A cache of its own; codecs and the config are shared, as by all caches of a capsule."""
+        memo |= {id(layer.codec): layer.codec for layer in self.capsule_layers.values()}
+        memo[id(self._config)] = self._config
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
+    def __copy__(self) -> Self:
+        """The same: of two caches that share their layers, one would not know what the other has read."""
+        return copy.deepcopy(self)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -76,7 +91,9 @@ class CapsuleCache(LayeredCache):
         self._open = layer_idx < self._last
         self._reader.check_read()
         if not isinstance(layer, CapsuleLayer):
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            hand_over(keys, values, self)
+            return keys, values
         payload = layer.payload
         hides = payload is not None and layer.codec.hides(payload)
         after = self._leaves[0] if self._leaves else (0 if self.lean and self._reader.is_ours else None)
@@ -125,6 +142,10 @@ class CapsuleCache(LayeredCache):
             yield
         finally:
             self._leaves, self._ledger.left = before, None
+
+    def watch(self, config: PreTrainedConfig) -> None:
+        """Say that the model with this config goes on with the cache, be it another copy of the first one."""
+        self._reader.watch(config)
 
     def attended(self) -> None:
         """Said by capsight's attention function: it hides what is hidden, and reads what is left."""

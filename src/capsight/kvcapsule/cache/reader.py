@@ -67,6 +67,11 @@ class Reader:
         if self._known not in (None, ATTENTION_NAME):
             raise _refusal(codec)
 
+    def watch(self, config: PreTrainedConfig) -> None:
+        """Watch the model with this config from now on."""
+        if config is not self._config:
+            self._config, self._seen = config, False
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Reader:
         """A copy that watches the same model."""
         other = Reader.__new__(Reader)
@@ -96,13 +101,17 @@ def hand_over(keys: Tensor, values: Tensor, cache: Any) -> None:
     _GIVEN.set((ref(keys), ref(values), ref(cache)))
 
 
-def handed_over(keys: Tensor) -> Any:
-    """The `CapsuleCache` that `keys` come from; None if they come from none."""
-    given = _GIVEN.get()
-    return given[2]() if given is not None and given[0]() is keys else None
+def taken_over(keys: Tensor, values: Tensor) -> tuple[Any, bool, bool]:
+    """What attention over `keys` and `values` has to do with the last `hand_over`, which is over with it.
 
-
-def is_as_given(keys: Tensor, values: Tensor) -> bool:
-    """Whether attention has got the very tensors that a cache has just returned."""
+    Returns:
+        The `CapsuleCache` that was the last to hand something over, to be attended to now; None if all was
+        taken by then. Whether `keys` are what it gave, and whether `values` are, too: a model may have
+        changed them.
+    """
     given = _GIVEN.get()
-    return given is not None and given[0]() is keys and given[1]() is values
+    if given is None:
+        return None, False, False
+    _GIVEN.set(None)
+    same = given[0]() is keys
+    return given[2](), same, same and given[1]() is values

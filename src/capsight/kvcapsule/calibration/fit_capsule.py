@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from capsight.execution import check_whole
 from capsight.kvcapsule.budget import share_out
 from capsight.kvcapsule.calibration.config import CapsuleConfig
 from capsight.kvcapsule.calibration.fit import calibrate, kept_tokens, measure_needs, solve
@@ -30,7 +29,6 @@ def fit_capsule(
     processes: Processes,
 ) -> tuple[dict[int, LayerCodec], CapsuleInfo]:
     """Fit a codec to every full-attention layer of a model; arguments and errors are `KVCapsule.fit`'s."""
-    check_whole(model)
     if config.codec == JointCodec.name:
         return _joint(model, processor, samples, config, progress, resume, processes)
     if config.codec == StaticMlpCodec.name and not isinstance(samples, Sequence):
