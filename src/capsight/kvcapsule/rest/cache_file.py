@@ -19,7 +19,7 @@ from capsight.kvcapsule.cache.conversation import Conversation
 from capsight.kvcapsule.cache_parts import deserialize
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.codecs import Payload
-from capsight.kvcapsule.rest.container import MAGIC, Container, checked
+from capsight.kvcapsule.rest.container import MAGIC, Container
 from capsight.kvcapsule.rest.latents import decode
 from capsight.kvcapsule.rest.parts import can_reread, image_sizes, joint_codec, learnt_fingerprint, packed
 from capsight.kvcapsule.rest.saving import KIND
@@ -145,7 +145,7 @@ def _text(
 ) -> dict[str, Tensor]:
     """Tensors of text as `deserialize` takes them."""
     if opened.header["reread"] is not True:
-        return load(checked(opened.piece(at)))
+        return load(opened.piece(at))
     if not can_reread(layout, ids):
         raise CapsuleFileError("its layout is not that of its tokens; save the cache again")
     tensors: dict[str, Tensor] = {}

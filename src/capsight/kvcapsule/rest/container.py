@@ -1,8 +1,8 @@
 """`Container`: one small file of a JSON header and pieces of bytes, each of which can be read alone.
 
-Every byte is covered: the header by a digest before it, pieces by their own, and the file's length by the
-header. A header of zlib-packed JSON takes a tenth of what tensors by name would; zlib is given beforehand
-what headers have in common.
+Every byte is covered: the header by a digest before it, pieces by digests that hold at their place in this
+file alone, and the file's length by the header. A header of zlib-packed JSON takes a tenth of what tensors by
+name would; zlib is given beforehand what headers have in common.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _COMMON = (  # changes with `FORMAT_VERSION` alone
     b'"kind":"cache","ids":[[]],"prompt":,"images":[["0123456789abcdef"]],"model":"","capsule":"",'
     b'"dtype":"torch.bfloat16","reread":true,"quality":0.98,"pieces":['
 )
+_SEAL = 8  # bytes of a piece's digest
 _LARGEST = 1 << 28  # bytes of a header; its JSON is bounded as well
 
 
@@ -35,15 +36,16 @@ def write_container(file: BinaryIO, header: Mapping[str, Any], pieces: Sequence[
     Args:
         file: where to.
         header: JSON-ready values.
-        pieces: of bytes that check themselves.
+        pieces: of bytes.
     """
-    text = json.dumps({**header, "pieces": [len(piece) for piece in pieces]}, separators=(",", ":"))
+    sizes = [len(piece) + _SEAL for piece in pieces]
+    text = json.dumps({**header, "pieces": sizes}, separators=(",", ":"))
     packer = zlib.compressobj(9, zdict=_COMMON)
     packed = packer.compress(text.encode()) + packer.flush()
     file.write(_START.pack(MAGIC, FORMAT_VERSION, len(packed), _digest(packed)))
     file.write(packed)
-    for piece in pieces:
-        file.write(piece)
+    for index, piece in enumerate(pieces):
+        file.write(_seal(piece, packed, index) + piece)
 
 
 class Container:
@@ -86,43 +88,35 @@ class Container:
             self.sizes = [int(size) for size in self.header.pop("pieces")]
         except (zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._broken(f"its header is malformed: {error}") from error
-        self._start = _START.size + length
+        self._packed, self._start = packed, _START.size + length
         self.nbytes = self._start + sum(self.sizes)
         if file.seek(0, 2) != self.nbytes or min(self.sizes, default=0) < 0:
             raise self._broken("it is truncated, or something follows it")
 
     def piece(self, index: int) -> bytes:
-        """One piece, read now and alone; not checked here.
+        """One piece, read and checked now and alone.
 
         Raises:
-            CapsuleFileError: there is none, or it cannot be read.
+            CapsuleFileError: there is none, it cannot be read, was changed, or is of another place or file.
         """
         if not 0 <= index < len(self.sizes):
             raise self._broken(f"it has no piece {index}")
         try:
             self._file.seek(self._start + sum(self.sizes[:index]))
-            return self._file.read(self.sizes[index])
+            data = self._file.read(self.sizes[index])
         except OSError as error:
             raise CapsuleFileError(f"cannot read {self._name}: {error.strerror or error}") from error
+        if _seal(data[_SEAL:], self._packed, index) != data[:_SEAL]:
+            raise self._broken(f"piece {index} has the wrong checksum")
+        return data[_SEAL:]
 
     def _broken(self, why: str) -> CapsuleFileError:
         return CapsuleFileError(f"{self._name} cannot be used: {why}; copy it again, or save it again")
 
 
-def checked(piece: bytes) -> bytes:
-    """A piece that `sealed` made, without its digest.
-
-    Raises:
-        CapsuleFileError: it was changed since.
-    """
-    if _digest(piece[16:]) != piece[:16]:
-        raise CapsuleFileError("a piece of the file was changed since it was written: wrong checksum")
-    return piece[16:]
-
-
-def sealed(data: bytes) -> bytes:
-    """A piece that checks itself."""
-    return _digest(data) + data
+def _seal(piece: bytes, packed: bytes, index: int) -> bytes:
+    """Digest of a piece at its place in the file with this header."""
+    return blake2b(piece, digest_size=_SEAL, key=_digest(packed), salt=index.to_bytes(16, "little")).digest()
 
 
 def _digest(data: bytes) -> bytes:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -21,7 +20,6 @@ from capsight.kvcapsule.codecs.levels import rate_of
 
 DEFAULT_QUALITY = 0.98
 _HEAD = struct.Struct("<IHHfI")  # tokens, coordinates, largest integer, step, checksum of the integers
-_DIGEST = 8
 
 
 def check_quality(quality: float) -> float:
@@ -38,7 +36,7 @@ def check_quality(quality: float) -> float:
 
 
 def code(latents: Tensor, lost: Tensor, quality: float) -> bytes:
-    """Latents `[T, R]` of an image in the steps of a quality, with a checksum before them.
+    """Latents `[T, R]` of an image in the steps of a quality, with a checksum of their integers.
 
     Args:
         latents: as they are gathered.
@@ -56,8 +54,7 @@ def code(latents: Tensor, lost: Tensor, quality: float) -> bytes:
     used = np.flatnonzero(np.abs(rows).sum(0))
     rows = np.ascontiguousarray(rows[:, : int(used[-1]) + 1 if len(used) else 0])
     sizes = *rows.shape, int(np.abs(rows).max(initial=0))
-    body = _HEAD.pack(*sizes, step, zlib.crc32(rows.astype("<i4").tobytes())) + entropy.encode(rows)
-    return blake2b(body, digest_size=_DIGEST).digest() + body
+    return _HEAD.pack(*sizes, step, zlib.crc32(rows.astype("<i4").tobytes())) + entropy.encode(rows)
 
 
 def decode(data: bytes, tokens: int, rank: int) -> Tensor:
@@ -67,13 +64,12 @@ def decode(data: bytes, tokens: int, rank: int) -> Tensor:
         CapsuleFileError: they were changed since, or are not those of so many tokens.
         OptionError: the coder is not installed.
     """
-    digest, body = data[:_DIGEST], data[_DIGEST:]
-    if blake2b(body, digest_size=_DIGEST).digest() != digest or len(body) < _HEAD.size:
-        raise CapsuleFileError("the latents of an image were changed since they were written: wrong checksum")
-    coded, stored, top, step, checksum = _HEAD.unpack_from(body)
+    if len(data) < _HEAD.size:
+        raise CapsuleFileError("the latents of an image are truncated; encapsulate again")
+    coded, stored, top, step, checksum = _HEAD.unpack_from(data)
     if coded != tokens or not 0 < step < math.inf:
         raise CapsuleFileError(f"an image has latents of {coded} tokens at rest, the prompt {tokens}")
-    rows = entropy.decode(body[_HEAD.size :], tokens, stored, top)
+    rows = entropy.decode(data[_HEAD.size :], tokens, stored, top)
     if zlib.crc32(rows.astype("<i4").tobytes()) != checksum:
         raise CapsuleFileError("the entropy coder gives other latents than were written; encapsulate again")
     latents = torch.zeros(tokens, rank)

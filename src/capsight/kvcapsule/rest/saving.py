@@ -20,7 +20,7 @@ from capsight.files import replace_file
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.cache_parts import conversation_of, serialize
 from capsight.kvcapsule.capsule import KVCapsule
-from capsight.kvcapsule.rest.container import sealed, write_container
+from capsight.kvcapsule.rest.container import write_container
 from capsight.kvcapsule.rest.latents import code
 from capsight.kvcapsule.rest.parts import (
     can_reread,
@@ -88,7 +88,7 @@ def _written(cache: CapsuleCache, capsule: KVCapsule, reread: bool) -> Callable[
         rest = {k: t.detach().cpu().clone() for k, t in tensors.items() if not k.endswith(_LATENTS)}
         if any(t.is_floating_point() and not torch.isfinite(t).all() for t in rest.values()):
             raise CapsightError("the cache holds NaN or infinite values; it was not saved, prefill again")
-        text.append(sealed(save({name: t.contiguous() for name, t in rest.items()})))
+        text.append(save({name: t.contiguous() for name, t in rest.items()}))
     header |= {
         "kind": KIND,
         "layout": layout.to_dict() if reread else cache.layout.to_dict(),
