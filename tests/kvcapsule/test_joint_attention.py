@@ -116,15 +116,16 @@ def test_exact_tokens_are_attended_to_in_the_same_call(problem, most, dtype):
 
 
 @pytest.mark.skipif(bool(missing()), reason="no C++ compiler")
-@pytest.mark.parametrize("frequency", [1e-4, 0.03, 0.5])
+@pytest.mark.parametrize("base", [1e8, 1e4, 10])
+@pytest.mark.parametrize("pairs", [12, 64])
 @pytest.mark.parametrize("shape", [(1, 40, 50), (5, 20, 30)])
 @pytest.mark.parametrize("queries", [7, 20])
-def test_places_of_large_images_and_of_films(frequency, shape, queries):
-    g, size, levels = torch.Generator().manual_seed(0), 32, Levels(32, 0, 32)
+def test_places_of_large_images_and_of_films(base, pairs, shape, queries):
+    g, size, levels = torch.Generator().manual_seed(0), 2 * pairs + 8, Levels(32, 0, 32)
     axes = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
     places = torch.stack(axes).flatten(1)
     thw, count = torch.cat((places, 60 + places[:, :99]), 1), places.shape[1] + 99
-    rotary = Rotary(frequency ** torch.linspace(0.5, 1.5, 12).double(), torch.arange(12) // 4, False, 1.0)
+    rotary = Rotary(base ** -torch.linspace(0, 1, pairs).double(), torch.arange(pairs) % 3, False, 1.0)
     tokens = LatentTokens(torch.tensor([0]), torch.tensor([count]), thw, rotary)
     own = torch.randint(-127, 128, (2, 2, size, levels.rank), generator=g, dtype=torch.int8)
     steps, mean = torch.full((levels.rank,), 1 / 600), torch.randn(2, 2, size, generator=g)

@@ -82,6 +82,8 @@ class JointTokens:
         size = basis.key_mean.shape[1]
         places, order, cosines, sines = self.tokens.native(size)
         codes, scales = latents.codes.contiguous(), latents.scales.contiguous()
+        turning, pairs = self.tokens.turning, self.tokens.pairs
+        frequencies = [turning.frequencies[of_axis].abs().double() for of_axis in pairs]
         made = _Joint(
             codes=codes.data_ptr(),
             scales=scales.data_ptr(),
@@ -94,7 +96,7 @@ class JointTokens:
             tokens=places.shape[1],
             sizes=(ctypes.c_int64 * 3)(*map(len, cosines)),
             order=_addresses(order),
-            pairs=(ctypes.c_int64 * 3)(*(x.shape[1] for x in self.tokens.tables[1])),
+            pairs=(ctypes.c_int64 * 3)(*map(len, pairs)),
             widths=(ctypes.c_int64 * 3)(*map(len, order)),
             cosines=_addresses(cosines),
             sines=_addresses(sines),
@@ -106,9 +108,9 @@ class JointTokens:
             value_mean=basis.value_mean.data_ptr(),
             channels=size,
             spots=_addresses(self.tokens.tables[3]),
-            fastest=(ctypes.c_double * 3)(*self.tokens.fastest),
+            frequencies=_addresses(frequencies),
         )
-        return ctypes.byref(made), (codes, scales)
+        return ctypes.byref(made), (codes, scales, *frequencies)
 
 
 class _Joint(ctypes.Structure):
@@ -137,7 +139,7 @@ class _Joint(ctypes.Structure):
         ),
         ("channels", ctypes.c_int64),
         ("spots", ctypes.c_void_p * 3),
-        ("fastest", ctypes.c_double * 3),
+        ("frequencies", ctypes.c_void_p * 3),
     )
 
 

@@ -59,34 +59,33 @@ class LatentTokens:
         on the first axis, all that are not turned.
         """
         axes, inter, channels = self.turning.axes, self.turning.interleaved, []
-        for axis in range(3):
-            pairs = (axes == axis).nonzero().flatten()
+        for pairs in self.pairs:
             channels.append(torch.cat([2 * pairs, 2 * pairs + 1] if inter else [pairs, pairs + len(axes)]))
         return [torch.cat((channels[0], torch.arange(2 * len(axes), size))), *channels[1:]]
 
     @cached_property
+    def pairs(self) -> list[Tensor]:
+        """The pairs of each axis, int64, those that turn fastest first."""
+        sizes = self.turning.frequencies.abs()
+        own = [(self.turning.axes == axis).nonzero().flatten() for axis in range(3)]
+        return [pairs[sizes[pairs].argsort(descending=True, stable=True)] for pairs in own]
+
+    @cached_property
     def tables(self) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-        """Which of the places of each axis a token has, int32 `[3, T]`; their cosines and sines, scaled; and
-        their positions, float64.
+        """Which of the places of each axis a token has, int32 `[3, T]`; their cosines and sines, scaled, of
+        `pairs`; and their positions, float64.
 
         An axis that turns nothing has one place.
         """
         which, cosines, sines, spots = [], [], [], []
-        for axis, coords in enumerate(self.positions):
-            turned = self.turning.axes == axis
-            places, index = (coords if turned.any() else torch.zeros_like(coords)).unique(return_inverse=True)
-            angles = places[:, None] * self.turning.frequencies[turned]
+        for pairs, coords in zip(self.pairs, self.positions, strict=True):
+            places, index = (coords if len(pairs) else torch.zeros_like(coords)).unique(return_inverse=True)
+            angles = places[:, None] * self.turning.frequencies[pairs]
             which.append(index.int())
             cosines.append((angles.cos() * self.turning.scaling).float())
             sines.append((angles.sin() * self.turning.scaling).float())
             spots.append(places.double())
         return torch.stack(which), cosines, sines, spots
-
-    @property
-    def fastest(self) -> list[float]:
-        """The largest frequency of each axis; 0 for one that turns nothing."""
-        sizes = self.turning.frequencies.abs()
-        return [max(sizes[self.turning.axes == axis].tolist(), default=0.0) for axis in range(3)]
 
     def native(self, size: int) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
         """For `size` channels: places, `channels`, and cosines and sines `[places, channels, filled up]`."""

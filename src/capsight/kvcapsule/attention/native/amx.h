@@ -26,10 +26,7 @@ class AmxChunk {
   AmxChunk(const Joint& s, const AmxLayer& layer, const AmxAxes* axes, const float* query, int64_t heads, int64_t count)
       : s(s), layer(layer), rank(s.latents.rank()), heads(heads), count(count), all(heads * count), padded(AmxLayer::up(all, SIDE)),
         out(padded * rank), run((all + MOST - 1) / MOST), z(s.latents) {
-    if (axes) {
-      folded = std::make_unique<AmxFolded>(s, *axes, query, heads, count);
-      return;
-    }
+    if (axes) folded = std::make_unique<AmxFolded>(s, *axes, query, heads, count);
     room.query.resize(all * layer.wide);
     float* to = room.query.data();
     for (int64_t c = 0; c < all; c++)
@@ -44,17 +41,18 @@ class AmxChunk {
     } shapes;
     settle();
     _tile_loadconfig(&shapes);
-    int64_t most = (folded ? rank * s.channels * heads : heads * layer.wide * rank) > AMX_AXES ? 8 * SPAN : 4 * SPAN;
+    int64_t most = heads * s.channels * rank > AMX_AXES ? 8 * SPAN : 4 * SPAN;
     for (int64_t first = start, end = start + tokens, ready = start, here; first < end; first += here) {
       if (folded && first == ready) ready += folded->prepare(first, end);
       here = std::min(most, (folded ? ready : end) - first);
       int64_t tiles = (here + TILE - 1) / TILE, spans = (here + SPAN - 1) / SPAN;
       z.open(first, here);
       room.p.resize(tiles * all * TILE), room.shares.assign(padded * spans * SPAN, 0);
+      if (layer.wide) rebuild(first, here, spans);
       if (folded) {
         make_keys(spans, folded->folded(), folded->constants(), folded->wide());
-        folded->add_up(first, here, room.keys.data(), room.p.data());
-      } else rebuild(first, here, spans);
+        folded->add_up(first, here, room.keys.data(), room.p.data(), layer.wide > 0);
+      }
       for (int64_t c = 0; c < all; c++) {
         float* p = &room.p[c * TILE];
         multiply(&out[c * rank], rank, run[c / MOST].take(c % MOST, p, here, all * TILE));
@@ -97,7 +95,7 @@ class AmxChunk {
     for (int64_t t = 0; t < all; t++) {
       float *cosine = &room.cosines[t * layer.half], *sine = &room.sines[t * layer.half];
       for (int axis = 0; axis < 3; axis++) {  // what a vector leaves beyond its end is written over
-        int64_t at = s.places[axis * s.tokens + first + std::min(t, tokens - 1)] * s.padded(axis), pairs = s.pairs[axis];
+        int64_t at = s.places[axis * s.tokens + first + std::min(t, tokens - 1)] * s.padded(axis), pairs = layer.pairs[axis];
         for (int64_t i = 0; i < pairs; i += SIDE) {
           _mm512_storeu_ps(cosine + i, _mm512_loadu_ps(s.cosines[axis] + at + i));
           _mm512_storeu_ps(sine + i, _mm512_loadu_ps(s.sines[axis] + at + i));

@@ -25,6 +25,7 @@ class AmxFolded {
     for (int64_t head = 0; head < heads; head++)
       for (int64_t axis = 0, at = 0; axis < 3; at += s.padded(axis++))
         for (int64_t i = 0; i < s.widths[axis]; i++) {
+          if (axes.is_rebuilt(s, axis, i)) continue;
           int64_t own = s.order[axis][i], other = s.order[axis][s.partner(axis, i)];
           room.mean[head * stride + at + i] = s.key_mean[head * s.channels + own];
           for (int64_t c = head * count; c < (head + 1) * count; c++)
@@ -38,7 +39,7 @@ class AmxFolded {
     for (;; tokens = (tokens + 1) / 2) {  // where places differ more than elsewhere
       many = 1, main = 0;
       for (int axis = 0; axis < 3; axis++) {
-        room.nodes[axis].take(s, axis, first, tokens), many += room.nodes[axis].at.size() - 1;
+        room.nodes[axis].take(s, axis, first, tokens, axes.fastest(s, axis)), many += room.nodes[axis].at.size() - 1;
         if (room.nodes[axis].at.size() > room.nodes[main].at.size()) main = axis;
       }
       if (many <= 3 * int64_t(SEVERAL) || tokens <= SPAN) break;
@@ -59,8 +60,8 @@ class AmxFolded {
   const uint32_t* folded() const { return room.folded.data(); }
   const float* constants() const { return room.constants.data(); }
 
-  // Scores p [tiles, H C, TILE] of tokens from one on of their products [tokens, wide].
-  void add_up(int64_t first, int64_t tokens, const float* products, float* p) const {
+  // Scores p [tiles, H C, TILE] of tokens from one on of their products [tokens, wide], or more of them.
+  void add_up(int64_t first, int64_t tokens, const float* products, float* p, bool more) const {
     Floats shares(SIDE * many);
     for (int64_t t = 0; t < tokens; t += SIDE) {
       for (int axis = 0, at = 0; axis < 3; axis++) {
@@ -83,7 +84,8 @@ class AmxFolded {
         }
         transpose(x);
         for (int64_t n = 0, head = i / axes.lanes, c = i % axes.lanes; n < SIDE && head < heads; n++) {
-          if (c < count) _mm512_store_si512(p + (t / TILE * heads * count + head * count + c) * TILE + t % TILE, x[n]);
+          float* to = p + (t / TILE * heads * count + head * count + c) * TILE + t % TILE;
+          if (c < count) put(to, more ? get<vf>(to) + (vf)x[n] : (vf)x[n]);
           if (++c == axes.lanes) c = 0, head++;
         }
       }

@@ -10,6 +10,8 @@ namespace capsight {
 
 constexpr double MISSED = 5e-4;  // what the polynomial may miss of a cosine; numbers in bfloat16 miss 2e-3
 constexpr size_t SEVERAL = 8;  // places that a polynomial may go through; else all are taken
+constexpr int64_t PREPARED = 150;  // tokens whose rebuilt keys are as much work as to fold queries
+constexpr int64_t APART = 48;  // lanes that are as much work as to look at a head's keys at all
 constexpr int64_t FOLDED = 1 << 10;  // tokens of a stretch, or up to the end of an image
 
 // The places of one axis that a stretch has, and those that its tokens are seen through.
@@ -18,7 +20,15 @@ struct Nodes {
   std::vector<int> slot;            // of each place of the axis, which one of the stretch it is; or -1
   Floats shares;                    // [places of the stretch, those seen through]
 
-  void take(const Joint& s, int axis, int64_t first, int64_t tokens) {
+  // The places of tokens from one on, and those to see them through where no pair turns faster than that.
+  void take(const Joint& s, int axis, int64_t first, int64_t tokens, double fastest) {
+    list(s, axis, first, tokens);
+    for (size_t many = 1; many <= SEVERAL && many < places.size(); many++)
+      if (see_through(many) * power(fastest, many) <= MISSED) return;
+    at = places;
+  }
+
+  void list(const Joint& s, int axis, int64_t first, int64_t tokens) {
     slot.assign(s.sizes[axis], -1), places.clear();
     for (int64_t t = first; t < first + tokens; t++) {
       int32_t place = s.places[axis * s.tokens + t];
@@ -26,27 +36,7 @@ struct Nodes {
     }
     spots = s.spots[axis];
     std::sort(places.begin(), places.end(), [&](int32_t a, int32_t b) { return spots[a] < spots[b]; });
-    double factor = 1;
-    for (size_t many = 1; many <= SEVERAL && many < places.size(); many++)
-      if (see_through(many) * (factor *= s.fastest[axis] / many) <= MISSED) return;
-    at = places;
   }
-
-  void share() {
-    shares.resize(places.size() * at.size());
-    for (size_t i = 0; i < places.size(); i++) {
-      slot[places[i]] = i;
-      for (size_t k = 0; k < at.size(); k++) {
-        double share = at.size() < places.size() || i == k;
-        for (size_t j = 0; j < at.size() && at.size() < places.size(); j++)
-          if (j != k) share *= (spots[places[i]] - spots[at[j]]) / (spots[at[k]] - spots[at[j]]);
-        shares[i * at.size() + k] = share;
-      }
-    }
-  }
-
- private:
-  const double* spots;
 
   // Takes so many, close to where Chebyshev has them; the largest product of distances to them.
   double see_through(size_t many) {
@@ -64,40 +54,79 @@ struct Nodes {
     }
     return worst;
   }
+  static double power(double x, size_t many) { return std::pow(x, many) / std::tgamma(many + 1.); }  // x^K / K!
+
+  void share() {
+    shares.resize(places.size() * at.size());
+    for (size_t i = 0; i < places.size(); i++) {
+      slot[places[i]] = i;
+      for (size_t k = 0; k < at.size(); k++) {
+        double share = at.size() < places.size() || i == k;
+        for (size_t j = 0; j < at.size() && at.size() < places.size(); j++)
+          if (j != k) share *= (spots[places[i]] - spots[at[j]]) / (spots[at[k]] - spots[at[j]]);
+        shares[i * at.size() + k] = share;
+      }
+    }
+  }
+
+ private:
+  const double* spots;
 };
 
-// Channels as rows of matrices; the same for all chunks.
+// Channels as rows of matrices, but for pairs that turn too fast, of which keys are rebuilt; the same for all chunks.
 struct AmxAxes {
   int64_t rank, tiles, lanes, columns;  // R; of GROUP channels; a KV head's queries, and all, filled up
+  int64_t rebuilt[3];                   // pairs of each axis that keys are rebuilt of
   Words axes;                           // [H, R / GROUP, tiles, 2 SIDE, SIDE], two channels each
 
-  // Whether that is less work than to rebuild `keys` lanes of all heads.
-  bool pays(const Joint& s, int64_t batch, int64_t heads, int64_t count, int64_t keys) {
+  bool is_rebuilt(const Joint& s, int axis, int64_t i) const { return i < 2 * s.pairs[axis] && i % s.pairs[axis] < rebuilt[axis]; }
+  double fastest(const Joint& s, int axis) const { return rebuilt[axis] < s.pairs[axis] ? s.frequencies[axis][rebuilt[axis]] : 0; }
+
+  // Finds what is least work; whether anything is not rebuilt then.
+  bool plan(const Joint& s, int64_t batch, int64_t heads, int64_t count) {
+    std::copy_n(s.pairs, 3, rebuilt);
     if (count < 3) return false;
     rank = s.latents.rank(), tiles = AmxLayer::up(s.padded(0) + s.padded(1) + s.padded(2), GROUP) / GROUP;
     for (lanes = 4; lanes < std::min<int64_t>(count, SIDE);) lanes *= 2;
     if (count > SIDE) lanes = AmxLayer::up(count, 2 * SIDE);
     columns = AmxLayer::up(heads * lanes, SIDE);
-    int64_t work = 0, tokens = 0, groups = rank / GROUP;
-    for (int64_t row = 0; row < batch; row++)
-      if (s.counts[row]) {  // other stretches are alike
-        int64_t here = stretch(s, s.starts[row], s.starts[row] + s.counts[row]);
-        tokens += here, work += AmxLayer::up(nodes(s, s.starts[row], here) * columns, 2 * SIDE) * (here + 128);
+    int64_t fast[3][SEVERAL + 1] = {}, tokens = 0, stretches = 0, groups = rank / GROUP;  // fast: too fast for K places
+    for (int64_t row = 0; row < batch; row++) {
+      if (!s.counts[row]) continue;
+      int64_t first = s.starts[row], here = stretch(s, first, first + s.counts[row]);  // other stretches are alike
+      tokens += here, stretches++;
+      Nodes own;
+      for (int axis = 0; axis < 3; axis++) {
+        own.list(s, axis, first, here);
+        for (size_t k = 1; k <= SEVERAL && k < own.places.size(); k++) {
+          double worst = own.see_through(k);
+          int64_t& found = fast[axis][k];
+          while (found < s.pairs[axis] && worst * Nodes::power(s.frequencies[axis][found], k) > MISSED) found++;
+        }
       }
-    return work * (groups + 2) < tokens * keys * (groups + 2 + count * 2 / 3);
+    }
+    auto keys = [&](int64_t pairs, int64_t rest) {
+      return pairs + rest ? heads * (AmxLayer::up(2 * AmxLayer::up(pairs, SIDE) + rest, 2 * SIDE) + APART) : 0;
+    };
+    auto work = [&](int64_t keys, int64_t folded) {
+      int64_t prepared = folded ? PREPARED * stretches * heads * s.channels * (groups + 2) : 0;
+      return tokens * (keys * (groups + 2 + count * 2 / 3) + AmxLayer::up(folded, 2 * SIDE) * (groups + 6)) + prepared;
+    };
+    int64_t all = s.pairs[0] + s.pairs[1] + s.pairs[2], least = work(keys(all, s.channels - 2 * all), 0) * 7 / 8;
+    bool some = false;
+    for (size_t n = 0; n < SEVERAL * SEVERAL * SEVERAL; n++) {
+      size_t i = n / SEVERAL / SEVERAL + 1, j = n / SEVERAL % SEVERAL + 1, k = n % SEVERAL + 1;
+      if ((i > 1 && fast[0][i] == fast[0][i - 1]) || (j > 1 && fast[1][j] == fast[1][j - 1]) || (k > 1 && fast[2][k] == fast[2][k - 1])) continue;
+      int64_t pairs[3] = {fast[0][i], fast[1][j], fast[2][k]}, found = work(keys(pairs[0] + pairs[1] + pairs[2], 0), (i + j + k - 2) * columns);
+      if (found < least) least = found, some = true, std::copy_n(pairs, 3, rebuilt);
+    }
+    return some;
   }
 
   static int64_t stretch(const Joint& s, int64_t first, int64_t end) {
     int64_t t = first + 1;
     while (t < end && t - first < FOLDED && (t - first < 8 * SPAN || s.places[t] == s.places[t - 1])) t++;
     return t - first;
-  }
-
-  static int64_t nodes(const Joint& s, int64_t first, int64_t tokens) {
-    int64_t all = 1;
-    Nodes own;
-    for (int axis = 0; axis < 3; axis++) own.take(s, axis, first, tokens), all += own.at.size() - 1;
-    return all;
   }
 
   void take(const Joint& s, int64_t heads) {

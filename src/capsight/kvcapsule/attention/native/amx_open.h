@@ -64,10 +64,11 @@ INLINE void transpose(__m512i* x) {
   }
 }
 
-// What a layer's keys are made with, the same for all chunks. The channels of a head are put into lanes: first
+// What keys of a layer are made with, the same for all chunks. The channels of a head are put into lanes: first
 // halves of pairs, second halves, then what is not turned; each part is filled up with zeros.
 struct AmxLayer {
   int64_t rank, half, wide;      // R; lanes of first halves, lanes
+  int64_t pairs[3];              // of each axis, the fastest, that keys are made of
   std::vector<int64_t> channel;  // [wide], which one a lane has, or -1
   Words axes;                    // [H, wide / SIDE, R / GROUP, SIDE, SIDE], two coordinates each
   Floats means;                  // [H, wide]
@@ -78,13 +79,15 @@ struct AmxLayer {
     return found;
   }
 
-  void take(const Joint& s, int64_t heads) {
-    rank = s.latents.rank(), half = up(s.pairs[0] + s.pairs[1] + s.pairs[2], SIDE), wide = 2 * half;
+  // With what is not turned, or without.
+  void take(const Joint& s, int64_t heads, const int64_t* some, bool with_rest) {
+    std::copy_n(some, 3, pairs);
+    rank = s.latents.rank(), half = up(pairs[0] + pairs[1] + pairs[2], SIDE), wide = 2 * half;
     channel.assign(wide, -1);
-    for (int64_t axis = 0, at = 0; axis < 3; at += s.pairs[axis++])
-      for (int64_t i = 0; i < s.pairs[axis]; i++)
+    for (int64_t axis = 0, at = 0; axis < 3; at += pairs[axis++])
+      for (int64_t i = 0; i < pairs[axis]; i++)
         channel[at + i] = s.order[axis][i], channel[half + at + i] = s.order[axis][s.pairs[axis] + i];
-    for (int64_t i = 2 * s.pairs[0]; i < s.widths[0]; i++) channel.push_back(s.order[0][i]);
+    for (int64_t i = 2 * s.pairs[0]; with_rest && i < s.widths[0]; i++) channel.push_back(s.order[0][i]);
     wide = up(channel.size(), 2 * SIDE), channel.resize(wide, -1);
     axes.resize(heads * wide * rank / 2), means.resize(heads * wide);
     uint32_t* to = axes.data();

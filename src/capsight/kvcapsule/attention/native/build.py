@@ -29,7 +29,7 @@ from capsight.execution import has_amx
 SWITCH = "CAPSIGHT_NATIVE"
 """Environment variable: 0 keeps attention with torch, 1 makes it an error if native code cannot be used."""
 
-INTERFACE = 5
+INTERFACE = 6
 UNITS = ("centre.cpp", "decode.cpp", "joint.cpp", "pack.cpp")
 HEADERS = (
     *("amx.h", "amx_fold.h", "amx_nodes.h", "amx_open.h", "chunk.h", "fold.h", "joint_chunk.h", "latents.h"),

@@ -44,4 +44,4 @@ extern "C" void capsight_decode(
   }
 }
 
-extern "C" int32_t capsight_interface() { return 5; }
+extern "C" int32_t capsight_interface() { return 6; }

@@ -23,8 +23,8 @@ struct Joint {
   const float *key_steps, *value_steps;  // [R], of each coordinate
   const float *key_mean, *value_mean;    // [H, D]
   int64_t channels;                      // D
-  const double* spots[3];  // [places], positions
-  double fastest[3];       // largest frequency of an axis
+  const double* spots[3];        // [places], positions
+  const double* frequencies[3];  // [pairs], none below 0, falling
 
   const char* axis(const int8_t* of, int64_t head, int64_t channel) const {
     return (const char*)of + (head * channels + channel) * latents.rank();

@@ -39,8 +39,8 @@ class Layer {
 #ifdef __AMX_BF16__
     if (!AmxLayer::allowed()) return;
     tiles = &amx_layer;
-    if (amx_axes.pays(s, batch, heads, count, heads * s.channels)) axes = &amx_axes, amx_axes.take(s, heads);
-    else amx_layer.take(s, heads);
+    if (amx_axes.plan(s, batch, heads, count)) axes = &amx_axes, amx_axes.take(s, heads);
+    amx_layer.take(s, heads, amx_axes.rebuilt, !axes);
 #endif
   }
 
