@@ -78,6 +78,8 @@ def main(
         ]
         outputs = engine.generate(given, SamplingParams(temperature=0, max_tokens=tokens), use_tqdm=False)
     theirs = [list(output.outputs[0].token_ids) for output in outputs]
+    cached = sum(output.num_cached_tokens for output in outputs)
+    read = sum(len(output.prompt_token_ids) for output in outputs)
 
     def right(answers: list[list[int]]) -> float:
         said = [processor.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
@@ -91,6 +93,7 @@ def main(
         "right in transformers": right(ours),
         "right in vLLM": right(theirs),
         "equal token for token": sum(a == b for a, b in zip(ours, theirs, strict=True)),
+        "prompt tokens from the prefix cache": cached / read,
     }
     typer.echo(json.dumps(found))
     if json_file is not None:

@@ -8,9 +8,11 @@ import torch
 pytest.importorskip("vllm")
 
 import capsight
+from capsight.layout import build_layout
 from capsight.reference import load_reference_vlm, reference_path, split_prompt
 from capsight.serving.export import export_checkpoint
 from capsight.serving.method import PagedCapsules
+from serving.ask_vllm import ask
 from serving.drive_vllm import drive
 
 RETAINED = 0.4
@@ -23,9 +25,9 @@ def vlm():
     return load_reference_vlm()
 
 
-def asked(processor, folder, count, number, question):
-    """Text, picture files and model inputs of one question."""
-    prompt = split_prompt("test", number, count or 1)
+def asked(processor, folder, count, number, question, of=None):
+    """Text, picture files and model inputs of one question about the first `count` of the pictures."""
+    prompt = split_prompt("test", number, of or count or 1)
     files = [str(folder / f"{number}-{index}.png") for index in range(count)]
     scenes = prompt.scenes[:count]
     for scene, file in zip(scenes, files, strict=True):
@@ -61,6 +63,11 @@ def expected(model, inputs, retained=RETAINED):
     tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     rows = torch.stack(out.logits)[:, 0].float().log_softmax(-1)
     return tokens, [rows[i, token].item() for i, token in enumerate(tokens)]
+
+
+def plan_of(model, inputs):
+    """How the blocks of one prompt shrink."""
+    return PagedCapsules(RETAINED).plan(build_layout(inputs, model.config).rows[0])
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +126,24 @@ def test_a_pool_that_preempts(tmp_path, exported, prompts, right):
     )
     assert found["seen"]["preempted"] >= 3, found["seen"]
     check(found, [right[i] for i in few])
+
+
+def test_pictures_that_are_in_memory(tmp_path, exported, vlm):
+    """Other questions about the same pictures, and about fewer of them, which then shrink elsewhere.
+
+    Chunks end within prompts, so that a request also finds what another is still reading.
+    """
+    counts = [(3, 0), (2, 0), (3, 2), (1, 3), (3, 0)]
+    made = [asked(vlm[1], tmp_path, count, 90, question, of=3) for count, question in counts]
+    prompts = [(text, files) for text, files, _ in made]
+    rounds = ask(tmp_path, exported, prompts, 2, TOKENS, True, max_num_batched_tokens=192)
+    answers = [expected(vlm[0], inputs) for _, _, inputs in made[:4]]
+    for answered in rounds:
+        found = {"answers": [[one] for one in answered], "seen": {}}
+        check(found, [*answers, answers[0]])
+    plan = plan_of(vlm[0], made[0][2])
+    assert rounds[1][0]["cached"] >= 32 * plan.written.start - 64
+    assert rounds[1][4]["cached"] == 32 * plan.written.start
 
 
 def test_heads_shared_by_two_processes_of_an_engine_in_a_third(tmp_path, exported, prompts, right):

@@ -40,7 +40,9 @@ def test_what_stays_and_what_goes(prompt, size, retained):
         return
     assert 0 <= plan.first < plan.first + plan.kept_blocks < plan.first + plan.blocks <= full
     assert plan.first == ranges[0][0] // size
-    assert list(plan.freed) == list(range(plan.first + plan.kept_blocks, plan.first + plan.blocks))
+    assert list(plan.freed) == list(range(plan.first, plan.written.start))
+    assert len(plan.written) == plan.kept_blocks
+    assert plan.written.stop == plan.first + plan.blocks
     shown = {p for a, b in ranges for p in range(a, b + 1)}
     region = range(plan.first * size, (plan.first + plan.blocks) * size)
     assert {region.start + p for a, b in plan.images for p in range(a, b)} == shown & set(region)
@@ -81,12 +83,12 @@ def test_a_step_of_requests_that_shrink_have_shrunk_and_have_no_images():
     )
     short, lengths, shrinking = shrink_step(step, [80] * 4, 16, 0.4)
     assert lengths.tolist() == [60, 80, 97 - 32, 90]
-    assert short[2, :6].tolist() == [16, 17, 18, 21, 22, 23]
+    assert short[2, :6].tolist() == [18, 19, 20, 21, 22, 23]
     assert torch.equal(short[[0, 1, 3]], tables[[0, 1, 3]])
     assert torch.equal(tables, torch.arange(4 * 8).view(4, 8))
     assert [request.tail for request in shrinking] == [(80, 80), (101, 111)]
     assert shrinking[1].region.tolist() == [24, 25, 26, 27, 28]
-    assert shortened(tables[3], plan)[:6].tolist() == [24, 25, 26, 29, 30, 31]
+    assert shortened(tables[3], plan)[:6].tolist() == [26, 27, 28, 29, 30, 31]
     step.mm_req_doc_ranges = None
     assert shrink_step(step, [80] * 4, 16, 0.4)[2] == ()
 
@@ -95,13 +97,38 @@ def test_heads_choose_alone_and_what_stands_out():
     torch.manual_seed(0)
     keys, values = torch.randn(2, 3, 50, 8)
     keys[1, 7], values[1, 7] = 9, -9
-    both = select_tokens(keys, values, 10)
+    both = select_tokens(keys, values, 10, [20, 30])
     assert both.shape == (3, 10)
     assert 7 in both[1].tolist()
     assert torch.equal(both, both.sort(1).values)
-    assert torch.equal(both[1:2], select_tokens(keys[1:2], values[1:2], 10))
+    assert torch.equal(both[1:2], select_tokens(keys[1:2], values[1:2], 10, [20, 30]))
+
+
+def test_every_image_has_its_part_of_half_the_tokens():
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 3, 60, 8)
+    keys[:, 2:40], values[:, 2:40] = 20 * keys[:, 2:40], 20 * values[:, 2:40]  # the first two say nothing
+    chosen = select_tokens(keys, values, 12, [2, 38, 20])
+    assert (chosen < 2).sum(1).tolist() == [2] * 3
+    assert ((chosen >= 40).sum(1) == 2).all()
+    few = select_tokens(keys, values, 3, [2, 38, 20])
+    assert ((few < 2).sum(1) == 1).all()
+    assert ((few >= 40).sum(1) == 1).all()
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
+def test_exactly_as_many_as_asked_for(images, data):
+    count = data.draw(st.integers(len(images), sum(images)))
+    keys, values = torch.randn(2, 2, sum(images), 4, generator=torch.Generator().manual_seed(0))
+    chosen = select_tokens(keys, values, count, images)
+    assert all(len(set(head)) == count for head in chosen.tolist())
+    assert all(
+        set(head) & set(own.tolist())
+        for head in chosen.tolist()
+        for own in torch.arange(sum(images)).split(images)
+    )
 
 
 def test_tokens_all_alike():
     same = torch.ones(2, 20, 4)
-    assert select_tokens(same, same, 5).tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert select_tokens(same, same, 5, [20]).tolist() == [[0, 1, 2, 3, 4]] * 2

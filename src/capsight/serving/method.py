@@ -54,12 +54,9 @@ class _PagedCodec(KeptCodec):
         for row, plan in enumerate(self._plans):
             tokens = sum(run.length for run in runs if run.row == row)
             if plan is not None and tokens:
-                own = slice(
-                    done, done + plan.image_tokens
-                )  # what is left over ends in a block that is not full
-                found = select_tokens(
-                    keys[own, :, 0].transpose(0, 1), values[own, :, 0].transpose(0, 1), plan.kept_image_tokens
-                )
+                own = slice(done, done + plan.image_tokens)  # the others end in a block that is not full
+                key, value = (x[own, :, 0].transpose(0, 1) for x in (keys, values))
+                found = select_tokens(key, value, plan.kept_image_tokens, plan.sizes)
                 chosen = torch.zeros_like(keep[own, :, 0].T).scatter(1, found, True)
                 keep[own] = chosen.T[:, :, None]
             done += tokens

@@ -4,8 +4,8 @@ vLLM's scheduler (which frees blocks) and its workers (which fill and read them)
 processes of their own, so it may depend on nothing but its arguments.
 
 All blocks from the first image's first token to the last image's last one are a *region*. When the prompt has
-been read, every KV head writes what it keeps of the region to the region's first blocks: all text in between,
-and as many image tokens as fit. The other blocks are freed.
+been read, every KV head writes what it keeps of the region to the region's last blocks: all text in between,
+and as many image tokens as fit. The blocks in front of them are freed as they are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RequestPlan:
         block_size: tokens in a block.
         first: index of the region's first block in the request's block table.
         blocks: blocks of the region.
-        kept_blocks: blocks of it that stay, from the first on; all slots in them are filled.
+        kept_blocks: blocks of it that stay, the last ones; all slots in them are filled.
         images: `[start, end)` of each image in the region, counted from the region's first token.
     """
 
@@ -44,7 +44,12 @@ class RequestPlan:
     @property
     def image_tokens(self) -> int:
         """Image tokens of the region."""
-        return sum(end - start for start, end in self.images)
+        return sum(self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of each image in the region."""
+        return tuple(end - start for start, end in self.images)
 
     @property
     def kept_image_tokens(self) -> int:
@@ -54,7 +59,12 @@ class RequestPlan:
     @property
     def freed(self) -> range:
         """Indices of the blocks that are freed."""
-        return range(self.first + self.kept_blocks, self.first + self.blocks)
+        return range(self.first, self.first + self.blocks - self.kept_blocks)
+
+    @property
+    def written(self) -> range:
+        """Indices of the blocks that stay and are written."""
+        return range(self.freed.stop, self.first + self.blocks)
 
     @property
     def freed_tokens(self) -> int:

@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 _RIDGE = 1e-3  # of the mean variance
+_SHARED = 0.5  # of the tokens that are kept
 
 
-def select_tokens(keys: Tensor, values: Tensor, count: int) -> Tensor:
-    """The tokens that stand out most, each head on its own, over all images of a prompt.
+def select_tokens(keys: Tensor, values: Tensor, count: int, images: Sequence[int]) -> Tensor:
+    """The tokens that stand out most, each head on its own; images share half of them equally.
 
     The score of a token is the product of the leverages of its key and of its value among those of the
     prompt: how far each lies from the mean, in units of how far tokens do (CUR KV compression, arXiv
-    2509.15038, approximates leverages by norms; here they are exact, and centred). Nothing is learnt, and no
-    head needs to know of another, whichever process has it.
+    2509.15038, approximates leverages by norms; here they are exact, and centred). Half of the tokens are
+    the best of each image, equally many; the others the best of what is left. So questions about all images
+    ("how many are tables?") find something of each. Nothing is learnt, and no head needs to know of another,
+    whichever process has it.
 
     Args:
         keys: `[H, T, D]` of image tokens, after RoPE.
         values: `[H, T, D]`.
-        count: tokens to keep of the T.
+        count: tokens to keep of the T, at least one of each image.
+        images: tokens of each image, T in all.
 
     Returns:
         int64 `[H, count]`, ascending; earlier tokens win ties.
     """
     scores = leverage(keys) * leverage(values)
-    best = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
-    return best.sort(dim=1).values
+    each = max(1, int(_SHARED * count) // len(images))
+    certain = [
+        torch.zeros_like(own, dtype=torch.bool).scatter_(1, _best(own, each), True)
+        for own in scores.split(list(images), 1)
+    ]
+    scores = scores.masked_fill(torch.cat(certain, 1), torch.inf)
+    return _best(scores, count).sort(dim=1).values
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Where the highest scores lie in each row."""
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def leverage(x: Tensor) -> Tensor:

@@ -172,14 +172,15 @@ class CapsightImpl(CPUAttentionBackendImpl):
         output.view(query.shape)[rows] = own
 
     def _shrink(self, layer: Any, kv_cache: Tensor, request: Shrinking) -> None:
-        """Write what each head keeps of a request's region to the region's first blocks."""
+        """Write what each head keeps of a request's region to the region's last blocks."""
         plan = request.plan
         keys, values = read_tokens(kv_cache, request.region, plan.tokens)  # [H, T, D]
         shown = torch.cat([torch.arange(*span) for span in plan.images])
-        chosen = shown[select_tokens(keys[:, shown], values[:, shown], plan.kept_image_tokens)]
+        found = select_tokens(keys[:, shown], values[:, shown], plan.kept_image_tokens, plan.sizes)
+        chosen = shown[found]
         keep = torch.ones(keys.shape[:2], dtype=torch.bool).index_fill_(1, shown, False)
         kept = keep.scatter_(1, chosen, True).nonzero()[:, 1].view(len(keys), -1, 1)  # [H, S, 1]
-        slots = request.region[: plan.kept_blocks, None] * plan.block_size + torch.arange(plan.block_size)
+        slots = request.region[-plan.kept_blocks :, None] * plan.block_size + torch.arange(plan.block_size)
         blocks, heads, size, _ = kv_cache.shape
         ops.cpu_attn_reshape_and_cache(
             *(torch.take_along_dim(x, kept, 1).transpose(0, 1).contiguous() for x in (keys, values)),
