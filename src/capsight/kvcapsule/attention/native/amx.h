@@ -43,7 +43,7 @@ class AmxChunk {
     _tile_loadconfig(&shapes);
     int64_t most = heads * s.channels * rank > AMX_AXES ? 8 * SPAN : 4 * SPAN;
     for (int64_t first = start, end = start + tokens, ready = start, here; first < end; first += here) {
-      if (folded && first == ready) ready += folded->prepare(first, end);
+      if (folded && first == ready) ready += folded->next(first, end);
       here = std::min(most, (folded ? ready : end) - first);
       int64_t tiles = (here + TILE - 1) / TILE, spans = (here + SPAN - 1) / SPAN;
       z.open(first, here);

@@ -8,9 +8,28 @@
 #ifdef __AMX_BF16__
 namespace capsight {
 
+// A stretch of tokens, and what they are seen through: of the axis that has most nodes all, of others what they
+// differ by from their first.
+struct Seen {
+  int64_t tokens, first = 0, many;  // first: of its nodes among those of all stretches
+  int order[3] = {0, 1, 2};         // axes as their nodes follow each other
+  Nodes nodes[3];
+
+  Seen(const Joint& s, const AmxAxes& axes, int64_t start, int64_t end) {
+    for (tokens = axes.stretch(s, start, end);; tokens = (tokens + 1) / 2) {  // less where places differ more than elsewhere
+      many = 1;
+      for (int axis = 0; axis < 3; axis++) nodes[axis].take(s, axis, start, tokens, axes.fastest(s, axis)), many += nodes[axis].at.size() - 1;
+      if (many <= 3 * int64_t(SEVERAL) || tokens <= SPAN) break;
+    }
+    for (int axis = 1; axis < 3; axis++)
+      if (nodes[axis].at.size() > nodes[order[0]].at.size()) std::swap(order[0], order[axis]);
+    for (Nodes& each : nodes) each.share();
+  }
+};
+
 // What scores need room for, kept for the next ones of the same thread.
 struct AmxFoldRoom {
-  Nodes nodes[3];
+  std::vector<Seen> stretches;  // that queries are folded for
   Floats asked, turned, mean, constants;  // [H C, channels], twice, [H, channels], [nodes, columns]
   Words weights, folded;  // [H, tiles of columns, tiles of channels, SIDE, SIDE]; [nodes, columns / SIDE, R / GROUP, SIDE, SIDE]
 };
@@ -20,7 +39,8 @@ class AmxFolded {
  public:
   // Queries [H, C, D], scaled.
   AmxFolded(const Joint& s, const AmxAxes& axes, const float* query, int64_t heads, int64_t count)
-      : s(s), axes(axes), heads(heads), count(count), groups(axes.rank / GROUP), columns(axes.columns), stride(axes.tiles * GROUP) {
+      : s(s), axes(axes), heads(heads), count(count), groups(axes.rank / GROUP), columns(axes.columns), stride(axes.tiles * GROUP), each(columns * axes.rank / 2) {
+    room.stretches.clear();
     room.asked.assign(heads * count * stride, 0.f), room.turned = room.asked, room.mean.assign(heads * stride, 0.f);
     for (int64_t head = 0; head < heads; head++)
       for (int64_t axis = 0, at = 0; axis < 3; at += s.padded(axis++))
@@ -33,40 +53,26 @@ class AmxFolded {
         }
   }
 
-  // Folds queries for the next tokens; for how many.
-  int64_t prepare(int64_t first, int64_t end) {
-    int64_t tokens = axes.stretch(s, first, end);
-    for (;; tokens = (tokens + 1) / 2) {  // where places differ more than elsewhere
-      many = 1, main = 0;
-      for (int axis = 0; axis < 3; axis++) {
-        room.nodes[axis].take(s, axis, first, tokens, axes.fastest(s, axis)), many += room.nodes[axis].at.size() - 1;
-        if (room.nodes[axis].at.size() > room.nodes[main].at.size()) main = axis;
-      }
-      if (many <= 3 * int64_t(SEVERAL) || tokens <= SPAN) break;
-    }
-    for (Nodes& nodes : room.nodes) nodes.share();
-    int64_t each = columns / SIDE * groups * SIDE * SIDE;
-    room.folded.resize((AmxLayer::up(many * axes.lanes, 2 * SIDE) / axes.lanes + 1) * each);
-    room.constants.resize((AmxLayer::up(many * axes.lanes, 2 * SIDE) / axes.lanes + 1) * columns);
-    weigh();
-    if (axes.lanes == 4) fold<4>(each);
-    else if (axes.lanes == 8) fold<8>(each);
-    else fold<SIDE>(each);
-    return tokens;
+  // Goes on to the next tokens, for which queries are folded, together with those of some more; how many they are.
+  int64_t next(int64_t first, int64_t end) {
+    if (++now >= room.stretches.size()) prepare(first, end);
+    return room.stretches[now].tokens;
   }
 
   // Lanes of the products of a token, a multiple of two tiles; what they are made with, as an `AmxLayer` has it.
-  int64_t wide() const { return AmxLayer::up(many * columns, 2 * SIDE); }
-  const uint32_t* folded() const { return room.folded.data(); }
-  const float* constants() const { return room.constants.data(); }
+  int64_t wide() const { return AmxLayer::up(room.stretches[now].many * columns, 2 * SIDE); }
+  const uint32_t* folded() const { return &room.folded[room.stretches[now].first * each]; }
+  const float* constants() const { return &room.constants[room.stretches[now].first * columns]; }
 
   // Scores p [tiles, H C, TILE] of tokens from one on of their products [tokens, wide], or more of them.
   void add_up(int64_t first, int64_t tokens, const float* products, float* p, bool more) const {
+    const Seen& seen = room.stretches[now];
+    const int64_t many = seen.many;
     Floats shares(SIDE * many);
     for (int64_t t = 0; t < tokens; t += SIDE) {
       for (int axis = 0, at = 0; axis < 3; axis++) {
-        const Nodes& of = room.nodes[ordered(axis)];
-        const int32_t* places = s.places + ordered(axis) * s.tokens + first;
+        const Nodes& of = seen.nodes[seen.order[axis]];
+        const int32_t* places = s.places + seen.order[axis] * s.tokens + first;
         const size_t all = of.at.size(), left_out = axis > 0;
         for (int n = 0; n < SIDE; n++) {
           const float* own = &of.shares[of.slot[places[std::min(t + n, tokens - 1)]] * all];
@@ -95,21 +101,39 @@ class AmxFolded {
  private:
   const Joint& s;
   const AmxAxes& axes;
-  const int64_t heads, count, groups, columns, stride;
-  int64_t many, main;  // nodes of all axes; the axis that has most
+  const int64_t heads, count, groups, columns, stride, each;  // each: words of a node
+  size_t now = 0;
   AmxFoldRoom& room = amx_fold_room;
 
-  // The axis with most nodes comes first, with all of them; of others what they differ by from their first.
-  int ordered(int axis) const { return axis == 0 ? main : axis <= main ? axis - 1 : axis; }
+  void prepare(int64_t first, int64_t end) {
+    room.stretches.clear(), now = 0;
+    int64_t many = 0;
+    for (; first < end && (!many || many * each < FOLDS); first += room.stretches.back().tokens) {
+      room.stretches.emplace_back(s, axes, first, end);
+      room.stretches.back().first = many, many += room.stretches.back().many;
+    }
+    int64_t filled = AmxLayer::up(many * axes.lanes, 2 * SIDE) / axes.lanes + 1;
+    room.folded.resize(filled * each), room.constants.resize(filled * columns);
+    weigh(many);
+    if (axes.lanes == 4) fold<4>(many);
+    else if (axes.lanes == 8) fold<8>(many);
+    else fold<SIDE>(many);
+  }
 
   // Queries, turned back by places, as matrices; their products with the means.
-  void weigh() {
+  void weigh(int64_t many) {
     int64_t pairs = AmxLayer::up(many * axes.lanes, 2 * SIDE) / SIDE;
     room.weights.resize(heads * pairs * axes.tiles * SIDE * SIDE);
     uint32_t* to = room.weights.data();
-    std::vector<std::pair<int, size_t>> nodes;
-    for (int axis = 0; axis < 3; axis++)
-      for (size_t k = axis > 0; k < room.nodes[ordered(axis)].at.size(); k++) nodes.push_back({axis, k});
+    struct Node {
+      const Seen* seen;
+      int axis;
+      size_t k;
+    };
+    std::vector<Node> nodes;
+    for (const Seen& seen : room.stretches)
+      for (int i = 0; i < 3; i++)
+        for (size_t k = i > 0; k < seen.nodes[seen.order[i]].at.size(); k++) nodes.push_back({&seen, i, k});
     Floats rows(SIDE * stride);
     for (int64_t head = 0; head < heads; head++)
       for (int64_t tile = 0; tile < pairs; tile++) {
@@ -118,10 +142,10 @@ class AmxFolded {
         for (int n = 0; n < SIDE; n++) {
           int64_t node = (tile * SIDE + n) / axes.lanes, c = (tile * SIDE + n) % axes.lanes;
           if (node >= many || c >= count) continue;
-          for (int64_t axis = 0, at = 0; axis < 3; at += s.padded(axis++)) {
-            const std::vector<int32_t>& places = room.nodes[axis].at;
-            auto [of, k] = nodes[node];
-            bool own = axis == ordered(of);
+          auto [seen, of, k] = nodes[node];
+          for (int axis = 0, at = 0; axis < 3; at += s.padded(axis++)) {
+            const std::vector<int32_t>& places = seen->nodes[axis].at;
+            bool own = axis == seen->order[of];
             if (own || of == 0) turn(axis, places[own ? k : 0], 1, head, c, at, &rows[n * stride + at]);
             if (own && of != 0) turn(axis, places[0], -1, head, c, at, &rows[n * stride + at]);
           }
@@ -149,9 +173,9 @@ class AmxFolded {
       put(x + i, get<vf>(x + i) + sign * (get<vf>(asked + i) * get<vf>(cosine + i) + get<vf>(turned + i) * get<vf>(sine + i)));
   }
 
-  // These, seen through the axes; numbers from one node to the next are given.
+  // These, seen through the axes.
   template <int L>
-  void fold(int64_t each) {
+  void fold(int64_t many) {
     int64_t pairs = AmxLayer::up(many * axes.lanes, 2 * SIDE) / SIDE, steps = axes.tiles;
     alignas(64) float found[2][4][SIDE][SIDE];
     uint32_t* before = nullptr;
@@ -166,18 +190,18 @@ class AmxFolded {
           _tile_zero(2);
           _tile_zero(3);
           for (int64_t k = 0; k < steps; k++, x += 2 * SIDE * SIDE, y += SIDE * SIDE, more += SIDE * SIDE) multiply_tiles(x, x + SIDE * SIDE, y, more);
-          if (before) spread<L>(found[turn ^ 1], before, each);  // while tiles are multiplied
+          if (before) spread<L>(found[turn ^ 1], before);  // while tiles are multiplied
           keep(found[turn][0][0], SIDE * SIDE, 2 * SIDE * SIDE, 64);
           settle();
           int64_t at = tile * SIDE, column = head * axes.lanes + at % axes.lanes;
           before = &room.folded[at / axes.lanes * each + (column / SIDE * groups + g) * SIDE * SIDE + column % SIDE];
         }
-    spread<L>(found[turn ^ 1], before, each);
+    spread<L>(found[turn ^ 1], before);
   }
 
   // Two tiles by two of sums, in bfloat16, to where each node of L columns has them.
   template <int L>
-  INLINE void spread(const float (*found)[SIDE][SIDE], uint32_t* to, int64_t each) const {
+  INLINE void spread(const float (*found)[SIDE][SIDE], uint32_t* to) const {
     const __m512i mixed = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     int64_t next = axes.lanes > SIDE ? groups * SIDE * SIDE : SIDE / L * each;
     for (int n = 0; n < 2; n++)

@@ -10,7 +10,8 @@ namespace capsight {
 
 constexpr double MISSED = 5e-4;  // what the polynomial may miss of a cosine; numbers in bfloat16 miss 2e-3
 constexpr size_t SEVERAL = 8;  // places that a polynomial may go through; else all are taken
-constexpr int64_t PREPARED = 150;  // tokens whose rebuilt keys are as much work as to fold queries
+constexpr int64_t PREPARED = 50;  // tokens whose rebuilt keys are as much work as to fold queries
+constexpr int64_t FOLDS = 1 << 19;  // pairs of numbers of folded queries that are soon at hand again
 constexpr int64_t APART = 48;  // lanes that are as much work as to look at a head's keys at all
 constexpr int64_t FOLDED = 1 << 10;  // tokens of a stretch, or up to the end of an image
 
@@ -35,7 +36,7 @@ struct Nodes {
       if (slot[place] < 0) slot[place] = 0, places.push_back(place);
     }
     spots = s.spots[axis];
-    std::sort(places.begin(), places.end(), [&](int32_t a, int32_t b) { return spots[a] < spots[b]; });
+    if (!std::is_sorted(places.begin(), places.end())) std::sort(places.begin(), places.end());
   }
 
   // Takes so many, close to where Chebyshev has them; the largest product of distances to them.

@@ -23,7 +23,7 @@ struct Joint {
   const float *key_steps, *value_steps;  // [R], of each coordinate
   const float *key_mean, *value_mean;    // [H, D]
   int64_t channels;                      // D
-  const double* spots[3];        // [places], positions
+  const double* spots[3];        // [places], positions, rising
   const double* frequencies[3];  // [pairs], none below 0, falling
 
   const char* axis(const int8_t* of, int64_t head, int64_t channel) const {
