@@ -146,3 +146,8 @@ def test_axes_as_they_once_were_coded_are_refused(tmp_path):
     write_folder(tmp_path, KIND, header, old)
     with pytest.raises(CapsuleFileError, match="for_rest"):
         KVCapsule.from_pretrained(tmp_path)
+
+
+def test_a_capsule_for_rest_is_not_rounded_again():
+    with pytest.raises(OptionError, match="the whole one"):
+        for_rest(for_rest(KVCapsule.from_pretrained("reference"), 0.97), 0.99, 10**6)

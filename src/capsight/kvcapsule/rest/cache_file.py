@@ -108,7 +108,8 @@ def load_rest(
     except OSError as error:
         raise CapsuleFileError(f"cannot read {path}: {error.strerror or error}") from error
     except (CapsuleFileError, LayoutError) as error:
-        raise CapsuleFileError(f"{path}: {error}") from error
+        named = str(error).startswith(str(path))
+        raise CapsuleFileError(str(error) if named else f"{path}: {error}") from error
     except CapsightError:
         raise
     except (KeyError, ValueError, TypeError, OverflowError) as error:

@@ -11,7 +11,7 @@ from capsight.errors import CapsightError, OptionError
 from capsight.kvcapsule.cache import CapsuleCache
 from capsight.kvcapsule.capsule import KVCapsule
 from capsight.kvcapsule.codecs import JointCodec, Payload
-from capsight.kvcapsule.codecs.joint_coarse import typical_loss
+from capsight.kvcapsule.codecs.joint_coarse import is_coarse, typical_loss
 from capsight.kvcapsule.codecs.joint_payload import JointPayload
 from capsight.kvcapsule.codecs.levels import pack, unpack
 from capsight.kvcapsule.fingerprint import tensors_fingerprint
@@ -70,10 +70,11 @@ def for_rest(capsule: KVCapsule, quality: float, tokens: int = USUAL_TOKENS) -> 
 
     Raises:
         CapsuleFileError: the capsule's file is gone, from which its axes are read again.
-        OptionError: the capsule is of another codec, `quality` is not between 0 and 1, or `tokens` is no
-            positive whole number, or too small for such a file.
+        OptionError: the capsule is of another codec or made by this, `quality` is not between 0 and 1, or
+            `tokens` is no positive whole number, or too small for such a file.
     """
-    joint_codec(capsule)
+    if is_coarse(joint_codec(capsule).axes):
+        raise OptionError("this capsule is for rest already: its axes are rounded; give the whole one")
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise OptionError(f"tokens is how many vision tokens will be at rest, a whole number, not {tokens!r}")
     whole = {i: codec for i, codec in capsule.whole_codecs().items() if isinstance(codec, JointCodec)}
