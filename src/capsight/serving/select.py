@@ -30,7 +30,7 @@ def select_tokens(keys: Tensor, values: Tensor, count: int, images: Sequence[int
     Returns:
         int64 `[H, count]`, ascending; earlier tokens win ties.
     """
-    scores = leverage(keys) * leverage(values)
+    scores = leverage(torch.stack([keys, values])).prod(0)
     each = max(1, int(_SHARED * count) // len(images))
     certain = [
         torch.zeros_like(own, dtype=torch.bool).scatter_(1, _best(own, each), True)
@@ -49,14 +49,17 @@ def leverage(x: Tensor) -> Tensor:
     """Squared distance of each token from the mean, in units of the channels' covariance.
 
     Args:
-        x: `[H, T, D]`.
+        x: `[..., T, D]`.
 
     Returns:
-        float64 `[H, T]`.
+        float32 `[..., T]`.
     """
-    centred = x.double() - x.double().mean(1, keepdim=True)
-    moment = centred.transpose(1, 2) @ centred / x.shape[1]  # [H, D, D]
-    ridge = _RIDGE * moment.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    moment = moment + torch.diag_embed(ridge[:, None].expand(-1, x.shape[2]))
-    solved = torch.linalg.solve(moment, centred.transpose(1, 2)).transpose(1, 2)
-    return (centred * solved).sum(2)
+    x = x.float()
+    centred = x - x.mean(-2, keepdim=True)
+    moment = (centred.mT @ centred / x.shape[-2]).double()  # [..., D, D]
+    ridge = _RIDGE * moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
+    factor = torch.linalg.cholesky(
+        moment + torch.diag_embed(ridge[..., None].expand(*ridge.shape, x.shape[-1]))
+    )
+    inverse = torch.linalg.solve_triangular(factor, torch.eye(x.shape[-1]).to(factor), upper=False)
+    return (centred @ inverse.float().mT).square().sum(-1)
