@@ -106,8 +106,8 @@ def _joint(report: Report) -> list[str]:
         "",
         f"One layer of {setup['heads']} query and {setup['kv_heads']} KV heads of {setup['head_dim']} "
         f"channels, bfloat16, images of 1024 tokens; medians of {row['repeats']} runs, both taking turns. "
-        "Every layer reads all R numbers of a latent, which is more work than reading its own keys and "
-        "values: joint latents save memory, and cost time where contexts are long. Measured on "
+        "Every layer reads all R numbers of a latent, whatever it would store by itself; positions are "
+        "those of M-RoPE with the sections of Qwen2.5-VL. Measured on "
         f"{where['cpu']} ({row['code']}), {where['threads']} threads, torch {where['torch']}. "
         "`python benchmarks/decode_joint.py` measures it.",
         "",

@@ -58,7 +58,7 @@ class JointTokens:
         query = query.contiguous()
         batch, query_heads, count, _ = query.shape
         heads = self.basis.key_mean.shape[0]
-        out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+        out, lse = torch.empty_like(query), torch.empty(query.shape[:3], dtype=torch.float32)
         library().capsight_joint(
             self._native[0],
             query.data_ptr(),
