@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 
 import pytest
-from transformers import AutoConfig, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoConfig, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from capsight.cli.app import main
@@ -66,6 +66,8 @@ def test_text_models_are_told_apart(config):
     ],
 )
 def test_the_refusal_says_why_and_what_is_supported(name, why):
+    if name not in CONFIG_MAPPING:
+        pytest.skip("this transformers does not know it")
     with pytest.raises(UnsupportedModelError, match=why) as error:
         family_for(AutoConfig.for_model(name))
     assert ", ".join(supported_families()) in str(error.value)
@@ -74,8 +76,8 @@ def test_the_refusal_says_why_and_what_is_supported(name, why):
 
 def test_every_class_that_transformers_would_load_is_taken_or_refused():
     """None is mistaken for the config of a text model."""
-    taken = set(supported_families())
-    for name in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - taken):
+    others = {*supported_families(), "vision-encoder-decoder"}  # whose config is made of two that are given
+    for name in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - others):
         with pytest.raises(UnsupportedModelError, match=r"is not supported: |no layout adapter") as error:
             family_for(AutoConfig.for_model(name))
         assert "pass the config" not in str(error.value)

@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from capsight.errors import LayoutError
 from capsight.layout import build_layout
 from capsight.layout.pixels import select_images
 from layout.golden import written
 from layout.golden_video import VIDEOS
-from tiny import FAMILIES, clip
+from tiny import COMPLETE, FAMILIES, clip
 
 FRAMES_AS_IMAGES = ["internvl", "smolvlm"]
 GRIDS = [
@@ -32,6 +34,8 @@ def clips(vlm):
 @pytest.mark.parametrize("name", sorted(VIDEOS))
 def test_golden(name):
     vlm = FAMILIES[name]()
+    if name == "muse_glimmer" and Version(transformers.__version__) < COMPLETE:
+        pytest.skip("its processor writes other times between frames")
     layout = build_layout(clips(vlm), vlm.config)
     assert written(layout) == VIDEOS[name]
     assert (layout.num_images, layout.num_videos) == ((12, 0) if name in FRAMES_AS_IMAGES else (0, 3))

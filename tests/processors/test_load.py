@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers.utils import is_torchvision_available
 
 import capsight
@@ -13,7 +15,10 @@ from capsight.evaluation import Ask, Item, ask_item
 from capsight.evaluation.prompting import process
 from capsight.runtime import enable
 from processors.checkpoints import EIGHT, save
-from tiny import FAMILIES
+from tiny import COMPLETE, FAMILIES
+
+COUNTS_FIRST = ("smolvlm",) if Version(transformers.__version__) < COMPLETE else ()
+"""Whose processors count videos before they look at any."""
 
 
 @pytest.fixture(params=EIGHT)
@@ -59,7 +64,7 @@ def test_it_says_what_it_cannot_do_and_can_be_saved(vlm, tmp_path):
     assert type(processor).__name__ in repr(processor)
     (tmp_path / "again").mkdir()
     processor.save_pretrained(tmp_path / "again")
-    if vlm.video_placeholder and vlm.name != "idefics3":
+    if vlm.video_placeholder and vlm.name not in ("idefics3", *COUNTS_FIRST):
         from tiny import clip
 
         with pytest.raises(OptionError, match="torchvision"):

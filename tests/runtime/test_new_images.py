@@ -6,12 +6,14 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers.cache_utils import DynamicCache
 
 import capsight
 from capsight.errors import CapsightError, LayoutError, OptionError
 from capsight.layout import build_layout
-from tiny import CACHES, FAMILIES, clip, in_turn
+from tiny import CACHES, COMPLETE, FAMILIES, clip, in_turn
 
 from .conftest import few, fitted
 from .test_enable import assert_same, greedy
@@ -32,6 +34,8 @@ def conversation(vlm, rows, turns):
 
 @in_turn("rows,codec", [(1, "heads"), (2, "adaptive"), (2, "heads"), (1, "adaptive")])
 def test_new_images_on_the_same_cache(vlm, rows, codec):
+    if vlm.name == "gemma3" and Version(transformers.__version__) < COMPLETE:
+        pytest.skip("its masks are others in a later turn than in one prefill, without capsight, too")
     one, two = conversation(vlm, rows, 1), conversation(vlm, rows, 2)
     full = greedy(vlm.model.generate, **two)
     with capsight.enable(vlm.model, capsule=fitted(vlm.name, 1.0, codec)) as fast:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import transformers
+from packaging.version import Version
 from transformers.models.minicpmv4_6.image_processing_pil_minicpmv4_6 import MiniCPMV4_6ImageProcessorPil
 
 from tiny.base import TinyVLM, byte_tokenizer, offline, seeded
@@ -56,6 +57,8 @@ def build(name: str) -> TinyVLM:
     videos = PicturedVideos(images, names, timed=False, slice_mode=False)
     if not hasattr(transformers, f"{CLASSES[name]}Config"):
         raise ImportError(f"no {CLASSES[name]}Config")
+    if Version(transformers.__version__) < Version("5.20"):
+        raise ImportError("its tower takes pictures of one size only")
     parts = ("Config", "ForConditionalGeneration", "Processor")
     config_class, model_class, processor_class = (
         getattr(transformers, f"{CLASSES[name]}{part}") for part in parts

@@ -6,16 +6,17 @@ there is no build for machines without a GPU on the usual registry. Pictures do 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, NoReturn
 
 from transformers import (
     PROCESSOR_MAPPING,
     AutoConfig,
-    AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
     ProcessorMixin,
 )
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES, AutoImageProcessor
 from transformers.utils import is_torchvision_available
 
 from capsight.errors import OptionError
@@ -65,9 +66,7 @@ def load_processor(name: str, **options: Any) -> ProcessorMixin:
         OptionError: it cannot be loaded, or takes no images.
     """
     try:
-        processor = (
-            AutoProcessor.from_pretrained(name, **options) if _whole(name, options) else _parts(name, options)
-        )
+        processor = _loaded(name, options)
     except Exception as error:  # of files, the hub, tokenizers, missing packages...
         reason = " ".join(str(error).split()) or repr(error)
         raise OptionError(f"cannot load the processor of {name!r}: {reason}") from error
@@ -79,17 +78,34 @@ def load_processor(name: str, **options: Any) -> ProcessorMixin:
     return check_processor(processor, repr(name))
 
 
-def _whole(name: str, options: dict[str, Any]) -> bool:
-    """Whether transformers can load it all."""
-    if is_torchvision_available():
-        return True
-    kind = _class(name, options)
-    return kind is None or "video_processor" not in kind.get_attributes()
+def _loaded(name: str, options: dict[str, Any]) -> Any:
+    """In transformers' own way where it can load it all, else from parts."""
+    kind = None if is_torchvision_available() else _class(name, options)
+    if kind is None or "video_processor" not in kind.get_attributes():
+        try:
+            return AutoProcessor.from_pretrained(name, **options)
+        except ValueError:
+            if kind is None:
+                raise
+    return _parts(name, options)
 
 
 def _class(name: str, options: dict[str, Any]) -> Any:
     config = type(AutoConfig.from_pretrained(name, **options))
     return PROCESSOR_MAPPING.get(config, None)
+
+
+def _images(name: str, options: dict[str, Any]) -> Any:
+    """The image processor; transformers 5.17 does not find all that it has without torchvision."""
+    try:
+        return AutoImageProcessor.from_pretrained(name, **options)
+    except ValueError:
+        kind = AutoConfig.from_pretrained(name, **options).model_type
+        pil = IMAGE_PROCESSOR_MAPPING_NAMES.get(kind, {}).get("pil")
+        if pil is None:
+            raise
+        module = import_module(f"transformers.models.{kind}.image_processing_pil_{kind}")
+        return getattr(module, pil).from_pretrained(name, **options)
 
 
 def _parts(name: str, options: dict[str, Any]) -> Any:
@@ -108,7 +124,7 @@ def _parts(name: str, options: dict[str, Any]) -> Any:
 
     Images.__name__ = Images.__qualname__ = kind.__name__
     made = {
-        "image_processor": lambda: AutoImageProcessor.from_pretrained(name, **options),
+        "image_processor": lambda: _images(name, options),
         "tokenizer": lambda: AutoTokenizer.from_pretrained(name, **options),
     }
     settings, _ = kind.get_processor_dict(name, **options)

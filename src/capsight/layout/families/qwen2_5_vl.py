@@ -6,10 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import transformers
+from packaging.version import Version
+
 from capsight.errors import LayoutError
 from capsight.layout.families.base import TokenRow
 from capsight.layout.families.qwen2_vl import Qwen2VL
 from capsight.layout.row_layout import VisionBlock
+
+_WHOLE_SECONDS = Version(transformers.__version__) < Version("5.18")
+"""Whether this transformers cuts the time of a grid step to whole seconds."""
 
 
 class Qwen25VL(Qwen2VL):
@@ -42,4 +48,5 @@ class Qwen25VL(Qwen2VL):
         if block.kind == "image":
             return 1.0
         seconds = 1.0 if block.frame_seconds is None else block.frame_seconds
+        seconds = int(seconds) if _WHOLE_SECONDS else seconds
         return float(config.vision_config.tokens_per_second * seconds)
