@@ -25,6 +25,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from attention_measuring import TEXT_TOKENS, Run, machine, measure
+from page_parts import table
 from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -192,19 +193,15 @@ def needed(tokens: int, batch: int, dtype: str, shape: Shape) -> int:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table."""
-    names = list(rows[0]["seconds"]) if rows else []
-    fast = list(rows[0]["speedup"]) if rows else []
-    heads = [*(f"{name}, ms" for name in names), *(f"{name}, faster" for name in fast)]
-    lines = [
-        "| vision tokens | batch | dtype | retained | " + " | ".join(heads) + " |",
-        "|--:|--:|---|--:|" + "--:|" * len(heads),
+    names, fast = ([*rows[0][kind]] if rows else [] for kind in ("seconds", "speedup"))
+    measured = [*(f"{name}, ms" for name in names), *(f"{name}, faster" for name in fast)]
+    cells = [
+        [row["dtype"], str(row["tokens"]), str(row["batch"]), f"{row['retained']:g}"]
+        + [f"{row['seconds'][name] * 1e3:.2f}" for name in names]
+        + [f"{row['speedup'][name]:.2f}x" for name in fast]
+        for row in rows
     ]
-    for row in rows:
-        cells = [str(row["tokens"]), str(row["batch"]), row["dtype"], f"{row['retained']:g}"]
-        cells += [f"{row['seconds'][name] * 1e3:.2f}" for name in names]
-        cells += [f"{row['speedup'][name]:.2f}x" for name in fast]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(table(["dtype", "vision tokens", "batch", "retained", *measured], cells))
 
 
 def main(

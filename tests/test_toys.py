@@ -13,6 +13,7 @@ from capsight import KVCapsule, build_layout
 from capsight.evaluation import Ask, Item, evaluate, summary
 from capsight.kvcapsule import codecs
 from capsight.kvcapsule.codecs import LayerCodec, Payload
+from capsight.kvcapsule.codecs.base import take_tensors
 from capsight.layout import families
 from capsight.layout.families.base import Supply, check_length, enclosing
 from capsight.layout.families.rope import MRope
@@ -26,11 +27,12 @@ class PooledCodec(LayerCodec):
     name = "pooled"
 
     @classmethod
-    def fit(cls, moments, kept):
+    def fit(cls, moments, kept, **_):
         return cls(moments.block_size, kept)
 
     @classmethod
     def from_tensors(cls, tensors, shape, kept):
+        take_tensors(tensors, {}, {})  # it has learnt nothing, so a file holds nothing
         return cls(shape[1], kept)
 
     @property
@@ -61,7 +63,7 @@ def test_a_codec(monkeypatch, tmp_path, retained):
         tiny.model, tiny.processor, [inputs], retained, "pooled", block_size=16, progress=False
     )
     fitted.save_pretrained(tmp_path)
-    capsule = KVCapsule.from_pretrained(tmp_path)
+    capsule = KVCapsule.from_pretrained(tmp_path).with_retained(retained)
     options = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
     cache = capsule.cache(inputs)
     found = tiny.model.generate(**inputs, past_key_values=cache, **options)

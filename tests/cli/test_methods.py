@@ -11,7 +11,7 @@ from PIL import Image
 import capsight
 from capsight.cli.app import main
 from capsight.cli.evaluate import calibration_prompts
-from capsight.cli.methods import METHOD_NAMES, make_methods
+from capsight.cli.methods import FIXED, METHOD_NAMES, make_methods
 from capsight.cli.options import chosen_capsule, shares
 from capsight.errors import OptionError
 from capsight.kvcapsule import KVCapsule
@@ -49,6 +49,7 @@ def test_baselines_take_the_tokens_of_a_picture_as_one_run():
 
 
 def test_static_is_fitted_at_every_fraction():
+    assert FIXED == ("static", "static-mlp")
     model, processor = capsight.load_reference_vlm()
     fitted = make_methods(
         ["static"],

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -193,7 +195,8 @@ def test_options_out_of_range_are_refused():
         for kept in (0, 9, -1):
             with pytest.raises(OptionError, match="keeps between"):
                 codec(name, kept)
-        for ridge in (0.0, 2.0, float("nan")):
+        has_ridge = "ridge" in signature(CODECS[name].fit).parameters
+        for ridge in (0.0, 2.0, float("nan")) if has_ridge else ():
             with pytest.raises(OptionError, match="ridge"):
                 codec(name, 3, ridge=ridge)
     with pytest.raises(OptionError, match="fit again"):

@@ -9,7 +9,7 @@ from capsight.baselines import METHODS
 from capsight.errors import OptionError
 from capsight.kvcapsule import CacheMethod, KVCapsule
 from capsight.kvcapsule.budget import default_retained
-from capsight.kvcapsule.codecs import ALL_CODECS
+from capsight.kvcapsule.codecs import ALL_CODECS, CODECS, LayerCodec
 from capsight.kvcapsule.codecs.quantise import BITS
 from capsight.kvcapsule.fitted import ALIKE
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
@@ -33,7 +33,7 @@ CAPSULES: dict[str, Form] = {
     **{codec: Form(codec) for codec in ALL_CODECS},
     **{f"{codec}-int{bits}": Form(codec, bits) for codec in ("heads", "adaptive") for bits in BITS},
 }
-FIXED = ("static", "static-mlp")
+FIXED = tuple(name for name, codec in CODECS.items() if codec.resized is LayerCodec.resized)
 """Codecs that are fitted for one retained fraction."""
 METHOD_NAMES = (*CAPSULES, *(name for name in METHODS if name not in CAPSULES))
 

@@ -101,6 +101,8 @@ class LayerCodec(BlockCodec):
         Raises:
             OptionError: the codec has to be fitted again for that.
         """
+        if kept == self.kept:
+            return self
         raise OptionError(
             f"the {self.name} codec is fitted for one retained fraction; fit again with the new one"
         )
