@@ -54,10 +54,10 @@ class _PagedCodec(KeptCodec):
         for row, plan in enumerate(self._plans):
             tokens = sum(run.length for run in runs if run.row == row)
             if plan is not None and tokens:
-                own = slice(done, done + plan.image_tokens)  # the others end in a block that is not full
-                key, value = (x[own, :, 0].transpose(0, 1) for x in (keys, values))
-                found = select_tokens(key, value, plan.kept_image_tokens, plan.sizes)
-                chosen = torch.zeros_like(keep[own, :, 0].T).scatter(1, found, True)
-                keep[own] = chosen.T[:, :, None]
+                images = slice(done, done + plan.image_tokens)  # the others end in a block that is not full
+                key, value = (x[images, :, 0].transpose(0, 1) for x in (keys, values))
+                positions = select_tokens(key, value, plan.kept_image_tokens, plan.sizes)
+                chosen = torch.zeros_like(keep[images, :, 0].T).scatter(1, positions, True)
+                keep[images] = chosen.T[:, :, None]
             done += tokens
         return keep

@@ -107,7 +107,7 @@ def _plan(
     shown = sum(b - a for a, b in images)
     text = stop - start - shown
     nearest = math.floor((text + retained * shown) / block_size + 0.5)
-    kept = max(nearest, -(-(text + len(images)) // block_size))
-    if not images or kept >= end - first:
+    kept_blocks = max(nearest, -(-(text + len(images)) // block_size))
+    if not images or kept_blocks >= end - first:
         return None
-    return RequestPlan(block_size, first, end - first, kept, images)
+    return RequestPlan(block_size, first, end - first, kept_blocks, images)

@@ -46,11 +46,11 @@ def encode(rows: Integers) -> bytes:
     top = _up(int(np.abs(rows).max(initial=0)))
     classes = _together(columns, of_rows)
     for kind in _used(classes):
-        own = rows[classes == kind]
-        square = np.log2(max(np.square(own, dtype=np.float64).mean(), 1e-9))
+        numbers = rows[classes == kind]
+        square = np.log2(max(np.square(numbers, dtype=np.float64).mean(), 1e-9))
         width = int(np.abs(_squares(top) - square).argmin())
         coder.encode(np.array([(width - _usual(kind)) % _WIDTHS], np.int32), _differences(_WIDTHS, 1.0))
-        coder.encode((own + top).astype(np.int32), _model_of(width, top))
+        coder.encode((numbers + top).astype(np.int32), _model_of(width, top))
     return bytes(coder.get_compressed().astype("<u4").tobytes())
 
 
@@ -133,11 +133,11 @@ def _powers(width: int, top: int) -> NDArray[np.float64]:
 def _squares(top: int) -> NDArray[np.float64]:
     """Logarithm, to the base 2, of the mean square of integers up to top of every width."""
     n = np.arange(top + 1.0)
-    found = []
+    squares = []
     for width in range(_WIDTHS):
         powers = _powers(width, top)
-        found.append(2 * (powers * n * n).sum() / (2 * powers.sum() - 1))
-    return np.log2(np.maximum(found, 1e-30))
+        squares.append(2 * (powers * n * n).sum() / (2 * powers.sum() - 1))
+    return np.log2(np.maximum(squares, 1e-30))
 
 
 def _usual(kind: int) -> int:

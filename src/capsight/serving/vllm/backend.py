@@ -167,23 +167,22 @@ class CapsightImpl(CPUAttentionBackendImpl):
     def _rows(self, given: tuple[Any, ...], rows: Tensor, step: CPUAttentionMetadata, output: Tensor) -> None:
         """Dense attention of some rows, as a step of their own."""
         layer, query, key, value, kv_cache = given
-        own = torch.empty_like(query[rows])
-        super().forward(layer, query[rows], key, value, kv_cache, step, own)
-        output.view(query.shape)[rows] = own
+        attended = torch.empty_like(query[rows])
+        super().forward(layer, query[rows], key, value, kv_cache, step, attended)
+        output.view(query.shape)[rows] = attended
 
     def _shrink(self, layer: Any, kv_cache: Tensor, request: Shrinking) -> None:
         """Write what each head keeps of a request's region to the region's last blocks."""
         plan = request.plan
         keys, values = read_tokens(kv_cache, request.region, plan.tokens)  # [H, T, D]
         shown = torch.cat([torch.arange(*span) for span in plan.images])
-        found = select_tokens(keys[:, shown], values[:, shown], plan.kept_image_tokens, plan.sizes)
-        chosen = shown[found]
+        chosen = shown[select_tokens(keys[:, shown], values[:, shown], plan.kept_image_tokens, plan.sizes)]
         keep = torch.ones(keys.shape[:2], dtype=torch.bool).index_fill_(1, shown, False)
-        kept = keep.scatter_(1, chosen, True).nonzero()[:, 1].view(len(keys), -1, 1)  # [H, S, 1]
+        positions = keep.scatter_(1, chosen, True).nonzero()[:, 1].view(len(keys), -1, 1)  # [H, S, 1]
         slots = request.region[-plan.kept_blocks :, None] * plan.block_size + torch.arange(plan.block_size)
         blocks, heads, size, _ = kv_cache.shape
         ops.cpu_attn_reshape_and_cache(
-            *(torch.take_along_dim(x, kept, 1).transpose(0, 1).contiguous() for x in (keys, values)),
+            *(torch.take_along_dim(x, positions, 1).transpose(0, 1).contiguous() for x in (keys, values)),
             *kv_cache.view(blocks, heads, size * 2, -1).chunk(2, dim=2),
             slots.flatten(),
             layer.isa,

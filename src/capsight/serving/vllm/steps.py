@@ -54,7 +54,7 @@ def shrink_step(
     Returns:
         Block tables int `[R, n]`, lengths int `[R]`, and what shrinks.
     """
-    tables, lengths, found = step.block_table_tensor, step.seq_lens, []
+    tables, lengths, shrinking = step.block_table_tensor, step.seq_lens, []
     known, starts = lengths.tolist(), step.query_start_loc_cpu.tolist()
     for index, ranges in sorted((step.mm_req_doc_ranges or {}).items()):
         if index >= len(known) or known[index] < prompts[index]:
@@ -66,10 +66,10 @@ def shrink_step(
         if first < prompts[index]:
             region = table[plan.first : plan.first + plan.blocks].to(torch.int64)
             tail = starts[index] + prompts[index] - first, starts[index + 1]
-            found.append(Shrinking(plan, region, tail, known[index], table))
+            shrinking.append(Shrinking(plan, region, tail, known[index], table))
             continue
         if tables is step.block_table_tensor:
             tables, lengths = tables.clone(), lengths.clone()
         tables[index] = shortened(table, plan)
         lengths[index] -= plan.freed_tokens
-    return tables, lengths, tuple(found)
+    return tables, lengths, tuple(shrinking)
