@@ -10,8 +10,6 @@
 #ifdef __AMX_BF16__
 namespace capsight {
 
-constexpr int64_t AMX_AXES = 1 << 19;  // numbers of axes that are soon at hand again
-
 // What a chunk needs room for, kept for the next one of the same thread.
 struct AmxRoom {
   Floats keys, p, query;   // [tokens, wide], [tiles, H C, TILE], [H, C, wide]
@@ -41,10 +39,9 @@ class AmxChunk {
     } shapes;
     settle();
     _tile_loadconfig(&shapes);
-    int64_t most = heads * s.channels * rank > AMX_AXES ? 8 * SPAN : 4 * SPAN;
     for (int64_t first = start, end = start + tokens, ready = start, here; first < end; first += here) {
       if (folded && first == ready) ready += folded->next(first, end);
-      here = std::min(most, (folded ? ready : end) - first);
+      here = std::min(8 * int64_t(SPAN), (folded ? ready : end) - first);
       int64_t tiles = (here + TILE - 1) / TILE, spans = (here + SPAN - 1) / SPAN;
       z.open(first, here);
       room.p.resize(tiles * all * TILE), room.shares.assign(padded * spans * SPAN, 0);
