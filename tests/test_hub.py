@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 
 from capsight import HeadMap, KVCapsule
-from capsight.errors import CapsuleFileError
+from capsight.errors import CapsuleFileError, OptionError
 
 
 @pytest.fixture
@@ -71,3 +71,18 @@ def test_subfolders_of_folders_and_what_is_not_there(hub, tmp_path):
         type(thing).from_pretrained(tmp_path / "all", subfolder="one")
         with pytest.raises(CapsuleFileError, match="hub does not give it"):
             type(thing).from_pretrained("me/nothing", revision="x")
+
+
+@pytest.mark.parametrize("cls", [KVCapsule, HeadMap])
+def test_misspelt_options_are_refused_wherever_it_is_loaded_from(cls, tmp_path):
+    for source in ("reference", tmp_path, "somebody/something"):
+        with pytest.raises(OptionError, match="not revison"):
+            cls.from_pretrained(source, revison="main")
+
+
+def test_what_is_loaded_says_what_it_is_in_a_line():
+    for loaded in (KVCapsule.from_pretrained("reference"), HeadMap.from_pretrained("reference")):
+        said = repr(loaded)
+        assert said.startswith(type(loaded).__name__)
+        assert "layers" in said
+        assert len(said) < 150

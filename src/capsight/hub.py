@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypedDict
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from capsight.errors import CapsuleFileError
+from capsight.errors import CapsuleFileError, OptionError
 
 
 class HubOptions(TypedDict, total=False):
@@ -30,6 +31,18 @@ class HubOptions(TypedDict, total=False):
     cache_dir: str | os.PathLike[str] | None
     local_files_only: bool
     subfolder: str
+
+
+def check_names(hub: HubOptions) -> None:
+    """Refuse options of `from_pretrained` that neither capsight nor the hub's client knows.
+
+    Raises:
+        OptionError: there is one, a misspelt `revision` perhaps.
+    """
+    known = [*HubOptions.__annotations__, *inspect.signature(huggingface_hub.snapshot_download).parameters]
+    unknown = next((name for name in hub if name not in known), None)
+    if unknown is not None:
+        raise OptionError(f"from_pretrained takes {', '.join(HubOptions.__annotations__)}, not {unknown}")
 
 
 def folder_of(source: str | os.PathLike[str], patterns: Sequence[str], what: str, hub: HubOptions) -> Path:

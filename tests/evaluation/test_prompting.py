@@ -42,6 +42,12 @@ def test_a_question_with_an_image_token(vlm):
     assert not {"?", ""} & vision_tokens(vlm.processor)
 
 
+def test_a_question_with_an_image_token_is_told_with_its_line(vlm):
+    item = Item("data.jsonl, line 3", (vlm.picture(),), ())
+    with pytest.raises(OptionError, match=r"data\.jsonl, line 3: a question holds"):
+        process(vlm.processor, item, [f"what is {vlm.special['image']}"])
+
+
 @pytest.mark.parametrize("images", [1, 2])
 def test_questions_over_a_cache_are_those_of_one_prefill(vlm, images):
     questions = ("what?", "\n\nand this?", " x", "")

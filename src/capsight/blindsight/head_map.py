@@ -50,7 +50,7 @@ class CalibrationRecord:
     tolerance: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class HeadMap:
     """A category per layer and query head, for one model; immutable.
 
@@ -212,6 +212,12 @@ class HeadMap:
         """
         values, path = head_map_file.read(source, hub)
         return checked(cls, json.dumps(values), path, "save or download the head map again")
+
+    def __repr__(self) -> str:
+        """Its size, and how many heads each category has."""
+        flat = [category for heads in self.categories for category in heads]
+        counts = ", ".join(f"{flat.count(c)} {c.value}" for c in Category if c in flat)
+        return f"{type(self).__name__}({self.num_layers} layers of {self.num_heads} heads: {counts})"
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """Save to a repository of the Hugging Face hub; see `KVCapsule.push_to_hub`."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from capsight.errors import CapsuleFileError
 from capsight.files import read_header, write_header
-from capsight.hub import HubOptions, folder_of
+from capsight.hub import HubOptions, check_names, folder_of
 
 FILE_NAME = "head_map.json"
 FORMAT, FORMAT_VERSION = "capsight-head-map", 2
@@ -29,6 +29,7 @@ def write(values: Mapping[str, Any], folder: Path) -> Path:
 
 def read(source: str | os.PathLike[str], hub: HubOptions) -> tuple[dict[str, Any], Path]:
     """What `write` wrote, and the file; see `HeadMap.from_pretrained`."""
+    check_names(hub)
     path = _locate(source, hub)
     return read_header(path, FORMAT, FORMAT_VERSION, "head map"), path
 

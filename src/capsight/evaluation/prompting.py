@@ -51,7 +51,10 @@ def process(processor: Any, item: Item, questions: Sequence[str]) -> dict[str, A
     Raises:
         OptionError: the processor takes no such pictures or questions; names the item.
     """
-    texts = [chat_text(processor, len(item.images), q) for q in questions]
+    try:
+        texts = [chat_text(processor, len(item.images), q) for q in questions]
+    except OptionError as error:
+        raise OptionError(f"{item.name}: {error}") from error
     images = [picture(image) for image in item.images]
     return call(processor, texts, [images for _ in questions], item.name)
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from capsight.errors import CapsuleFileError, OptionError
-from capsight.hub import HubOptions
+from capsight.hub import HubOptions, check_names
 from capsight.kvcapsule.codecs import ALL_CODECS, JointCodec, LayerCodec
 from capsight.kvcapsule.info import CapsuleInfo, LayerInfo
 from capsight.kvcapsule.store import locate, read_folder, write_folder
@@ -63,6 +63,7 @@ def read_capsule(
     Raises:
         CapsuleFileError: it is missing, truncated, changed, or of a format this capsight does not read.
     """
+    check_names(hub or {})
     folder = locate(source, hub or {})
     header, tensors = read_folder(folder, KIND)
     codecs, info = _codecs(folder, header, tensors, lean=True)
