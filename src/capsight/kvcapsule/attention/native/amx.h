@@ -89,6 +89,23 @@ class AmxChunk {
   void look_up(int64_t first, int64_t tokens) {
     int64_t all = AmxLayer::up(tokens, SPAN), size = all * layer.half + SIDE;
     room.cosines.resize(size), room.sines.resize(size);
+    if (layer.half == SIDE) {
+      const float* rows[3][2] = {};
+      __mmask16 lanes[3];
+      for (int axis = 0, before = 0; axis < 3; before += layer.pairs[axis++]) lanes[axis] = ((1 << layer.pairs[axis]) - 1) << before;
+      for (int64_t t = 0; t < all; t++) {
+        for (int axis = 0; axis < 3; axis++) {
+          int64_t at = s.places[axis * s.tokens + first + std::min(t, tokens - 1)] * s.padded(axis);
+          rows[axis][0] = s.cosines[axis] + at, rows[axis][1] = s.sines[axis] + at;
+        }
+        for (int of : {0, 1}) {
+          __m512 x = _mm512_maskz_expandloadu_ps(lanes[0], rows[0][of]);
+          x = _mm512_mask_expandloadu_ps(x, lanes[1], rows[1][of]);
+          put(&(of ? room.sines : room.cosines)[t * SIDE], (vf)_mm512_mask_expandloadu_ps(x, lanes[2], rows[2][of]));
+        }
+      }
+      return;
+    }
     for (int64_t t = 0; t < all; t++) {
       float *cosine = &room.cosines[t * layer.half], *sine = &room.sines[t * layer.half];
       for (int axis = 0; axis < 3; axis++) {  // what a vector leaves beyond its end is written over
@@ -147,7 +164,11 @@ class AmxChunk {
   // Scores [C, TILE] of C queries of a head over the keys of a span, turned as tokens from one of the stretch on.
   template <int C>
   void scores(const float* keys, int64_t first, const float* query, float* p) const {
-    const int64_t half = layer.half, wide = layer.wide;
+    if (layer.wide == 2 * SIDE) return scores<C>(keys, first, query, p, SIDE, 2 * SIDE);
+    scores<C>(keys, first, query, p, layer.half, layer.wide);
+  }
+  template <int C>
+  INLINE void scores(const float* keys, int64_t first, const float* query, float* p, const int64_t half, const int64_t wide) const {
     for (int t = 0; t < SPAN; t += SIDE) {
       vf found[C][SIDE];
       for (int n = 0; n < SIDE; n++) {
