@@ -10,6 +10,7 @@ decodes compares a checksum all the same.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -44,9 +45,9 @@ def encode(rows: Integers) -> bytes:
     for classes, count, turn in ((columns, _CLASSES, _TURN[0]), (of_rows, _ROWS, _TURN[1])):
         coder.encode((np.diff(classes, prepend=0) % count).astype(np.int32), _differences(count, turn))
     top = _up(int(np.abs(rows).max(initial=0)))
-    classes = _together(columns, of_rows)
-    for kind in _used(classes):
-        numbers = rows[classes == kind]
+    flat = rows.ravel()
+    for kind, places in _used(_together(columns, of_rows)):
+        numbers = flat[places]
         square = np.log2(max(np.square(numbers, dtype=np.float64).mean(), 1e-9))
         width = int(np.abs(_squares(top) - square).argmin())
         coder.encode(np.array([(width - _usual(kind)) % _WIDTHS], np.int32), _differences(_WIDTHS, 1.0))
@@ -67,11 +68,10 @@ def decode(data: bytes, tokens: int, rank: int, top: int) -> Integers:
         coder = library.stream.queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
         columns = np.cumsum(coder.decode(_differences(_CLASSES, _TURN[0]), rank)) % _CLASSES
         of_rows = np.cumsum(coder.decode(_differences(_ROWS, _TURN[1]), tokens)) % _ROWS
-        classes = _together(columns, of_rows)
-        for kind in _used(classes):
-            places = classes == kind
+        flat = rows.ravel()
+        for kind, places in _used(_together(columns, of_rows)):
             width = int(coder.decode(_differences(_WIDTHS, 1.0), 1)[0] + _usual(kind)) % _WIDTHS
-            rows[places] = coder.decode(_model_of(width, top), int(places.sum())) - top
+            flat[places] = coder.decode(_model_of(width, top), len(places)) - top
     except (ValueError, AssertionError) as error:
         raise CapsuleFileError(f"coded latents cannot be read ({error}); encapsulate again") from error
     return rows
@@ -91,15 +91,19 @@ def _classes(magnitudes: Integers) -> tuple[Integers, Integers]:
     return np.where(magnitudes.any(0), columns, 0).astype(np.int32), rows
 
 
-def _together(columns: Integers, rows: Integers) -> Integers:
+def _together(columns: Integers, rows: Integers) -> NDArray[np.uint8]:
     """The class of each number `[T, R]`."""
     both = (columns + (rows[:, None] + _LOWEST)).clip(1, _CLASSES - 1)
-    return np.where(columns > 0, both, 0)
+    return np.where(columns > 0, both, 0).astype(np.uint8)
 
 
-def _used(classes: Integers) -> list[int]:
-    """The classes of numbers that are coded, ascending."""
-    return [int(k) for k in np.flatnonzero(np.bincount(classes.ravel(), minlength=1)) if k > 0]
+def _used(classes: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.intp]]]:
+    """The classes of numbers that are coded, ascending, and where those lie, counted by row."""
+    order = classes.ravel().argsort(kind="stable")
+    ends = np.bincount(classes.ravel(), minlength=_CLASSES).cumsum().tolist()
+    for kind in range(1, _CLASSES):
+        if ends[kind - 1] < ends[kind]:
+            yield kind, order[ends[kind - 1] : ends[kind]]
 
 
 def check_coder() -> None:

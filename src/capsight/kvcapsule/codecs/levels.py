@@ -174,16 +174,14 @@ def rate_of(lost: Tensor, quality: float) -> tuple[float, int]:
         It, and how many coordinates are coded: the first ones, all groups that vary a quarter as much as its
         error. The variance of a group is an average: some of its coordinates vary more than the error.
     """
-    variance = lost[:, 0] / GROUP  # of a coordinate
-    level, allowed = float(variance.max()), (1 - quality) * float(variance.sum())
-    low = 0.0
-    for _ in range(60):  # water-filling: sum of min(variance, level) = allowed
-        middle = (low + level) / 2
-        if float(variance.clamp_max(middle).sum()) > allowed:
-            level = middle
-        else:
-            low = middle
-    return math.sqrt(12 * level), GROUP * max(int((variance > level / 4).sum()), 1)
+    variance = (lost[:, 0] / GROUP).tolist()  # of a coordinate
+    level = left = (1 - quality) * math.fsum(variance)
+    for at, least in enumerate(sorted(variance)):  # water-filling: sum of min(variance, level) = left
+        level = left / (len(variance) - at)
+        if level <= least:
+            break
+        left -= least
+    return math.sqrt(12 * level), GROUP * max(sum(own > level / 4 for own in variance), 1)
 
 
 def _squeeze(code: Tensor, bits: int) -> Tensor:
