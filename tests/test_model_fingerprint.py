@@ -12,6 +12,7 @@ from capsight import KVCapsule
 from capsight.errors import ModelMismatchError, UnsupportedModelError
 from capsight.model_fingerprint import model_fingerprint, same_model
 from runtime.conftest import fitted
+from runtime.test_enable import assert_same, greedy, mixed_batch
 from tiny import FAMILIES
 
 every = pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -73,6 +74,25 @@ def test_quantised_weights_are_the_model_they_were_made_from(name):
     quanto.quantize(model.get_decoder(), weights=quanto.qint8)
     quanto.freeze(model)
     capsule.check_model(model)
+    with torch.no_grad():
+        next(p for n, p in model.get_decoder().named_parameters() if n.endswith("norm.weight")).add_(0.25)
+    with pytest.raises(ModelMismatchError):
+        capsule.check_model(model)
+
+
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig", "IntxWeightOnlyConfig"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "lfm3_vl"])
+def test_weights_of_torchao_are_the_model_they_were_made_from_and_run(name, kind):
+    """Needs torchao, which the project's environment has not."""
+    pytest.importorskip("torchao")
+    from torchao import quantization
+
+    vlm, capsule = FAMILIES[name](), fitted(name, 1.0)
+    model, inputs = copy.deepcopy(vlm.model), mixed_batch(vlm)
+    quantization.quantize_(model.get_decoder(), getattr(quantization, kind)())
+    full = greedy(model.generate, **inputs)
+    with capsight.enable(model, capsule=capsule) as fast:
+        assert_same(greedy(fast.generate, **inputs), full)
     with torch.no_grad():
         next(p for n, p in model.get_decoder().named_parameters() if n.endswith("norm.weight")).add_(0.25)
     with pytest.raises(ModelMismatchError):
