@@ -75,7 +75,7 @@ class AmxFolded {
         const int32_t* places = s.places + seen.order[axis] * s.tokens + first;
         const size_t all = of.at.size(), left_out = axis > 0;
         for (int n = 0; n < SIDE; n++) {
-          const float* own = &of.shares[of.slot[places[std::min(t + n, tokens - 1)]] * all];
+          const float* own = &of.shares[of.slot[places[std::min(t + n, tokens - 1)] - of.lowest] * all];
           for (size_t k = left_out; k < all; k++) shares[n * many + at + k - left_out] = own[k];
         }
         at += all - left_out;

@@ -18,7 +18,8 @@ constexpr int64_t FOLDED = 1 << 10;  // tokens of a stretch, or up to the end of
 // The places of one axis that a stretch has, and those that its tokens are seen through.
 struct Nodes {
   std::vector<int32_t> places, at;  // by position
-  std::vector<int> slot;            // of each place of the axis, which one of the stretch it is; or -1
+  int32_t lowest;                   // place of the stretch
+  std::vector<int> slot;            // of each place of the axis from the lowest on, which one of the stretch it is
   Floats shares;                    // [places of the stretch, those seen through]
 
   // The places of tokens from one on, and those to see them through where no pair turns faster than that.
@@ -30,11 +31,11 @@ struct Nodes {
   }
 
   void list(const Joint& s, int axis, int64_t first, int64_t tokens) {
-    slot.assign(s.sizes[axis], -1), places.clear();
-    for (int64_t t = first; t < first + tokens; t++) {
-      int32_t place = s.places[axis * s.tokens + t];
-      if (slot[place] < 0) slot[place] = 0, places.push_back(place);
-    }
+    const int32_t* own = s.places + axis * s.tokens + first;
+    auto [least, most] = std::minmax_element(own, own + tokens);
+    lowest = *least, slot.assign(*most - lowest + 1, -1), places.clear();
+    for (int64_t t = 0; t < tokens; t++)
+      if (slot[own[t] - lowest] < 0) slot[own[t] - lowest] = 0, places.push_back(own[t]);
     spots = s.spots[axis];
     if (!std::is_sorted(places.begin(), places.end())) std::sort(places.begin(), places.end());
   }
@@ -60,7 +61,7 @@ struct Nodes {
   void share() {
     shares.resize(places.size() * at.size());
     for (size_t i = 0; i < places.size(); i++) {
-      slot[places[i]] = i;
+      slot[places[i] - lowest] = i;
       for (size_t k = 0; k < at.size(); k++) {
         double share = at.size() < places.size() || i == k;
         for (size_t j = 0; j < at.size() && at.size() < places.size(); j++)
