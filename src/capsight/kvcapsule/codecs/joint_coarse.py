@@ -47,7 +47,7 @@ def typical_loss(first: Any) -> float:
         first: the joint codec of the first layer; `lost` and `typical` are of all layers.
     """
     variance = first.lost[:, 0] / GROUP  # of a coordinate
-    kept = variance.repeat_interleave(GROUP)[: first.levels.rank]
+    variances = variance.repeat_interleave(GROUP)[: first.levels.rank]
     steps = first.steps[0] * first.weight[0]  # of axes of length 1
     rounding = (first.full_nbytes // 2 * steps.square() / 12).clamp_max(1)  # of an axis
-    return float(first.typical) + float(1 - (kept * (1 - rounding)).sum() / first.lost[:, 0].sum())
+    return float(first.typical) + float(1 - (variances * (1 - rounding)).sum() / first.lost[:, 0].sum())

@@ -35,22 +35,24 @@ def coarse(layers: Layers, quality: float, tokens: int) -> dict[int, dict[str, T
     """
     first = next(iter(layers.values()))
     step, _ = rate_of(first["lost"], quality)
-    count = sum(own["mean"].numel() for own in layers.values())  # F
+    count = sum(buffers["mean"].numel() for buffers in layers.values())  # F
     error = step**2 / 12
     by_axis = error * count / tokens
     variance = first["lost"][:, 0] / GROUP  # of a coordinate
     rank = GROUP * max(int((variance > _UNUSED * error + by_axis).sum()), 1)
     rank = min(rank, len(first["axes"]))
     steps = (12 * by_axis / count / variance.repeat_interleave(GROUP)[:rank]).sqrt().float()
-    largest = torch.stack([_axes(own, rank).abs().amax((1, 2, 3)) for own in layers.values()]).amax(0)
+    largest = torch.stack([_axes(buffers, rank).abs().amax((1, 2, 3)) for buffers in layers.values()]).amax(0)
     steps = torch.maximum(steps, largest / _TOP).clamp_min(1e-30)
     integers = {
-        i: _rounded(_axes(own, rank) / steps[:, None, None, None]).to(torch.int8) for i, own in layers.items()
+        i: _rounded(_axes(buffers, rank) / steps[:, None, None, None]).to(torch.int8)
+        for i, buffers in layers.items()
     }
     squares = torch.stack([x.float().square().sum((1, 2, 3)) for x in integers.values()])
     scale = squares.sum(0).clamp_min(1).rsqrt().bfloat16().float()
     return {
-        i: {**own, "axes": integers[i], "steps": scale / own["weight"][:, None]} for i, own in layers.items()
+        i: {**buffers, "axes": integers[i], "steps": scale / buffers["weight"][:, None]}
+        for i, buffers in layers.items()
     }
 
 
@@ -58,7 +60,7 @@ def _rounded(x: Tensor) -> Tensor:
     return x.sign() * (x.abs() + 0.5 - _TOWARD_ZERO).floor()
 
 
-def _axes(own: Mapping[str, Tensor], rank: int) -> Tensor:
+def _axes(buffers: Mapping[str, Tensor], rank: int) -> Tensor:
     """A layer's part of U^T: float32 `[R, 2, H, D]`."""
-    steps = own["steps"][:, :rank] * own["weight"][:, None]
-    return numbers(own["axes"][:rank], steps, torch.float32)
+    steps = buffers["steps"][:, :rank] * buffers["weight"][:, None]
+    return numbers(buffers["axes"][:rank], steps, torch.float32)
