@@ -22,9 +22,9 @@ from serve_vllm import ENVIRONMENT
 
 
 def main(
-    retained: Annotated[float, typer.Option(help="Share of image tokens to keep.")] = 0.4,
-    prompts: Annotated[int, typer.Option(help="Prompts of the test split, six questions each.")] = 34,
-    images: Annotated[int, typer.Option(help="Pictures in each.")] = 4,
+    retained: Annotated[float, typer.Option(help="Share of image tokens to keep.")] = 0.14,
+    prompts: Annotated[int, typer.Option(help="Prompts of the test split, six questions each.")] = 36,
+    images: Annotated[int, typer.Option(help="Pictures in each.")] = 8,
     tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 12,
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the figures.")] = None,
 ) -> None:
