@@ -16,6 +16,7 @@ from capsight.attention_swap import attention_fits
 from capsight.blindsight import HeadMap
 from capsight.cache_argument import CACHE
 from capsight.kvcapsule import CacheMethod, CapsuleCache, ContextRepeater, LatentMethod, QueryObserver
+from capsight.kvcapsule.cache.reader import hand_over
 from capsight.kvcapsule.cache.stock import has_states, set_state, states
 from capsight.layout import PromptLayout, build_layout
 from capsight.layout.positions import text_position_ids
@@ -35,6 +36,16 @@ class _Recorder(DynamicCache):
         super().__init__(config=config)
         stock: list[Any] = self.layers
         self.layers = [layer if has_states(layer) else DynamicLayer() for layer in stock]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        hand_over(keys, values, self)
+        return keys, values
+
+    def attended(self) -> None:
+        """Nothing is hidden."""
 
     def key_bias(self, layer_idx: int) -> None:
         """Nothing is hidden."""
