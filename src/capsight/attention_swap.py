@@ -17,8 +17,10 @@ def attention_fits(model: Any) -> bool:
     """Whether attention of capsight's can stand in for a text model's own.
 
     It cannot where scores are capped or have sinks (Gemma 2, gpt-oss): what SDPA cannot, it cannot either.
+    (Gemma 2 of transformers 5.17 says that SDPA can.)
     """
-    return bool(getattr(model.get_decoder(), "_supports_sdpa", True))
+    caps = getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    return caps is None and bool(getattr(model.get_decoder(), "_supports_sdpa", True))
 
 
 def check_attention(model: Any) -> None:
