@@ -65,9 +65,11 @@ def test_errors_are_those_of_the_codecs_on_blocks_of_the_pass(qwen):
 def test_the_static_codec_has_one_count(qwen):
     static = fitted(qwen, codec="static")
     assert static.info.needs is None
-    for budget in ("uniform", "water-filled"):
-        with pytest.raises(OptionError, match=r"fit (it )?again"):
-            static.with_budget(budget)
+    assert static.with_budget("uniform").codecs == static.codecs  # what it has
+    with pytest.raises(OptionError, match=r"fit (it )?again"):
+        static.with_budget("water-filled")
+    with pytest.raises(OptionError, match=r"fit (it )?again"):
+        static.with_retained(0.9)
     with pytest.raises(OptionError, match="budget must"):
         fitted(qwen).with_budget("greedy")
 
