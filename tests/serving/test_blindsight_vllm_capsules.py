@@ -13,6 +13,7 @@ from capsight.blindsight import Category, MaskOptions
 from capsight.reference import load_reference_vlm, reference_path, split_prompt
 from capsight.serving.export import export_checkpoint
 from capsight.serving.method import PagedCapsules
+from serving.ask_vllm import ask
 from serving.drive_vllm import drive
 
 RETAINED, TOKENS = 0.4, 40
@@ -58,6 +59,15 @@ def check(found, right):
         answered = tokens.index(4) + 1 if 4 in tokens else len(tokens)  # behind the end token it is untrained
         assert max(gaps[:answered]) <= 1e-4
         assert max(gaps) <= 1e-3
+
+
+def test_whole_prompts_and_again_from_the_prefix_cache(tmp_path, job):
+    folder, requests, right = job
+    prompts = [(text, files) for text, files, _ in requests]
+    rounds = ask(tmp_path, folder, prompts, 2, TOKENS, True, max_num_batched_tokens=2048)
+    for answered in rounds:
+        check({"answers": [[one] for one in answered]}, right)
+    assert rounds[1][0]["cached"] > rounds[0][0]["cached"]
 
 
 def test_chunks_in_a_pool_that_preempts(tmp_path, job):
