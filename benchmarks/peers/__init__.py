@@ -9,7 +9,9 @@ from typing import Any
 
 from capsight.kvcapsule.cache import full_attention_layers
 from capsight.kvcapsule.codecs.rotary import find_rotary
+from capsight.serving.method import PagedCapsules
 from peers.evicting import PeerEviction
+from peers.paged import PooledPaged
 from peers.pruning import Given, Pruning
 from peers.scores import capkv, compactor, expected_attention, keydiff, leverage
 from peers.whole import WholeQuantised
@@ -25,11 +27,15 @@ POOLED = ("keydiff", "leverage", "capkv")
 """Scores with a row whose heads share a layer's budget, too."""
 WHOLE = ("kivi", "kivi-plain", "rotated")
 WIDTHS = (4, 3, 2)
+PAGED_BLOCK = 16
+"""Tokens of a block: vLLM's on GPUs. Its CPU kernels want 32, which is coarse for small pictures."""
+PAGED = {"paged": PagedCapsules, "paged-pooled": PooledPaged}
 PEERS = (
     *SCORES,
     *(f"{name}-pooled" for name in POOLED),
     "diverse",
     "distinct",
+    *PAGED,
     *(f"{name}-{bits}" for name in WHOLE for bits in WIDTHS),
 )
 
@@ -45,6 +51,8 @@ def make_peers(names: list[str], retained: list[float], model: Any, block_size: 
             assert given is not None
             budgets = retained if name == "diverse" else [0.5]
             made += [Pruning(name, given, rho, block_size) for rho in budgets]
+        elif name in PAGED:
+            made += [PAGED[name](rho, PAGED_BLOCK) for rho in retained]
         elif kind in WHOLE:
             made.append(WholeQuantised(kind, int(last), rotary))
         else:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from judges_known import load_source
 from peers import PEERS, make_peers
+from peers.paged import PooledCodec
 from peers.pruning import distinct, diverse
 from peers.scores import leverage
 from peers.tokens import Tokens
@@ -13,6 +14,7 @@ from peers.whole import rotated, uniform
 
 from capsight.evaluation import evaluate, summary
 from capsight.kvcapsule.codecs.rotary import Rotary
+from capsight.serving.plan import plan_request
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def mosaic():
 
 
 def test_nothing_dropped_is_the_full_cache_and_less_is_fewer_bytes(mosaic) -> None:
-    items = mosaic.items("dev", 2, 1)
+    items = mosaic.items("dev", 4, 1)
     names = [name for name in PEERS if "-4" not in name]
     methods = make_peers(names, [1.0, 0.1], mosaic.model, mosaic.block)
     rows = summary(evaluate(mosaic.model, mosaic.processor, items, methods, max_new_tokens=4))
@@ -64,3 +66,16 @@ def test_what_is_pruned() -> None:
     assert diverse(embeds, 5).all()
     pixels = torch.tensor([[1, 1], [1, 1], [2, 2], [1, 1], [3, 3], [1, 1]])
     assert distinct(pixels, [3, 3]).tolist() == [True, False, True, True, True, False]
+
+
+def test_pooled_heads_share_what_paged_ones_have_alike() -> None:
+    plan = plan_request([(0, 39), (42, 95)], 96, 8, 0.25)
+    keys = torch.randn(3, plan.image_tokens, 4, generator=torch.Generator().manual_seed(2))
+    keys[1, ::2] *= 30  # half the tokens of one head stand out
+    keep = PooledCodec([plan]).chosen(keys, keys, plan)
+    assert keep.shape == (3, plan.image_tokens)
+    assert keep.sum() == 3 * plan.kept_image_tokens
+    counts = keep.sum(1)
+    assert counts.min() < plan.kept_image_tokens < counts.max()
+    least = 3 * plan.kept_image_tokens // 2 // 2  # half of all, by two images
+    assert all(part.sum() >= least for part in keep.split(list(plan.sizes), 1))

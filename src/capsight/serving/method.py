@@ -17,6 +17,33 @@ from capsight.serving.plan import RequestPlan, plan_request
 from capsight.serving.select import select_tokens
 
 
+class PagedCodec(KeptCodec):
+    """Image tokens one by one; those of a row compete."""
+
+    def __init__(self, plans: Sequence[RequestPlan | None]) -> None:
+        """Take a plan for each row of a batch."""
+        super().__init__("paged", 1)
+        self._plans = tuple(plans)
+
+    def keep(self, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> Tensor:
+        """Which tokens of blocks `[M, H, 1, D]` to keep: bool `[M, H, 1]`."""
+        keep = super().keep(keys, values, runs)  # [T, H, 1]
+        done = 0
+        for row, plan in enumerate(self._plans):
+            tokens = sum(run.length for run in runs if run.row == row)
+            if plan is not None and tokens:
+                images = slice(done, done + plan.image_tokens)  # the others end in a block that is not full
+                key, value = (x[images, :, 0].transpose(0, 1) for x in (keys, values))
+                keep[images] = self.chosen(key, value, plan).T[:, :, None]
+            done += tokens
+        return keep
+
+    def chosen(self, keys: Tensor, values: Tensor, plan: RequestPlan) -> Tensor:
+        """Which of a row's image tokens `[H, T, D]` to keep: bool `[H, T]`."""
+        positions = select_tokens(keys, values, plan.kept_image_tokens, plan.sizes)
+        return torch.zeros_like(keys[:, :, 0], dtype=torch.bool).scatter(1, positions, True)
+
+
 class PagedCapsules(Baseline):
     """Each KV head of each layer keeps equally many image tokens of a prompt, as whole blocks of memory hold.
 
@@ -25,6 +52,7 @@ class PagedCapsules(Baseline):
     """
 
     name = "paged"
+    codec: type[PagedCodec] = PagedCodec
 
     def __init__(self, retained: float = 0.40, block_size: int = 32) -> None:
         """Choose the share of image tokens to keep and the engine's block size."""
@@ -37,27 +65,5 @@ class PagedCapsules(Baseline):
         return plan_request(ranges, row.length - pad, self.block_size, self.retained)
 
     def _new_cache(self, layout: PromptLayout, config: PreTrainedConfig) -> CapsuleCache:
-        codec = _PagedCodec([self.plan(row) for row in layout.rows])
+        codec = self.codec([self.plan(row) for row in layout.rows])
         return CapsuleCache(dict.fromkeys(full_attention_layers(config), codec), layout, config)
-
-
-class _PagedCodec(KeptCodec):
-    """Image tokens one by one; those of a row compete."""
-
-    def __init__(self, plans: Sequence[RequestPlan | None]) -> None:
-        super().__init__(PagedCapsules.name, 1)
-        self._plans = tuple(plans)
-
-    def keep(self, keys: Tensor, values: Tensor, runs: Sequence[Run]) -> Tensor:
-        keep = super().keep(keys, values, runs)  # [T, H, 1]
-        done = 0
-        for row, plan in enumerate(self._plans):
-            tokens = sum(run.length for run in runs if run.row == row)
-            if plan is not None and tokens:
-                images = slice(done, done + plan.image_tokens)  # the others end in a block that is not full
-                key, value = (x[images, :, 0].transpose(0, 1) for x in (keys, values))
-                positions = select_tokens(key, value, plan.kept_image_tokens, plan.sizes)
-                chosen = torch.zeros_like(keep[images, :, 0].T).scatter(1, positions, True)
-                keep[images] = chosen.T[:, :, None]
-            done += tokens
-        return keep

@@ -30,7 +30,20 @@ def select_tokens(keys: Tensor, values: Tensor, count: int, images: Sequence[int
     Returns:
         int64 `[H, count]`, ascending; earlier tokens win ties.
     """
-    scores = leverage(torch.stack([keys, values])).prod(0)
+    return best_tokens(leverage(torch.stack([keys, values])).prod(0), count, images)
+
+
+def best_tokens(scores: Tensor, count: int, images: Sequence[int]) -> Tensor:
+    """The highest scores of each row, half of them shared equally by the images.
+
+    Args:
+        scores: float `[H, T]`.
+        count: tokens to keep of the T, at least one of each image.
+        images: tokens of each image, T in all.
+
+    Returns:
+        int64 `[H, count]`, ascending; earlier tokens win ties.
+    """
     each = max(1, int(_SHARED * count) // len(images))
     certain = [
         torch.zeros_like(own, dtype=torch.bool).scatter_(1, _best(own, each), True)
