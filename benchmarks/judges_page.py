@@ -37,9 +37,9 @@ p by the exact McNemar test on the questions that both were asked.
 constants of kvpress 0.5.5 (its own code gives the same scores, to 4e-6 of the largest); with `-pooled` the
 heads of a layer share their budget. `kivi-B` has keys by channel and values by token in B bits,
 `kivi-plain-B` keys before RoPE, `rotated-B` both after a Hadamard rotation: text is stored in few bits, too.
-`paged` is what the [vLLM plugin](../serving.md) keeps with blocks of 16 tokens, every head equally many;
-in `paged-pooled` the heads of a layer share. `diverse` and `distinct` drop tokens before the language model reads them. They are in `benchmarks/peers`; all
-others are methods of `capsight eval`. """
+`paged` is what the [vLLM plugin](../serving.md) keeps with blocks of 16 tokens, every head equally many; in
+`paged-pooled` the heads of a layer share. `diverse` and `distinct` drop tokens before the language model
+reads them. They are in `benchmarks/peers`; all others are methods of `capsight eval`. """
 
 
 def counterpart(judged: Judged, label: str) -> str | None:

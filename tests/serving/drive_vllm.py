@@ -1,8 +1,9 @@
 """One vLLM engine in a process of its own, watched: `python -m serving.drive_vllm JOB.json ANSWERS.json`.
 
 A job has `model` (a folder), `requests` (text, picture files, how many answers), `tokens` (how many to
-generate), `abort` (which requests are given up while their prompts are read), `engine` (arguments of
-`vllm.LLM`) and `watch` (whether the engine runs in this process, so that its scheduler can be looked at).
+generate), `abort` (which requests are given up while their prompts are read, or else soon after), `engine`
+(arguments of `vllm.LLM`) and `watch` (whether the engine runs in this process, so that its scheduler can be
+looked at).
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ def watched(engine, job, sampling):
         preempted |= {r.request_id for r in scheduler.requests.values() if r.num_preemptions}
         if abort:
             begun = {
-                r.request_id for r in scheduler.running if 0 < r.num_computed_tokens < r.num_prompt_tokens
+                r.request_id
+                for r in scheduler.requests.values()
+                if 0 < r.num_computed_tokens < r.num_prompt_tokens or r.num_output_tokens > 4
             }
             for index in [i for i in abort if str(i) in {x.split("-")[0] for x in begun}]:
                 llm.abort_request([str(index)])

@@ -1,9 +1,9 @@
 """Many requests in a pool of memory that is too small for them: `python -m serving.soak_vllm --requests 500`.
 
 From the folder `tests`, in an environment with vLLM. Requests with none to three pictures, new ones and such
-as were asked about before, some given up while their prompts are read, in chunks and in so few blocks that
-vLLM preempts all the time. Every answer must be that of an engine with room for all, and no block may stay
-behind.
+as were asked about before, some given up while their prompts are read or soon after, in chunks and in so few
+blocks that vLLM preempts all the time. Every answer must be that of an engine with room for all, and no block
+may stay behind.
 """
 
 from __future__ import annotations
