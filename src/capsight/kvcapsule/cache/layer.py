@@ -14,7 +14,8 @@ from capsight.kvcapsule.cache.layer_tokens import LayerTokens
 from capsight.kvcapsule.cache.ledger import Ledger
 from capsight.kvcapsule.cache.placement import Placement
 from capsight.kvcapsule.cache.waiting import Waiting
-from capsight.kvcapsule.codecs import BlockCodec, Payload
+from capsight.kvcapsule.codecs import BlockCodec, Payload, TokenPositions
+from capsight.kvcapsule.plan import Run
 
 
 class CapsuleLayer(DynamicLayer):
@@ -23,14 +24,12 @@ class CapsuleLayer(DynamicLayer):
     - capsules: all runs of the plan that are complete;
     - packed: exact keys and values `[2, E, H, D]` of all other tokens up to the last update that
       completed a run, rows end to end, no padding;
-    - tail: exact keys and values `[2, B, T, H, D]` of the tokens that came since.
+    - tail: exact keys and values `[2, B, T, H, D]` of the tokens that came since, at the start of a
+      buffer with room for more, so that a step copies nothing.
 
-    The tail lies at the start of a buffer with room for more, so that a step copies nothing.
-
-    `update` returns its own arguments at the first prefill (a later one attends to capsules of
-    what came before it), and otherwise a rebuilt copy in the scratch buffer, which is valid until
-    the next layer's update. Where the ledger says so it leaves everything as it is, returns the new
-    tokens only, and leaves the rest to `CapsuleCache.take_latent`.
+    `update` returns its own arguments at the first prefill (a later one attends to capsules of what
+    came before), otherwise a rebuilt copy in the scratch buffer, valid until the next layer's update. Where
+    the ledger says so it returns new tokens only and leaves the rest to `CapsuleCache.take_latent`.
     """
 
     def __init__(self, codec: BlockCodec, ledger: Ledger) -> None:
@@ -53,15 +52,18 @@ class CapsuleLayer(DynamicLayer):
         self._bias: Tensor | None = None  # [B, H or 1, 1, S]
         self._writer = Room()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without views of the buffer: pickled, they would be memory of their own."""
+        return self.__dict__ | {"_left": None, "_writer": Room()}
+
     @property
     def payload(self) -> Payload | None:
         """Capsules of all complete runs, in the order of the runs: by row, then position."""
         if self._waiting is not None:
             waiting, order = self._waiting
             self._waiting, new = None, self._ledger.queue.payload(waiting)
-            if self._payload is not None:
-                new = self._payload.join(new).select(order)
-            self._payload = new
+            old = self._payload
+            self._payload = new if old is None else old.join(new).select(order)
         return self._payload
 
     @payload.setter
@@ -136,11 +138,7 @@ class CapsuleLayer(DynamicLayer):
         length = self.get_seq_length() + new_keys.shape[2]
         capsules = None
         if self.payload is not None:
-            positions = (
-                self._ledger.positions(placement.runs, new_keys.device)
-                if self.codec.needs_positions
-                else None
-            )
+            positions = self._positions(placement.runs, new_keys.device)
             capsules = self.codec.decode_at(self.payload, positions, new_keys.dtype)
         run_slots, exact_slots = placement.run_slots(length), placement.exact_slots(length)
         results = []
@@ -171,13 +169,15 @@ class CapsuleLayer(DynamicLayer):
             size = (-1, self.codec.block_size)
             taken = [x.index_select(0, intake.blocks).unflatten(0, size) for x in flat]  # [M, N, H, D]
             new_keys, new_values = (x.transpose(1, 2) for x in taken)
-            positions = (
-                self._ledger.positions(intake.runs, keys.device) if self.codec.needs_positions else None
-            )
+            positions = self._positions(intake.runs, keys.device)
             waiting = self._ledger.queue.add(self.codec, new_keys, new_values, intake.runs, positions)
             self._waiting = waiting, intake.order
         self._packed = torch.stack([x.index_select(0, intake.exact) for x in flat])
         self.placement = intake.placement
+
+    def _positions(self, runs: tuple[Run, ...], device: torch.device) -> TokenPositions | None:
+        """Of the tokens of `runs`, where the codec asks for them."""
+        return self._ledger.positions(runs, device) if self.codec.needs_positions else None
 
     def _grows(self, placement: Placement, new: int) -> bool:
         """Whether `new` more tokens go to the tail: none is padding, and they complete no run."""

@@ -53,6 +53,10 @@ class Ledger:
         self._sharing = codecs[0].sharing
         self._positions: tuple[tuple[Run, ...], TokenPositions] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is computed anew, and what only lives in this process."""
+        return self.__dict__ | {"scratch": Scratch(), "left": None, "_exact": None, "_latents": None}
+
     @property
     def layout(self) -> PromptLayout:
         """The layout of the batch as it is now (after beams repeated or reordered its rows)."""
