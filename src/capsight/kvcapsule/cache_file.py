@@ -56,6 +56,7 @@ def save_cache(path: str | os.PathLike[str], cache: CapsuleCache, capsule: KVCap
         "capsule": capsule_fingerprint(capsule),
         "made_with": _described(capsule),
         "weights": capsule.info.options.get("weights", "solved"),
+        "adapters": cache.adapters,
     }
     text = json.dumps(header, sort_keys=True)
     metadata = {"format": KIND, "header": text, "sha256": tensors_fingerprint(tensors, text)}
@@ -96,6 +97,7 @@ def load_cache(
         if tensors:
             raise CapsuleFileError(f"tensors of no layer: {sorted(tensors)[:3]}; save the cache again")
         cache.conversation = _conversation(ids, header, cache)
+        cache.adapters = str(header.get("adapters", ""))
         return cache
     except (CapsuleFileError, LayoutError, OptionError) as error:
         raise CapsuleFileError(f"{path}: {error}") from error

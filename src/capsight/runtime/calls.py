@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from capsight.adapters import check_adapters
 from capsight.attention_swap import is_unserved
 from capsight.cache_argument import cache_of, with_cache
 from capsight.errors import CapsightError, LayoutError, UnsupportedModelError
@@ -133,6 +134,9 @@ class Served:
                         "a forward pass cannot bring images to a cache that is filled; call generate, or "
                         "encapsulate of what enable(...) gave, with the whole conversation"
                     )
+                ids = kwargs.get("input_ids")
+                if ids is None or ids.shape[-1] > 1:  # not at each step
+                    check_adapters(cache.adapters, module, "the cache")
                 cache.watch(module.config)
             return None
         fast = serving_here(module)

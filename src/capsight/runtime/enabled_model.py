@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from capsight.adapters import adapters_fingerprint, check_adapters
 from capsight.blindsight import HeadMap
 from capsight.errors import ModelMismatchError, OptionError
 from capsight.execution import inputs_device
@@ -95,13 +96,14 @@ class EnabledModel:
         cache = self.capsule.cache(inputs, self.model.config)
         if isinstance(cache, CapsuleCache):
             cache.lean = self.decode == "latent"
+            cache.adapters = adapters_fingerprint(self.model)
         return cache
 
     def cache_for(self, cache: Any, inputs: Mapping[str, Any]) -> Any:
         """The cache of a call that was given `cache`: a new one in place of none or of an empty stock one.
 
         Raises:
-            ModelMismatchError: the cache that was given belongs to another model.
+            ModelMismatchError: the cache that was given belongs to another model, or to other adapters.
         """
         if cache is None or (self.capsule is not None and is_empty_stock(cache)):
             return self.new_cache(inputs)
@@ -114,6 +116,9 @@ class EnabledModel:
                 raise ModelMismatchError(
                     "the cache was filled by another model, or by other weights of the same; make a new one"
                 )
+            if cache.get_seq_length():
+                check_adapters(cache.adapters, self.model, "the cache")
+            cache.adapters = adapters_fingerprint(self.model)
             cache.watch(self.config)
         return cache
 

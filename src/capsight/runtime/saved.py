@@ -6,6 +6,7 @@ import os
 from functools import partial
 from typing import Any
 
+from capsight.adapters import check_adapters
 from capsight.errors import ModelMismatchError, OptionError
 from capsight.execution import module_device
 from capsight.kvcapsule import CapsuleCache, KVCapsule
@@ -49,15 +50,18 @@ def load(path: str | os.PathLike[str], model: Any, capsule: Any) -> CapsuleCache
     Raises:
         OptionError: the capsule in use is no KVCapsule.
         CapsuleFileError: the file cannot be read, see `load_cache`.
-        ModelMismatchError: it was made for another model, dtype or capsule.
+        ModelMismatchError: it was made for another model, dtype or capsule, or with other adapters.
     """
     if not isinstance(capsule, KVCapsule):
         raise OptionError("only caches of a KVCapsule can be loaded; enable the model with capsule=")
     devices = {i: module_device(layer) for i, layer in enumerate(model.get_decoder().layers)}
     if is_rest_file(path):
         reread = partial(read_text, model, capsule.codecs)
-        return load_rest(path, capsule, model.config, devices, model.dtype, reread)
+        cache = load_rest(path, capsule, model.config, devices, model.dtype, reread)
+        check_adapters(cache.adapters, model, str(path))
+        return cache
     cache = load_cache(path, capsule, model.config, devices)
+    check_adapters(cache.adapters, model, str(path))
     dtype = next(iter(cache.capsule_layers.values())).dtype
     if dtype != model.dtype:
         raise ModelMismatchError(

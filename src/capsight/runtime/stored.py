@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capsight.adapters import adapters_fingerprint
 from capsight.errors import CapsuleFileError, CapsuleStoreWarning, OptionError
 from capsight.kvcapsule import CapsuleCache, KVCapsule
 from capsight.kvcapsule.cache.conversation import Conversation
@@ -82,7 +83,8 @@ class _Pages:
         self._store, self._model, self._capsule, self._inputs = store, fast.model, fast.capsule, inputs
         self._layout, self._ids, self._codec = layout, ids, joint_codec(fast.capsule)
         sparse = fast.head_map
-        self._read_as = "" if sparse is None else f"{sparse.categories} {sparse.options}"
+        self._adapters = adapters_fingerprint(fast.model)
+        self._read_as = self._adapters + ("" if sparse is None else f"{sparse.categories} {sparse.options}")
         self._spans = _spans(layout)
         self._sizes = image_sizes(layout)
         self._keys = list(self._made_keys())
@@ -129,6 +131,7 @@ class _Pages:
         conversation = Conversation.of(self._inputs, self._layout)
         images = tuple(row[: len(latents)] for row in conversation.images)
         cache.conversation = Conversation(cache.layout, self._ids[:, :end], end, images)
+        cache.adapters = self._adapters
         return cache
 
     def _alone(self, index: int) -> dict[str, Any]:

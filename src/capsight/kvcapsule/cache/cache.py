@@ -32,10 +32,12 @@ class CapsuleCache(LayeredCache):
         honours_key_bias: to be set by whoever calls `update` without a model and adds `key_bias` itself.
         lean: whether attention had better read what is kept alone, wherever it can.
         fitted_to: fingerprint of the model that the codecs were fitted to; "" where they fit any.
+        adapters: that of the PEFT adapters which the model reads it with; "" where there are none.
     """
 
     lean = False
     fitted_to = ""
+    adapters = ""
 
     def __init__(
         self, codecs: Mapping[int, BlockCodec], layout: PromptLayout, config: PreTrainedConfig

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from capsight.adapters import adapters_fingerprint
 from capsight.errors import CalibrationError, CapsuleFileError
 from capsight.kvcapsule.calibration.processes import Processes
 from capsight.kvcapsule.calibration.statistics import Calibration
@@ -43,7 +44,8 @@ class FitJournal:
         """
         subfolder = f"{processes.rank + 1}-of-{processes.count}" if processes.count > 1 else ""
         self._folder, self._block_size = Path(folder) / subfolder, block_size
-        self._about = {"model": model_fingerprint(model), "block_size": block_size}
+        fingerprint = model_fingerprint(model) + adapters_fingerprint(model)
+        self._about = {"model": fingerprint, "block_size": block_size}
         self._written, self._seen, self._chain = time.monotonic(), 0, ""
         self._header: dict[str, Any] = {"samples": 0}
         self.calibration = Calibration()

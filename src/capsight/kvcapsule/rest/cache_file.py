@@ -102,6 +102,7 @@ def load_rest(
         if not (ids.ndim == 2 and len(ids) == len(images) and 1 <= prompt <= ids.shape[1]):
             raise CapsuleFileError("the prompt in it is malformed; save the cache again")
         cache.conversation = Conversation(cache.layout, ids, prompt, images)
+        cache.adapters = str(header.get("adapters", ""))
         return cache
     except FileNotFoundError as error:
         raise CapsuleFileError(f"{path} is missing; is this the file of a saved cache?") from error

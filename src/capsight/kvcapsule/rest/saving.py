@@ -100,6 +100,7 @@ def _written(cache: CapsuleCache, capsule: KVCapsule, reread: bool) -> Callable[
         "capsule": learnt_fingerprint(capsule),
         "dtype": str(next(iter(cache.capsule_layers.values())).dtype),
         "reread": reread,
+        "adapters": cache.adapters,
     }
 
     def at(quality: float) -> bytes:
