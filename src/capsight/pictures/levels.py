@@ -14,7 +14,7 @@ def eight_bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
     8 and 16-bit unsigned integers and booleans span their type. Others do not say what white is: theirs
     is the least of 1 (floats only), 255, 65535 and the largest number of the type (integers only) that
-    none of them exceeds.
+    none of them exceeds. Floats that exceed 1 by less than 1 are neither for certain.
 
     Args:
         values: any shape, booleans, integers or floats.
@@ -23,7 +23,7 @@ def eight_bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         uint8, of the same shape. Integers of more bits keep their upper 8, as Pillow reads 16-bit colour.
 
     Raises:
-        OptionError: numbers are negative, not finite, or, in floats, above 65535.
+        OptionError: numbers are negative, not finite, or, in floats, above 65535 or between 1 and 2.
     """
     dtype = values.dtype
     if dtype == np.uint8:
@@ -44,7 +44,11 @@ def eight_bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         white = next((limit for limit in (1, 255, 65535) if high <= limit), None)
         if white is None:
             raise OptionError(f"it holds floats up to {high:g}; scale them to 0-1")
+        if 1 < high < 2:
+            raise OptionError(
+                f"it holds floats up to {high:.6g}, more than 0-1 and less than 0-255 takes; clip them to 0-1"
+            )
         return np.rint(values.astype(np.float64) * (255 / white)).astype(np.uint8)
     bits = np.iinfo(dtype).bits - (dtype.kind == "i")
-    shift = 0 if high <= 255 else 8 if high <= 65535 else bits - 8
-    return (values >> shift).astype(np.uint8)
+    used = next((size for size in sorted((8, 16, bits)) if high < 2**size), bits)
+    return (values >> (used - 8) if used > 8 else values << (8 - used)).astype(np.uint8)

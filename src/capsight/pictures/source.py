@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ FORMATS = (
 
 MAX_RATIO = 200
 """Most times that a picture may be as long as it is wide; Qwen-VL's processors allow as much."""
+
+_ADDRESS = re.compile(r"(^|/)(https?|ftp|file|s3|gs|hf|data):")
 
 _FIRST_IS_THE_PICTURE = ("MPO", "ICO")
 """Formats whose further frames are other forms of the same picture: gain maps, previews, smaller icons."""
@@ -50,6 +53,10 @@ def open_image(path: Path) -> Image.Image:
             with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
                 return _checked(image)
     except Exception as error:  # Pillow's decoders let errors of every kind through
+        if _ADDRESS.search(str(path)):
+            raise OptionError(
+                f"cannot read the image {path!s:.80}: it is an address; save the picture as a file"
+            ) from error
         raise OptionError(f"cannot read the image {path}: {_reason(error)}") from error
 
 
@@ -95,8 +102,9 @@ def _checked(image: Image.Image) -> Image.Image:
 
 
 def _from_array(source: Any) -> Image.Image:
-    if hasattr(source, "detach"):  # a torch tensor
+    if hasattr(source, "detach") and hasattr(source, "cpu"):  # a torch tensor
         source = source.detach().cpu()
+        source = source.float() if source.is_floating_point() else source  # numpy has no bfloat16
     values = np.asarray(source)
     if values.dtype.kind not in "buif":
         raise OptionError(f"{type(source).__name__} is no path, PIL image or array of numbers")
