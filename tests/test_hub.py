@@ -86,3 +86,17 @@ def test_what_is_loaded_says_what_it_is_in_a_line():
         assert said.startswith(type(loaded).__name__)
         assert "layers" in said
         assert len(said) < 150
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), RuntimeError("refused\nby the proxy")])
+def test_a_hub_that_cannot_be_reached_is_told_in_a_line(monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fails)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    for thing in (KVCapsule.from_pretrained("reference"), HeadMap.from_pretrained("reference")):
+        for call in (thing.push_to_hub, type(thing).from_pretrained):
+            with pytest.raises(CapsuleFileError, match="me/thing") as caught:
+                call("me/thing")
+            assert "\n" not in str(caught.value)

@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, TypedDict
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from capsight.errors import CapsuleFileError, OptionError
 
@@ -66,9 +65,11 @@ def folder_of(source: str | os.PathLike[str], patterns: Sequence[str], what: str
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=wanted, **options)) / inside
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except TypeError:
+        raise
+    except Exception as error:  # the client's errors come from several libraries
         raise CapsuleFileError(
-            f"there is no {what} {source!r}, and the hub does not give it: {error}"
+            f"there is no {what} {source!r}, and the hub does not give it: {_in_a_line(error)}"
         ) from error
 
 
@@ -98,5 +99,11 @@ def push(save: Callable[[str], Any], repo_id: str, what: str, options: dict[str,
             return str(
                 api.upload_folder(repo_id=repository, folder_path=folder, path_in_repo=inside, **given)
             )
-        except (HFValidationError, HfHubHTTPError, OSError) as error:
-            raise CapsuleFileError(f"the hub does not take {repo_id!r}: {error}") from error
+        except TypeError:
+            raise
+        except Exception as error:  # the client's errors come from several libraries
+            raise CapsuleFileError(f"the hub does not take {repo_id!r}: {_in_a_line(error)}") from error
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

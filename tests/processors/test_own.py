@@ -57,7 +57,10 @@ def nothing():
     return object()
 
 def fails(name):
-    raise RuntimeError("no such luck")
+    raise RuntimeError("no such luck\\nat all")
+
+def leaves():
+    raise SystemExit(3)
 
 value = 3
 """
@@ -90,7 +93,8 @@ def test_it_answers_as_the_real_one(module, protocol):
     [
         ("make", "module:factory"), (":make", "module:factory"), ("capsight_test_mine:", "module:factory"),
         ("no_such_module_here:make", "no_such_module_here"), ("capsight_test_mine:none", "none"),
-        ("capsight_test_mine:value", "callable"), ("capsight_test_mine:fails", "no such luck"),
+        ("capsight_test_mine:value", "callable"), ("capsight_test_mine:fails", "no such luck at all"),
+        ("capsight_test_mine:leaves", "SystemExit: 3"),
         ("capsight_test_mine:nothing", "without apply_chat_template, __call__, tokenizer"),
         ("capsight_test_mine:make", "AssertionError"),
     ],

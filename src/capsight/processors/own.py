@@ -94,8 +94,9 @@ def own_processor(source: str, model: str) -> Processor:
         for part in name.split("."):
             factory = getattr(factory, part)
         processor = factory(*([model] if inspect.signature(factory).parameters else []))
-    except Exception as error:  # of the user's own code
-        raise OptionError(f"processor {source!r} cannot be made: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # of the user's own code
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise OptionError(f"processor {source!r} cannot be made: {reason}") from error
     finally:
         sys.path = path
     return check_processor(processor, f"processor {source!r}")
