@@ -15,8 +15,8 @@ from rich.progress import track
 from capsight.blindsight import SPARSE, Category, HeadMap, MaskOptions, Prompt, Thresholds, visible_pairs
 from capsight.blindsight.calibrate import CRITERIA, Losses, at_cost
 from capsight.blindsight.calibrate.capture import shape_of
-from capsight.blindsight.calibrate.recovery import recover
-from capsight.blindsight.calibrate.run import ALPHAS, loosest
+from capsight.blindsight.calibrate.recovery import loosest, recover
+from capsight.blindsight.calibrate.run import ALPHAS
 from capsight.blindsight.calibrate.votes import Votes
 from capsight.layout import PromptLayout
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from capsight.blindsight import Category, MaskOptions, reference_mask
+from capsight.blindsight.calibrate import criteria
 from capsight.blindsight.calibrate.capture import watching
 from capsight.blindsight.calibrate.criteria import distribution, later_rows, mass, output
 from capsight.blindsight.calibrate.samples import Prompt
@@ -125,3 +126,36 @@ def test_distribution_is_zero_only_where_nothing_is_lost(vlm, samples):
     layers = distribution(vlm.model, prompt, MaskOptions(own_window=4), 4)
     assert torch.equal(layers, layers[..., :1].expand_as(layers))
     assert layers[0].max() > found[0].max() / 4
+
+
+def one_by_one(monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("no gradients\nat all")
+
+    monkeypatch.setattr(criteria, "first_order", fails)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3", "cohere2_vision"])
+@pytest.mark.parametrize("together", [1, 2])
+def test_first_order_is_near_what_each_switch_does(family, together, monkeypatch):
+    """In a batch of two prompts, one left-padded; small masks, so that little moves."""
+    vlm = FAMILIES[family]()
+    pictures = [vlm.picture(i) for i in range(4)]
+    prompt = ready(vlm, vlm.inputs([(pictures[:2], "hi?"), (pictures[2:], "what is it")]))
+    wanted = {name for name, weight in vlm.model.named_parameters() if weight.requires_grad}
+    found = distribution(vlm.model, prompt, OPTIONS, together)
+    assert {name for name, weight in vlm.model.named_parameters() if weight.requires_grad} == wanted
+    one_by_one(monkeypatch)
+    with pytest.warns(RuntimeWarning, match="one by one.*: no gradients$"):
+        exact = distribution(vlm.model, prompt, OPTIONS, together)
+    assert torch.corrcoef(torch.stack((found.flatten(), exact.flatten())))[0, 1] > 0.95
+    assert 0.3 < (found.sum() / exact.sum()) < 1.5  # random models: three tokens are not all
+
+
+def test_switches_that_move_logits_far_are_measured(vlm, samples, monkeypatch):
+    prompt = ready(vlm, samples[0])
+    monkeypatch.setattr(criteria, "SMALL", -1.0)
+    found = distribution(vlm.model, prompt, OPTIONS)
+    one_by_one(monkeypatch)
+    with pytest.warns(RuntimeWarning):
+        assert torch.equal(found, distribution(vlm.model, prompt, OPTIONS))

@@ -29,7 +29,15 @@ decoding need not come here.
 from typing import TYPE_CHECKING, Any
 
 from capsight.blindsight.attention import Implementation, sparse_attention
-from capsight.blindsight.calibrate import CriterionName, HeldOut, Prompt, Thresholds, calibrate, prompts
+from capsight.blindsight.calibrate import (
+    CriterionName,
+    HeldOut,
+    Prompt,
+    Questions,
+    Thresholds,
+    calibrate,
+    prompts,
+)
 from capsight.blindsight.categories import SPARSE, Category, MaskOptions
 from capsight.blindsight.flops import PrefillFlops, attention_flops, prefill_flops, visible_pairs
 from capsight.blindsight.head_map import CalibrationRecord, HeadMap
@@ -69,6 +77,7 @@ __all__ = [
     "MaskOptions",
     "PrefillFlops",
     "Prompt",
+    "Questions",
     "Thresholds",
     "attention_flops",
     "calibrate",

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from capsight.blindsight import BlindSight, HeadMap, MaskOptions
+from capsight.blindsight import BlindSight, HeadMap, MaskOptions, Questions, prompts
 from capsight.blindsight.calibrate.run import TOLERANCE, check_options
 from capsight.blindsight.draw import draw_head_map
 from capsight.cli.fit import calibration_items
@@ -16,9 +16,9 @@ from capsight.cli.models import REFERENCE, load_model
 from capsight.cli.options import DeviceOption, DtypeOption, ModelOption, ProcessorOption
 from capsight.cli.output import console
 from capsight.cli.target import check_folder
-from capsight.errors import OptionError
+from capsight.errors import LayoutError, OptionError
 from capsight.evaluation import Item, reference_items
-from capsight.evaluation.asking import process
+from capsight.evaluation.asking import process, split_questions
 from capsight.model_fingerprint import model_fingerprint
 
 REFERENCE_IMAGES = (2, 4, 6, 8)
@@ -75,7 +75,7 @@ def calibrate(
         alpha=ends,
         options=options,
         tolerance=tolerance,
-        held_out=[_all_questions(vlm_processor, item) for item in measuring],
+        held_out=(_all_questions(vlm, vlm_processor, item) for item in measuring),
         fingerprint=model_fingerprint(vlm),
     )
     head_map.save_pretrained(out)
@@ -102,8 +102,14 @@ def _items(model: str, data: Path | None, samples: int, held_out: int) -> list[I
     return [item for count in REFERENCE_IMAGES for item in reference_items("calibration", count, each)]
 
 
-def _all_questions(processor: Any, item: Item) -> dict[str, Any]:
-    return process(processor, item, [ask.question for ask in item.asks])
+def _all_questions(model: Any, processor: Any, item: Item) -> Questions | dict[str, Any]:
+    """The images and the questions after them, or a row for each question where one comes before."""
+    asked = [ask.question for ask in item.asks]
+    try:
+        images, tails = split_questions(model, processor, item, asked)
+    except LayoutError:
+        return process(processor, item, asked)
+    return Questions(next(prompts(model, None, [images])), tuple(map(tuple, tails)))
 
 
 def _alpha(text: str | None) -> float | tuple[float, float] | None:

@@ -4,6 +4,7 @@ from capsight.blindsight.calibrate.budget import at_cost, cheapest_within
 from capsight.blindsight.calibrate.criteria import CRITERIA
 from capsight.blindsight.calibrate.held_out import HeldOut
 from capsight.blindsight.calibrate.losses import Losses
+from capsight.blindsight.calibrate.questions import Questions
 from capsight.blindsight.calibrate.run import CriterionName, Unit, calibrate
 from capsight.blindsight.calibrate.samples import Prompt, Sample, prompts
 from capsight.blindsight.calibrate.votes import Thresholds
@@ -14,6 +15,7 @@ __all__ = [
     "HeldOut",
     "Losses",
     "Prompt",
+    "Questions",
     "Sample",
     "Thresholds",
     "Unit",

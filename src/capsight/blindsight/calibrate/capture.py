@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from capsight.attention_swap import swapped_attention
-from capsight.blindsight.attention import sparse_attention
+from capsight.blindsight.attention import Implementation, sparse_attention
 from capsight.blindsight.categories import Category, MaskOptions
 from capsight.blindsight.head_map import HeadMap
 from capsight.blindsight.rule import BaseRule
@@ -48,7 +48,14 @@ class LayerCall:
     rule: BaseRule
     scaling: float
 
-    def attend(self, layout: PromptLayout, categories: Sequence[Category], options: MaskOptions) -> Tensor:
+    def attend(
+        self,
+        layout: PromptLayout,
+        categories: Sequence[Category],
+        options: MaskOptions,
+        prefix: int | None = None,
+        implementation: Implementation = "auto",
+    ) -> Tensor:
         """Attention of this layer with a category per query head: `[B, Hq, S, D]`."""
         return sparse_attention(
             self.query,
@@ -59,11 +66,20 @@ class LayerCall:
             options=options,
             rule=self.rule,
             scaling=self.scaling,
+            prefix=prefix,
+            implementation=implementation,
         )
 
-    def attend_uniform(self, layout: PromptLayout, category: Category, options: MaskOptions) -> Tensor:
+    def attend_uniform(
+        self,
+        layout: PromptLayout,
+        category: Category,
+        options: MaskOptions,
+        prefix: int | None = None,
+        implementation: Implementation = "auto",
+    ) -> Tensor:
         """Attention of this layer if all of its heads were of one category: `[B, Hq, S, D]`."""
-        return self.attend(layout, (category,) * self.query.shape[1], options)
+        return self.attend(layout, (category,) * self.query.shape[1], options, prefix, implementation)
 
 
 Observer = Callable[[LayerCall], Tensor]
@@ -107,9 +123,9 @@ def watching(model: Any, observer: Observer) -> Iterator[None]:
         _WATCH.reset(token)
 
 
-def following(layout: PromptLayout, head_map: HeadMap) -> Observer:
-    """The observer that runs a model with a head map."""
-    return lambda call: call.attend(layout, head_map.categories[call.layer], head_map.options)
+def following(layout: PromptLayout, head_map: HeadMap, prefix: int | None = None) -> Observer:
+    """The observer that runs a model with a head map; `prefix` tokens are in its cache already."""
+    return lambda call: call.attend(layout, head_map.categories[call.layer], head_map.options, prefix)
 
 
 def shape_of(model: Any) -> tuple[int, int]:

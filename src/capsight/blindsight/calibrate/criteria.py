@@ -7,13 +7,14 @@ are switched together share a number.
   (arXiv 2507.09071) uses a dataset once to give each head its category; its metric was not available.
 * `output` (ours): how far the layer's output moves, relative to its size, through W_O.
 * `distribution` (ours): how far the next-token distributions along the dense model's own answer move, KL
-  in nats; one pass of the text part per switch and category.
+  in nats; some passes back (`first_order`), and one forward for each switch that moves much.
 
 `mass` and `output` look at the rows of a prompt's second and later images: the first has none before it.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from capsight.blindsight.calibrate.answers import Answers
 from capsight.blindsight.calibrate.capture import LayerCall, shape_of, watching
+from capsight.blindsight.calibrate.first_order import first_order
 from capsight.blindsight.calibrate.samples import Prompt
 from capsight.blindsight.categories import SPARSE, Category, MaskOptions
 from capsight.blindsight.head_map import HeadMap
@@ -29,6 +31,9 @@ from capsight.blindsight.masks import TokenTable, token_table
 from capsight.blindsight.spans import Intervals, intervals, whole
 from capsight.errors import CalibrationError, UnsupportedModelError
 from capsight.layout import PromptLayout, RowLayout
+
+SMALL = 0.2
+"""First order is trusted as long as no logit moves by more than this against the likeliest token's."""
 
 Criterion = Callable[[Any, Prompt, MaskOptions, int], Tensor]
 """`(model, prompt, options, heads switched together) -> float32 [L, 3, Hq]`, in the order of `SPARSE`."""
@@ -71,18 +76,30 @@ def output(model: Any, prompt: Prompt, options: MaskOptions, together: int = 1) 
 
 
 def distribution(model: Any, prompt: Prompt, options: MaskOptions, together: int = 1) -> Tensor:
-    """KL divergence of the next-token distributions along the dense model's answers."""
+    """KL divergence of the next-token distributions along the dense model's answers.
+
+    To first order; switches that move a logit by more than `SMALL` are measured, each by a pass of its own,
+    and all of them are where the model gives no gradients.
+    """
     layers, heads = shape_of(model)
-    dense = HeadMap.uniform(Category.DENSE, layers, heads, options)
     answers = Answers(model, prompt)
-    losses = torch.zeros(layers, len(SPARSE), heads)
-    for layer in range(layers):
-        for index, category in enumerate(SPARSE):
-            for first in range(0, heads, together):
-                switched = range(first, first + together)
-                changed = dense.replaced({(layer, head): category for head in switched})
-                losses[layer, index, first : first + together] = answers.kl(changed).mean()
-    return losses
+    try:
+        losses, moved = first_order(model, answers, options, together)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        warnings.warn(
+            f"heads are switched one by one, which takes long, for want of gradients: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        losses = torch.zeros(layers, len(SPARSE), heads // together)
+        moved = torch.full_like(losses, torch.inf)
+    dense = HeadMap.uniform(Category.DENSE, layers, heads, options)
+    for layer, index, group in (moved > SMALL).nonzero().tolist():
+        switched = range(group * together, (group + 1) * together)
+        changed = dense.replaced({(layer, head): SPARSE[index] for head in switched})
+        losses[layer, index, group] = answers.kl(changed).mean()
+    return losses.repeat_interleave(together, -1)
 
 
 CRITERIA: dict[str, Criterion] = {"mass": mass, "output": output, "distribution": distribution}

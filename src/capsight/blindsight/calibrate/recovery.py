@@ -1,16 +1,21 @@
-"""Returns heads to Dense, those that lose most first, until the measured drop is tolerable."""
+"""Finds a head map whose measured drop is tolerable: by the largest alpha, or by returning heads to Dense."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from capsight.blindsight.calibrate.losses import Losses
-from capsight.blindsight.categories import Category
+from capsight.blindsight.calibrate.votes import Thresholds, Votes
+from capsight.blindsight.categories import Category, MaskOptions
 from capsight.blindsight.head_map import HeadMap
 from capsight.errors import CalibrationError
 
 Evaluate = Callable[[HeadMap], float]
 """What a head map costs: 0 for the dense model, larger is worse; accuracy points, KL, anything."""
+
+STEPS = 16
+"""Parts of the values of alpha at which a head changes its category; after each of them a map is measured."""
 
 _Unit = list[tuple[int, int]]
 
@@ -64,6 +69,65 @@ def recover(
             best, enough = candidate, middle
         else:
             few = middle
+    return best
+
+
+def loosest(
+    votes: Votes,
+    gammas: Thresholds,
+    options: MaskOptions,
+    evaluate: Evaluate,
+    tolerance: float,
+    on_step: Callable[[], None] = lambda: None,
+) -> tuple[HeadMap, float, Thresholds]:
+    """The map of the largest alpha, the same in all layers, that is found within the tolerance.
+
+    A drop of few answers does not rise evenly with alpha, so `STEPS` values are tried from the largest on;
+    bisection then goes on between the first within the tolerance and the one before. The map that is
+    returned has itself been measured.
+
+    Args:
+        votes: what was counted.
+        gammas: the other thresholds; its alpha is not used.
+        options: mask options of the map.
+        evaluate: measures a map; has to be within the tolerance for an all-Dense one.
+        tolerance: in the unit of `evaluate`.
+        on_step: called after each measurement.
+
+    Returns:
+        The map, its drop, and the thresholds it was found with.
+
+    Raises:
+        CalibrationError: even an all-Dense map is outside the tolerance.
+    """
+    alphas = votes.change_points(gammas)
+
+    def measured(place: int) -> tuple[HeadMap, float, Thresholds]:
+        chosen = replace(gammas, alpha=(alphas[place], alphas[place]))
+        head_map = HeadMap(votes.decide(chosen), options)
+        drop = float(evaluate(head_map))
+        on_step()
+        return head_map, drop, chosen
+
+    beyond = len(alphas)
+    for step in range(STEPS, -1, -1):
+        within = round(step * (len(alphas) - 1) / STEPS)
+        if within == beyond:
+            continue
+        best = measured(within)
+        if best[1] <= tolerance:
+            break
+        beyond = within
+    else:
+        dense = HeadMap.uniform(Category.DENSE, votes.layers, votes.heads, options)
+        return dense, check_dense(evaluate, dense, tolerance), replace(gammas, alpha=(0.0, 0.0))
+    while beyond - within > 1:
+        middle = (within + beyond) // 2
+        candidate = measured(middle)
+        if candidate[1] <= tolerance:
+            within, best = middle, candidate
+        else:
+            beyond = middle
     return best
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 from tqdm.auto import tqdm
@@ -14,7 +15,8 @@ from capsight.blindsight.calibrate.capture import shape_of
 from capsight.blindsight.calibrate.criteria import CRITERIA, output
 from capsight.blindsight.calibrate.held_out import HeldOut
 from capsight.blindsight.calibrate.losses import Losses, check_finite
-from capsight.blindsight.calibrate.recovery import Evaluate, check_dense, recover
+from capsight.blindsight.calibrate.questions import Questions
+from capsight.blindsight.calibrate.recovery import Evaluate, loosest, recover
 from capsight.blindsight.calibrate.samples import Digest, Prompt, Sample, prompts
 from capsight.blindsight.calibrate.votes import Thresholds, Votes
 from capsight.blindsight.categories import Category, MaskOptions
@@ -56,7 +58,7 @@ def calibrate(
     options: MaskOptions | None = None,
     tolerance: float | None = TOLERANCE,
     evaluate: Evaluate | None = None,
-    held_out: Iterable[Sample] | None = None,
+    held_out: Iterable[Sample | Questions] | None = None,
     unit: Unit = "head",
     fingerprint: str | None = None,
     progress: bool = True,
@@ -84,7 +86,8 @@ def calibrate(
             the drop is not measured.
         evaluate: the drop of a head map against the dense model (0 for an all-Dense map). None: the
             share of held-out prompts whose answer changes (`HeldOut.changed`).
-        held_out: prompts for that, kept in memory. None: every fourth of `samples`, which then do not vote.
+        held_out: prompts for that, kept in memory; several questions about the same images are read fastest
+            as one `Questions`. None: every fourth of `samples`, which then do not vote.
         unit: what has one category: a query head, the query heads that share a key-value head, or a layer.
         fingerprint: stored in the map; None: the model's own. Empty: the map is for any model of its shape.
         progress: show a progress bar (tqdm, on stderr).
@@ -129,7 +132,8 @@ def calibrate(
         head_map = HeadMap(votes.decide(thresholds), chosen)
     else:
         if evaluate is None:
-            evaluate = HeldOut(model, reserved or prompts(model, processor, held_out or ())).changed
+            held = HeldOut(model, reserved or _held_out(model, processor, held_out or ()))
+            evaluate = partial(held.changed, most=tolerance)
         with tqdm(desc="measuring the drop", disable=not progress) as bar:
             if recovers:
                 voted = HeadMap(votes.decide(thresholds), chosen)
@@ -174,6 +178,16 @@ def _length(samples: Iterable[Sample]) -> int | None:
     return len(samples) if isinstance(samples, Sized) else None
 
 
+def _held_out(
+    model: PreTrainedModel, processor: AnyProcessor | None, samples: Iterable[Sample | Questions]
+) -> Iterator[Prompt | Questions]:
+    for sample in samples:
+        if isinstance(sample, Questions):
+            yield sample
+        else:
+            yield from prompts(model, processor, [sample])
+
+
 def _kv_heads(model: Any, heads: int) -> int:
     """The fewest KV heads of a layer: groups of as many query heads hold whole groups of every layer."""
     return min([heads, *(sizes.kv_heads for sizes in layer_sizes(model.config))])
@@ -181,56 +195,3 @@ def _kv_heads(model: Any, heads: int) -> int:
 
 def _dense(head_map: HeadMap) -> int:
     return head_map.counts()[Category.DENSE]
-
-
-def loosest(
-    votes: Votes,
-    gammas: Thresholds,
-    options: MaskOptions,
-    evaluate: Evaluate,
-    tolerance: float,
-    on_step: Callable[[], None] = lambda: None,
-) -> tuple[HeadMap, float, Thresholds]:
-    """The map of the largest alpha, the same in all layers, that bisection finds within the tolerance.
-
-    The drop is taken to rise with alpha, and is measured about log2(3 L Hq) times; the map that is
-    returned has itself been measured.
-
-    Args:
-        votes: what was counted.
-        gammas: the other thresholds; its alpha is not used.
-        options: mask options of the map.
-        evaluate: measures a map; has to be within the tolerance for an all-Dense one.
-        tolerance: in the unit of `evaluate`.
-        on_step: called after each measurement.
-
-    Returns:
-        The map, its drop, and the thresholds it was found with.
-
-    Raises:
-        CalibrationError: even an all-Dense map is outside the tolerance.
-    """
-    alphas = votes.change_points(gammas)
-
-    def measured(place: int) -> tuple[HeadMap, float, Thresholds]:
-        chosen = replace(gammas, alpha=(alphas[place], alphas[place]))
-        head_map = HeadMap(votes.decide(chosen), options)
-        drop = float(evaluate(head_map))
-        on_step()
-        return head_map, drop, chosen
-
-    candidate = measured(len(alphas) - 1)
-    if candidate[1] <= tolerance:
-        return candidate
-    within, beyond, best = -1, len(alphas) - 1, None
-    while beyond - within > 1:
-        middle = (within + beyond) // 2
-        candidate = measured(middle)
-        if candidate[1] <= tolerance:
-            within, best = middle, candidate
-        else:
-            beyond = middle
-    if best is None:
-        dense = HeadMap.uniform(Category.DENSE, votes.layers, votes.heads, options)
-        best = dense, check_dense(evaluate, dense, tolerance), replace(gammas, alpha=(0.0, 0.0))
-    return best
