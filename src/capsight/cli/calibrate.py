@@ -37,8 +37,8 @@ def calibrate(
     criterion: Annotated[
         str,
         typer.Option(
-            help="distribution, output or mass. distribution judges best and prefills a prompt once for "
-            "every head and category: with a large model take --unit kv_group or layer, or output."
+            help="distribution, output or mass. distribution judges best and takes gradients; without the "
+            "memory for them it is slow: then take --unit kv_group or layer, or output."
         ),
     ] = "distribution",
     unit: Annotated[str, typer.Option(help="What has one category: head, kv_group or layer.")] = "head",
