@@ -22,6 +22,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from capsight import enable, load_reference_vlm
 from capsight.blindsight import Category, HeadMap, prefill_flops
+from capsight.blindsight.attention.choice import mask_wins
 from capsight.cli.models import reference_head_map
 from capsight.cli.output import machine
 from capsight.evaluation import Ask, Item, reference_items
@@ -94,8 +95,10 @@ def measured(
     dense = HeadMap.uniform(Category.DENSE, text.num_hidden_layers, text.num_attention_heads)
     first = statistics.median(next(iter(times.values())))
     rows = []
+    followed = mask_wins(model.device, model.dtype, layout.length)  # else `auto` reads it densely
     for name, head_map in maps.items():
-        flops, seconds = prefill_flops(model, layout, head_map or dense), statistics.median(times[name])
+        flops = prefill_flops(model, layout, head_map if head_map and followed else dense)
+        seconds = statistics.median(times[name])
         rows.append(
             {
                 "variant": name,

@@ -29,7 +29,7 @@ def test_the_text_part_is_the_model_under_every_map(family):
         plain = vlm.model(**given.inputs, use_cache=False).logits[:, -3:].log_softmax(-1)
     assert torch.allclose(text.logits(HeadMap.all_dense(*size), 3).log_softmax(-1), plain, atol=1e-4)
     sink = HeadMap.uniform(Category.SINK, *size, MaskOptions(False, 0, 1))
-    with capsight.enable(vlm.model, head_map=sink) as fast:
+    with capsight.enable(vlm.model, head_map=sink, prefill="sparse") as fast:
         out = fast.generate(
             **given.inputs,
             max_new_tokens=1,
@@ -51,7 +51,7 @@ def test_changed_answers_are_those_that_would_be_written():
     dense = HeadMap.all_dense(*shape_of(vlm.model))
     maps = [dense, *(HeadMap.uniform(c, 3, 4, MaskOptions(False, 0, 1)) for c in list(Category)[1:])]
     for head_map in maps:
-        with capsight.enable(vlm.model, head_map=head_map) as fast:
+        with capsight.enable(vlm.model, head_map=head_map, prefill="sparse") as fast:
             out = fast.generate(**given.inputs, max_new_tokens=4, do_sample=False, suppress_tokens=[vision])
         written[head_map] = out[:, given.inputs["input_ids"].shape[1] :]
     for head_map in maps:

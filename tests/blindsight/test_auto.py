@@ -78,9 +78,22 @@ def test_auto_says_so_when_it_cannot_use_flex(table, monkeypatch):
     assert torch.equal(found, sparse_attention(q, k, v, layout, MIXED, implementation="segments"))
 
 
+def test_where_a_mask_wins(monkeypatch):
+    """From so many tokens on where that was measured, and wherever it was not."""
+    monkeypatch.setattr(choice, "device_name", lambda device: device.type)
+    monkeypatch.setattr(choice, "_measured", lambda: {"mask_from": {"cpu": {"float32": 100}}})
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    assert not choice.mask_wins(cpu, torch.float32, 99)
+    assert choice.mask_wins(cpu, torch.float32, 100)
+    assert choice.mask_wins(cpu, torch.float16, 1)
+    assert choice.mask_wins(other, torch.float32, 1)
+
+
 def test_the_shipped_table_can_be_followed():
     """Every list starts at 0 keys, ascends, and names implementations that exist."""
     text = files("capsight.blindsight.attention").joinpath("choice.json").read_text()
+    for dtypes in json.loads(text)["mask_from"].values():
+        assert all(isinstance(tokens, int) and tokens >= 0 for tokens in dtypes.values())
     for dtypes in json.loads(text)["table"].values():
         for kinds in dtypes.values():
             assert set(kinds) == {"dense", "own_image", "sink"}

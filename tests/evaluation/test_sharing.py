@@ -41,7 +41,7 @@ def item():
 
 def alone(reference, method, item, protocol, head_map=None):
     model, processor = reference
-    with enable(model, capsule=method, head_map=head_map) as fast, torch.no_grad():
+    with enable(model, capsule=method, head_map=head_map, prefill="sparse") as fast, torch.no_grad():
         return ask_item(fast, processor, item, protocol, 12)
 
 

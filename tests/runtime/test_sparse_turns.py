@@ -31,7 +31,7 @@ def test_chunks_of_a_prefill(qwen, category):
     inputs = mixed_batch(qwen)
     head_map = HeadMap.uniform(category, *size_of(qwen), OPTIONS)
     dense = greedy(qwen.model.generate, **inputs)
-    with capsight.enable(qwen.model, head_map=head_map) as fast:
+    with capsight.enable(qwen.model, head_map=head_map, prefill="sparse") as fast:
         whole = greedy(fast.generate, **inputs)
         chunked = greedy(fast.generate, **inputs, prefill_chunk_size=37)
     assert_same(chunked, whole)
@@ -72,13 +72,17 @@ def test_a_second_turn_on_the_cache_of_a_sparse_prefill(qwen):
     third = [text + "no<|im_end|>\n<|im_start|>user\nsure?" for text in texts]
     turns = [qwen.process(texts, pictures), qwen.process(third, pictures)]
     head_map = HeadMap.uniform(Category.INTRA_IMAGE, *size_of(qwen), OPTIONS)
-    with capsight.enable(qwen.model, head_map=head_map) as fast:
+    with capsight.enable(qwen.model, head_map=head_map, prefill="sparse") as fast:
         expected = [greedy(fast.generate, **turn) for turn in turns]
-    with capsight.enable(qwen.model, head_map=head_map, capsule=fitted("qwen2_5_vl", 1.0)) as fast:
+    with capsight.enable(
+        qwen.model, head_map=head_map, prefill="sparse", capsule=fitted("qwen2_5_vl", 1.0)
+    ) as fast:
         cache = fast.encapsulate(**first)
         ours = greedy(fast.generate, past_key_values=cache, **turns[0])
     assert_same(ours, expected[0])
-    with capsight.enable(qwen.model, head_map=head_map, capsule=fitted("qwen2_5_vl", 1.0)) as fast:
+    with capsight.enable(
+        qwen.model, head_map=head_map, prefill="sparse", capsule=fitted("qwen2_5_vl", 1.0)
+    ) as fast:
         fast.generate(**first, max_new_tokens=1)
         fast.generate(past_key_values=fast.cache, **turns[0], max_new_tokens=1)
         ours = greedy(fast.generate, past_key_values=fast.cache, **turns[1])
@@ -114,7 +118,9 @@ def test_chunks_that_latent_decoding_could_answer_follow_the_head_map(qwen, chun
     head_map = HeadMap.uniform(Category.SINK, *size_of(qwen), OPTIONS)
     found = {}
     for decode in ("materialise", "latent"):
-        with capsight.enable(qwen.model, capsule=capsule, head_map=head_map, decode=decode) as fast:
+        with capsight.enable(
+            qwen.model, capsule=capsule, head_map=head_map, prefill="sparse", decode=decode
+        ) as fast:
             found[decode], cache = in_chunks(fast, inputs, chunk)
     assert (found["latent"] - found["materialise"]).abs().max() <= 1e-4
     assert cache.get_seq_length() == sequence_length(inputs)

@@ -206,7 +206,9 @@ def test_ctrl_c_in_a_pass_leaves_nothing_behind(qwen):
     def stop(*_):
         raise KeyboardInterrupt
 
-    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 1.0), head_map=head_map) as fast:
+    with capsight.enable(
+        qwen.model, capsule=fitted("qwen2_5_vl", 1.0), head_map=head_map, prefill="sparse"
+    ) as fast:
         hook = qwen.model.get_decoder().layers[1].register_forward_pre_hook(stop)
         with pytest.raises(KeyboardInterrupt):
             qwen.model(**inputs)
@@ -214,6 +216,6 @@ def test_ctrl_c_in_a_pass_leaves_nothing_behind(qwen):
         assert_same(greedy(fast.generate, **inputs), full)
     assert_same(greedy(qwen.model.generate, **inputs), full)
     with ExitStack() as stack:
-        stack.enter_context(capsight.enable(qwen.model, head_map=head_map))
+        stack.enter_context(capsight.enable(qwen.model, head_map=head_map, prefill="sparse"))
         with torch.no_grad():
             torch.testing.assert_close(qwen.model(**inputs).logits[:, -1], full.logits[0], atol=1e-4, rtol=0)

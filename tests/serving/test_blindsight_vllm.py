@@ -51,7 +51,7 @@ def asked(processor, images, question, files):
 def expected(model, inputs, head_map, **options):
     """Tokens and their log-probabilities on the transformers path."""
     options = {"max_new_tokens": TOKENS, "do_sample": False, "return_dict_in_generate": True} | options
-    with torch.no_grad(), capsight.enable(model, head_map=head_map) as fast:
+    with torch.no_grad(), capsight.enable(model, head_map=head_map, prefill="sparse") as fast:
         out = fast.generate(**inputs, **options, output_logits=True)
     tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     rows = torch.stack(out.logits)[:, 0].float().log_softmax(-1)

@@ -42,7 +42,7 @@ def job(tmp_path_factory):
         )
         inputs = processor(text=[text], return_tensors="pt", **({"images": [images]} if images else {}))
         options = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": [-1], "pad_token_id": 0}
-        both = {"capsule": PagedCapsules(RETAINED), "head_map": HEAD_MAP}
+        both = {"capsule": PagedCapsules(RETAINED), "head_map": HEAD_MAP, "prefill": "sparse"}
         with torch.no_grad(), capsight.enable(model, **both) as fast:
             out = fast.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
         tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()

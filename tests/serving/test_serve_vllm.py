@@ -92,7 +92,7 @@ def expected(prompt, model, processor, head_map):
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
     inputs = processor(text=[text], images=[[s.image for s in prompt.scenes]], return_tensors="pt")
-    both = {"capsule": PagedCapsules(RETAINED), "head_map": head_map}
+    both = {"capsule": PagedCapsules(RETAINED), "head_map": head_map, "prefill": "sparse"}
     with torch.no_grad(), capsight.enable(model, **both) as fast:
         out = fast.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)
     return processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]

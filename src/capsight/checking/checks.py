@@ -180,7 +180,7 @@ def blindsight(case: Case) -> str:
 
     with watching(case.model, masked), torch.no_grad():
         expected = case.model(**case.batch, use_cache=False, logits_to_keep=1).logits[:, -1]
-    with capsight.enable(case.model, head_map=head_map) as fast:
+    with capsight.enable(case.model, head_map=head_map, prefill="sparse") as fast:
         logits = case.generate(fast.generate, case.batch).logits[0]
     worst = float((logits - expected).abs().max())
     assert worst <= 1e-4, f"logits differ by {worst:.1e}"

@@ -95,7 +95,7 @@ def ask_sides(
     answers = []
     for side in asked:
         on_step(f"asking: {side.name}")
-        with enable(model, capsule=side.capsule, head_map=side.head_map, decode=side.decodes[0]) as fast:
+        with _enabled(model, side, side.decodes[0]) as fast:
             answers.append(ask_item(fast, processor, item, "after"))
     inputs = process(processor, item, [item.asks[0].question])
     on_step("timing all of them in turns")
@@ -103,7 +103,7 @@ def ask_sides(
     runs: list[list[Timing]] = [[] for _ in timed]
     for _ in range(1 + RUNS):
         for (side, decode), samples in zip(timed, runs, strict=True):
-            with enable(model, capsule=side.capsule, head_map=side.head_map, decode=decode) as fast:
+            with _enabled(model, side, decode) as fast:
                 samples.append(time_once(fast, inputs, NEW_TOKENS))
     timings = {key: medians(samples[1:]) for key, samples in zip(timed, runs, strict=True)}
     layout, text = build_layout(inputs, model.config), model.config.get_text_config()
@@ -118,6 +118,11 @@ def ask_sides(
     return sides
 
 
+def _enabled(model: Any, side: Asked, decode: Decode) -> Any:
+    """A side's head map is followed though the demo's prompts are short: its answers are to be seen."""
+    return enable(model, capsule=side.capsule, head_map=side.head_map, decode=decode, prefill="sparse")
+
+
 def _nbytes(model: Any, inputs: dict[str, Any], side: Asked, decode: Decode) -> int:
-    with enable(model, capsule=side.capsule, head_map=side.head_map, decode=decode) as fast:
+    with _enabled(model, side, decode) as fast:
         return CacheBytes.of(fast.encapsulate(**inputs)).kv

@@ -83,7 +83,7 @@ class Asking:
             return
         # One context for all: capsight's attention function is the stock one with what a cache may add.
         needy = next((m for m in self.methods.values() if m.needs_attention or reads_latent(m)), None)
-        with enable(self.model, capsule=needy, head_map=self.head_map):
+        with enable(self.model, capsule=needy, head_map=self.head_map, prefill="sparse"):
             dense = _Prompt(self, item, None)
             sparse = dense if self.head_map is None else _Prompt(self, item, self.head_map)
             for name, method in everything.items():
@@ -95,7 +95,7 @@ class Asking:
 
     def _alone(self, item: Item, name: str) -> Answers:
         head_map = None if name == FULL else self.head_map
-        with enable(self.model, capsule=self.methods.get(name), head_map=head_map) as fast:
+        with enable(self.model, capsule=self.methods.get(name), head_map=head_map, prefill="sparse") as fast:
             return ask_item(fast, self.processor, item, self.protocol, self.max_new_tokens)
 
 

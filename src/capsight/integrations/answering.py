@@ -146,7 +146,7 @@ class Answerer:
         return to_device(inputs, inputs_device(self.model))
 
     def _enabled(self) -> Any:
-        return enable(self.model, capsule=self.method, head_map=self.head_map)
+        return enable(self.model, capsule=self.method, head_map=self.head_map, prefill="sparse")
 
 
 def _unfitted() -> list[Any]:

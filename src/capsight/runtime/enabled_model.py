@@ -23,6 +23,7 @@ from capsight.model_fingerprint import model_fingerprint, same_model
 from capsight.runtime.caches import is_empty_stock, is_stock
 from capsight.runtime.calls import calling
 from capsight.runtime.decode import Decode
+from capsight.runtime.prefill import Prefill
 from capsight.runtime.saved import load, save
 from capsight.runtime.wrapped import inner_model
 
@@ -35,6 +36,7 @@ class EnabledModel:
         capsule: the capsule (or other method) in use, or None.
         head_map: the head map that prefill follows, or None.
         decode: how attention gets at capsules, "materialise" or "latent".
+        prefill: which prefills follow the head map, "auto" or "sparse".
         store: where images are looked for that were read before, or None.
         cache: the cache of the last call; give it to the next turn as `past_key_values`.
     """
@@ -46,10 +48,12 @@ class EnabledModel:
         head_map: HeadMap | None,
         decode: Decode,
         store: CapsuleStore | None = None,
+        prefill: Prefill = "auto",
     ) -> None:
         """Use `enable` instead."""
         self.model: Any = model
         self.capsule, self.head_map, self.decode, self.store = capsule, head_map, decode, store
+        self.prefill: Prefill = prefill
         self.cache: Any = None
 
     def __repr__(self) -> str:

@@ -18,7 +18,7 @@ from capsight.runtime.caches import in_use, is_empty_stock, the_cache
 from capsight.runtime.calls import end_broken_pass
 from capsight.runtime.enabled_model import EnabledModel
 from capsight.runtime.options import beams, check_options, check_rows, repeats, unset
-from capsight.runtime.prefill import SparsePrefill
+from capsight.runtime.prefill import SparsePrefill, follows
 from capsight.runtime.reading import read_images
 from capsight.runtime.split import first_tokens, prompt_entries, sequence_length, without_nothing
 from capsight.runtime.state import RuntimeState, running
@@ -129,8 +129,8 @@ class FastModel(EnabledModel):
         return output
 
     def _sparse(self, layout: PromptLayout, new: int) -> SparsePrefill | None:
-        """The plan of a prefill of the first `new` tokens; None without a head map."""
-        if self.head_map is None:
+        """The plan of a prefill of the first `new` tokens; None without a head map, or if dense is faster."""
+        if self.head_map is None or not follows(self.prefill, self.device, self.dtype, new):
             return None
         return SparsePrefill(self.head_map, layout, self.model.config, seen=0, new=new)
 

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from capsight.blindsight import BaseRule, Category, HeadMap, sparse_attention
+from capsight.blindsight.attention.choice import mask_wins
+from capsight.errors import OptionError
 from capsight.layout import PromptLayout
+
+Prefill = Literal["auto", "sparse"]
+"""Whether prefills follow the head map where that is no slower ("auto"), or all of them."""
+
+
+def check_prefill(name: str) -> None:
+    """Raise unless it is one of `Prefill`.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if name not in get_args(Prefill):
+        raise OptionError(f"prefill must be one of {list(get_args(Prefill))}, not {name!r}")
+
+
+def follows(prefill: Prefill, device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether a prefill of so many tokens follows the head map."""
+    return prefill == "sparse" or mask_wins(device, dtype, tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -58,7 +58,23 @@ def fastest(device: torch.device, dtype: torch.dtype, kind: Kind, keys: int) -> 
     return [name for first, name in steps if first <= keys][-1]
 
 
-@cache
+def mask_wins(device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether sparse attention may be faster than dense at so many tokens; yes where that was not measured.
+
+    Args:
+        device: of the tensors.
+        dtype: of the tensors.
+        tokens: of a whole prefill.
+    """
+    measured = _measured()["mask_from"].get(device_name(device), {})
+    return tokens >= int(measured.get(str(dtype).removeprefix("torch."), 0))
+
+
 def _table() -> dict[str, dict[str, Mapping[Kind, Steps]]]:
+    return dict(_measured()["table"])
+
+
+@cache
+def _measured() -> dict[str, Any]:
     text = files("capsight.blindsight.attention").joinpath("choice.json").read_text(encoding="utf-8")
-    return dict(json.loads(text)["table"])
+    return dict(json.loads(text))

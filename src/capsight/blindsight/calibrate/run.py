@@ -72,8 +72,8 @@ def calibrate(
         processor: its processor; used for samples that are not processor outputs yet, else None will do.
         samples: processor outputs, lists of chat messages, or keyword arguments for the processor (`text=`,
             `images=`). Read once, one at a time; those without a second image do not vote.
-        criterion: what a head is judged by: "distribution" (the best judge; takes gradients, with the memory that
-            they need), "output" or "mass" (one prefill of the text part).
+        criterion: what a head is judged by: "distribution" (the best judge; takes gradients, and the memory
+            for them), "output" or "mass" (one prefill of the text part).
         alpha: what a category may lose, in the criterion's unit: one number, or two for the first and
             the last layer, linear in between. None: as much as the tolerance allows (`loosest`), or
             `ALPHAS` where there is no tolerance.
