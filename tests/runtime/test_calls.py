@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -40,6 +41,36 @@ def test_a_loop_of_ones_own_uses_the_capsule(vlm, codec):
         for token, logits in zip(new, expected.logits, strict=True):
             torch.testing.assert_close(output.logits[:, -1], logits, atol=1e-4, rtol=0)
             output = vlm.model(input_ids=token[None, None], **{CACHE: getattr(output, CACHE)})
+
+
+@in_turn("codec", ["heads", "joint", "adaptive"])
+def test_the_part_below_the_head_uses_the_capsule(vlm, codec):
+    inputs = vlm.inputs([([vlm.picture(1), vlm.picture(2)], "compare them")])
+    below, head = vlm.model.base_model, vlm.model.get_output_embeddings()
+    with torch.no_grad():
+        prefilled = below(**inputs).last_hidden_state
+    with capsight.enable(vlm.model, capsule=fitted(vlm.name, 0.4, codec)) as fast, torch.no_grad():
+        expected = greedy(fast.generate, **inputs)
+        output = below(**inputs, use_cache=True)
+        torch.testing.assert_close(output.last_hidden_state, prefilled, atol=1e-4, rtol=0)
+        cache, token = getattr(output, CACHE), expected.sequences[:, -len(expected.logits)]
+        output = below(input_ids=token[:, None], **{CACHE: cache})
+        assert cache.nbytes < cache.nbytes_full
+        theirs = vlm.model.generate(**inputs, max_new_tokens=2, do_sample=False, output_hidden_states=True,
+                                    return_dict_in_generate=True).hidden_states[1][-1]  # fmt: skip
+        torch.testing.assert_close(head(output.last_hidden_state), head(theirs), atol=1e-4, rtol=0)
+
+
+@few
+def test_the_text_model_by_itself_is_told_to_know_no_images(vlm):
+    inputs = vlm.inputs([([vlm.picture(1)], "compare them")])
+    embedded = vlm.model.get_input_embeddings()(inputs["input_ids"]).detach()
+    with capsight.enable(vlm.model, capsule=fitted(vlm.name, 0.4)) as fast, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast.generate(**inputs, max_new_tokens=2)
+        vlm.model(**inputs)
+        with pytest.warns(UserWarning, match="on the full cache"):
+            vlm.model.get_decoder()(inputs_embeds=embedded)
 
 
 @in_turn("codec", ["adaptive", "joint", "heads"], CACHES)

@@ -11,6 +11,8 @@ from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from transformers.cache_utils import Cache
+
 from capsight.adapters import check_adapters
 from capsight.attention_swap import is_unserved
 from capsight.cache_argument import cache_of, with_cache
@@ -88,6 +90,7 @@ class Served:
     def __init__(self, model: Any) -> None:
         """Serve `model`."""
         self._model, self._own = model, model.__dict__.get("generate")
+        self._parts = model, model.base_model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`: that of the `FastModel`, or the model's own where nothing is enabled here."""
@@ -119,10 +122,13 @@ class Served:
         return type(self._model).init_continuous_batching(self._model, *args, **kwargs)
 
     def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Give a prefill its cache of capsules."""
-        if module is not self._model or is_unserved() or current_state().generating:
+        """Give a prefill its cache of capsules, be it one of the model or of what is below its head."""
+        if module not in self._parts or is_unserved() or current_state().generating:
+            return None
+        if module is not self._model and _inside() is self._model:
             return None
         end_broken_pass()
+        _RUNNING.inside = module
         if args:
             kwargs = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
             kwargs |= kwargs.pop("kwargs", {})
@@ -139,11 +145,11 @@ class Served:
                     check_adapters(cache.adapters, module, "the cache")
                 cache.watch(module.config)
             return None
-        fast = serving_here(module)
+        fast = serving_here(self._model)
         if fast is None or (fast.capsule is None and fast.head_map is None):
             return None
         if kwargs.get("input_ids") is None:
-            warnings.warn("a call without input_ids runs on the full cache, not on capsules", stacklevel=4)
+            _warn_of_full_cache()
             return None
         if kwargs.get("output_attentions"):
             check_attentions(module)
@@ -155,14 +161,32 @@ class Served:
             _RUNNING.state = state
         return (), with_cache(kwargs, cache)
 
-    def after(self, *_: Any) -> None:
+    def after(self, module: Any, *_: Any) -> None:
         """End what `before` began."""
-        if not current_state().generating:
+        if not current_state().generating and _inside() is module:
             end_broken_pass()
+
+    def text(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Tell whoever calls the text model by itself that nothing here can know where its images are."""
+        if is_unserved() or current_state().generating or _inside() is not None:
+            return
+        fast = serving_here(self._model)
+        if fast is not None and (fast.capsule or fast.head_map) and not isinstance(cache_of(kwargs), Cache):
+            _warn_of_full_cache()
+
+
+def _inside() -> Any:
+    """The model, or the part of it, whose forward pass this thread is in; None: none that `before` saw."""
+    return getattr(_RUNNING, "inside", None)
+
+
+def _warn_of_full_cache() -> None:
+    warnings.warn("a call without input_ids runs on the full cache, not on capsules", stacklevel=5)
 
 
 def end_broken_pass() -> None:
     """End what `Served.before` began in this thread; forward hooks are not told of a KeyboardInterrupt."""
+    _RUNNING.inside = None
     state, _RUNNING.state = getattr(_RUNNING, "state", None), None
     if state is not None:
         with suppress(ValueError):  # begun in another task
@@ -173,12 +197,10 @@ def _installed(model: Any) -> ExitStack:
     """Put a `Served` on a model, until the stack is closed."""
     served, stack = Served(model), ExitStack()
     stack.enter_context(positions_of_caches(model))
-    hooks = (
-        model.register_forward_pre_hook(served.before, with_kwargs=True),
-        model.register_forward_hook(served.after, always_call=True),
-    )
-    for hook in hooks:
-        stack.callback(hook.remove)
+    for part in (model, model.base_model):
+        stack.callback(part.register_forward_pre_hook(served.before, with_kwargs=True).remove)
+        stack.callback(part.register_forward_hook(served.after, always_call=True).remove)
+    stack.callback(model.get_decoder().register_forward_pre_hook(served.text, with_kwargs=True).remove)
     for name, method in (("generate", served), ("init_continuous_batching", served.batching)):
         if hasattr(model, name):
             original = model.__dict__.get(name)
