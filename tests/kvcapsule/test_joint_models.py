@@ -94,6 +94,34 @@ def test_fitting_leaves_frequencies_that_grow_as_they_were():
     assert torch.equal(run(vlm, inputs, full_cache(vlm)).logits[0], before)
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_prompts_beyond_the_frequencies_that_were_fitted_are_refused(kind):
+    """Both types turn all keys otherwise once a prompt is longer than the first training was."""
+    first = 120  # longer than a picture and a word, shorter than the batch
+    given = MODELS[kind] | {"max_position_embeddings": first if kind == "dynamic" else 512}
+    given["original_max_position_embeddings"] = first
+    given["rope_parameters"] = given["rope_parameters"] | {"original_max_position_embeddings": first}
+    vlm = llava.build("llava", **given)
+    inputs, short = batch(vlm), vlm.inputs([([vlm.picture(1)], "hi")])
+    assert short["input_ids"].shape[1] < first < inputs["input_ids"].shape[1]
+    joint, heads = fitted(vlm, 0.9, codec="joint"), fitted(vlm, 0.9, codec="heads")
+    with pytest.raises(UnsupportedModelError, match="turns keys otherwise"):
+        KVCapsule.fit(vlm.model, None, [inputs], progress=False)
+    with capsight.enable(vlm.model, capsule=joint) as fast:
+        for call in (fast.generate, fast.encapsulate):
+            with pytest.raises(UnsupportedModelError, match="turns keys otherwise"):
+                call(**inputs)
+        long = vlm.inputs([([vlm.picture(1)], "a question of many letters, which goes on beyond them" * 2)])
+        cache = fast.encapsulate(**long)  # its pictures were read before
+        assert long["input_ids"].shape[1] > first
+        fast.generate(past_key_values=cache, **long, max_new_tokens=2)
+    for capsule in (joint.with_retained(1.0), heads.with_retained(1.0)):
+        ours, full = (copy.deepcopy(vlm.model) for _ in range(2))  # frequencies grow in a model
+        asked_for = {"max_new_tokens": 3, "do_sample": False}
+        with capsight.enable(ours, capsule=capsule) as fast:
+            assert torch.equal(fast.generate(**inputs, **asked_for), full.generate(**inputs, **asked_for))
+
+
 @pytest.mark.parametrize("name", OWN_ATTENTION)
 def test_attention_that_is_more_than_a_softmax_stays_the_models_own(name):
     vlm = llava.build("llava", **OWN_ATTENTION[name])

@@ -20,6 +20,7 @@ from capsight.execution import module_device, own_precision
 from capsight.kvcapsule.cache.stock import full_attention_layers
 from capsight.kvcapsule.codecs import JointCodec, Payload
 from capsight.kvcapsule.codecs.positions import TokenPositions
+from capsight.kvcapsule.codecs.rotary import check_reach
 from capsight.layout import PromptLayout
 from capsight.layout.positions import position_ids, rope_positions
 from capsight.runtime.state import RuntimeState, running
@@ -65,7 +66,9 @@ def read_text(
     for block in row.blocks:
         vision[block.start : block.end] = True
     text = (~vision).nonzero().flatten()
-    positions = positions or TokenPositions(rope_positions(layout, model.config)[:, 0, vision])
+    everywhere = rope_positions(layout, model.config)
+    check_reach(model.config, everywhere)
+    positions = positions or TokenPositions(everywhere[:, 0, vision])
     images = _Images(payload, positions)
     places = position_ids(layout, model.config)
     text_positions = text[None] if places is None else places[..., text]

@@ -18,6 +18,7 @@ from capsight.kvcapsule.cache.layer_tokens import LayerTokens
 from capsight.kvcapsule.cache.placement import Placement
 from capsight.kvcapsule.cache.waiting import EncodeQueue
 from capsight.kvcapsule.codecs import BlockCodec, TokenPositions
+from capsight.kvcapsule.codecs.rotary import check_reach
 from capsight.kvcapsule.plan import CapsulePlan, Run
 from capsight.layout import PromptLayout
 from capsight.layout.positions import rope_positions
@@ -128,6 +129,8 @@ class Ledger:
         placement, last = self.place(self.complete(length), length, device), self._intake
         if last is None or last[0] is not stored or last[1].placement is not placement:
             last = stored, Intake.build(placement, () if stored is None else stored.runs)
+            if last[1].runs and self._rotary is not None:
+                check_reach(self._config, rope_positions(self._layout, self._config)[..., :length])
             self._intake = last
         return last[1]
 

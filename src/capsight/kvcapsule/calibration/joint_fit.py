@@ -18,7 +18,7 @@ from capsight.kvcapsule.calibration.token_sample import TokenSample
 from capsight.kvcapsule.codecs.joint import JointCodec
 from capsight.kvcapsule.codecs.joint_axes import in_steps
 from capsight.kvcapsule.codecs.levels import GROUP, distortions
-from capsight.kvcapsule.codecs.rotary import Rotary, find_rotary
+from capsight.kvcapsule.codecs.rotary import Rotary, check_reach, find_rotary
 from capsight.layout import build_layout
 from capsight.layout.positions import rope_positions
 
@@ -78,6 +78,7 @@ def fit_joint(
                 continue
         layout = build_layout(inputs, model.config)
         places = rope_positions(layout, model.config)
+        check_reach(model.config, places)
         spans = [(row, block) for row, r in enumerate(layout.rows) for block in r.blocks]
         positions = torch.cat([places[:, row, block.start : block.end] for row, block in spans], 1)
         sample.add(token_vectors(by_layer, rotary, positions), index)

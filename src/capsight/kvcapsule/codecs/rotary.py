@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from capsight.cache_argument import CACHE
-from capsight.errors import CalibrationError
+from capsight.errors import CalibrationError, UnsupportedModelError
 from capsight.execution import inputs_device
 from capsight.layout.families import family_for
 
@@ -78,6 +78,37 @@ class Rotary:
         return self.turn(keys, *self.back(cos, sin))
 
 
+def check_reach(config: Any, positions: Tensor) -> None:
+    """Refuse a prompt for which a model takes other frequencies than for short ones (longrope, dynamic NTK).
+
+    Args:
+        config: the model's config.
+        positions: of all tokens that are read together, int64, any shape.
+
+    Raises:
+        UnsupportedModelError: it is as long as that.
+    """
+    rope = _rope(config)
+    kind = str(rope.get("rope_type", "default"))
+    first = rope.get("original_max_position_embeddings")
+    if "dynamic" in kind:
+        first = config.get_text_config(decoder=True).max_position_embeddings
+    elif kind != "longrope":
+        return
+    end = int(positions.max()) + 1
+    if first is not None and end > first:
+        raise UnsupportedModelError(
+            f"this prompt ends at position {end}; from {first} on this model turns keys otherwise ({kind} "
+            "RoPE), which latents of the joint codec know nothing of; shorten it, or fit with codec='heads'"
+        )
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """The rotary parameters of full-attention layers."""
+    rope: dict[str, Any] = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return rope.get("full_attention", rope)
+
+
 @torch.no_grad()
 def find_rotary(model: Any, layers: Sequence[int]) -> Rotary:
     """How the full-attention `layers` of a model turn keys.
@@ -120,8 +151,7 @@ def find_rotary(model: Any, layers: Sequence[int]) -> Rotary:
 def _tried(config: Any) -> Tensor:
     """Positions at which one token's key is looked at: int64 `[3, 6]`."""
     text = config.get_text_config(decoder=True)
-    rope = getattr(text, "rope_parameters", None) or {}
-    first = rope.get("full_attention", rope).get("original_max_position_embeddings")
+    first = _rope(config).get("original_max_position_embeddings")
     far = min(_REACH, (first or text.max_position_embeddings) - 1)
     near = (37, 37, 37), (61, 5, 17)
     tried = (0, 0, 0), (far, 0, 0), (0, far, 0), (0, 0, far), *near
