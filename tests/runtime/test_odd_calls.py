@@ -89,6 +89,23 @@ def test_another_attention_inside_the_context_is_refused(qwen):
             fast.generate(**inputs, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("chosen", ["eager", "sdpa"])
+def test_another_attention_that_was_chosen_inside_stays(qwen, chosen):
+    model = copy.deepcopy(qwen.model)
+    model.set_attn_implementation("sdpa" if chosen == "eager" else "eager")
+    with capsight.enable(model, capsule=fitted("qwen2_5_vl", 0.4)):
+        model.set_attn_implementation(chosen)
+    assert model.config.get_text_config()._attn_implementation == chosen
+
+
+def test_patches_that_are_missing_are_counted(qwen):
+    inputs = qwen.inputs([([qwen.picture(1)], "compare them")])
+    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 0.4)) as fast:
+        for pixels in (inputs["pixel_values"][:-1], torch.cat([inputs["pixel_values"]] * 2)):
+            with pytest.raises(LayoutError, match="patches, image_grid_thw speaks of"):
+                fast.generate(**inputs | {"pixel_values": pixels}, max_new_tokens=1)
+
+
 def test_a_model_can_be_pickled_while_it_is_enabled(qwen):
     inputs, held = mixed_batch(qwen), io.BytesIO()
     full = greedy(qwen.model.generate, **inputs)

@@ -75,6 +75,11 @@ def select_images(
         owners = keys[kind]
         if name.startswith("pixel_values") and grids is not None:
             patches = [int(np.prod([int(n) for n in grid])) for grid in grids]
+            if sum(patches) != len(value):
+                raise LayoutError(
+                    f"{name} has {len(value)} patches, {kind}_grid_thw speaks of {sum(patches)}; pass the "
+                    "processor's outputs as they are"
+                )
             picked = np.repeat(_chosen(owners, wanted, name, len(grids)), patches)
         elif name in _STRIPS and inputs.get(_STRIPS[name]) is not None:
             entries[name] = _strips(value, inputs[_STRIPS[name]], by_block[kind], wanted)

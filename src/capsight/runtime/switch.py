@@ -41,7 +41,7 @@ def capsight_attention_on(model: Any) -> Iterator[None]:
             users, before, _ = _USERS.pop(id(text))
             if users > 1:
                 _USERS[id(text)] = users - 1, before, text
-            else:
+            elif text._attn_implementation == ATTENTION_NAME:  # else somebody has chosen another meanwhile
                 inner.set_attn_implementation({"text_config": before})
 
 
