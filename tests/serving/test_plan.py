@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capsight.errors import OptionError
-from capsight.serving.plan import plan_request
+from capsight.serving.plan import Latents, Slots, plan_request
 from capsight.serving.select import select_tokens
 from capsight.serving.vllm.steps import shortened, shrink_step
 
@@ -67,6 +67,41 @@ def test_impossible_shares(retained):
         plan_request([(0, 63)], 80, 32, retained)
     with pytest.raises(OptionError, match="block"):
         plan_request([(0, 63)], 80, 0, 0.4)
+
+
+@given(prompts(), SIZES, st.integers(1, 9), st.integers(2, 300), st.integers(8, 1024))
+def test_latents_and_text_fit_into_what_stays(prompt, size, layers, latent_nbytes, token_nbytes):
+    ranges, length = prompt
+    kind = Latents(layers, latent_nbytes, token_nbytes)
+    plan = kind.plan(ranges, length, size)
+    shown = {p for a, b in ranges for p in range(a, b + 1)}
+    if plan is None:
+        return
+    assert 0 < plan.kept_blocks < plan.blocks
+    assert plan.first == ranges[0][0] // size
+    assert plan.first + plan.blocks <= length // size
+    assert plan.written.stop == plan.first + plan.blocks
+    # All images have latents, whatever lies in front of `after` and is no image is text.
+    assert plan.image_tokens == len(shown)
+    assert max(shown) < plan.after <= length
+    assert plan.after >= plan.written.stop * size
+    assert plan.text_tokens == plan.after - plan.first * size - len(shown) >= 0
+    nbytes = plan.text_tokens * token_nbytes + kind.share(len(shown)) * latent_nbytes
+    room = size * token_nbytes
+    assert (plan.kept_blocks - 1) * room < nbytes <= plan.kept_blocks * room
+    assert kind.share(len(shown)) * layers >= len(shown)
+
+
+def test_latents_of_images_that_end_in_a_block_that_is_not_full():
+    kind = Latents(4, 10, 256)
+    plan = kind.plan([(40, 139), (150, 259)], 270, 32)
+    assert plan is not None
+    assert (plan.first, plan.blocks, plan.kept_blocks) == (1, 7, 1)
+    assert plan.images == ((8, 108), (118, 228))
+    assert (plan.after, plan.text_tokens, plan.image_tokens) == (260, 18, 210)
+    assert kind.plan([(40, 70)], 200, 32) is None  # nothing would be freed
+    assert kind.plan([], 200, 32) is None
+    assert Slots(0.4).plan([(40, 139)], 200, 32) == plan_request([(40, 139)], 200, 32, 0.4)
 
 
 def test_a_step_of_requests_that_shrink_have_shrunk_and_have_no_images():
