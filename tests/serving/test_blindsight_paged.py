@@ -118,7 +118,7 @@ def test_chunks_of_several_requests(layer, chunk):
         query = query.transpose(0, 1)
         whole = step(parts, pool.tables)
         requests = sparse_requests(whole)
-        rest, rows = dense_rest(whole, requests)
+        rest, rows = dense_rest(whole, {request.index: request.rows for request in requests})
         assert rest.num_actual_tokens == len(rows) == rest.query_start_loc[-1]
         assert (
             rest.num_reqs == len(rest.seq_lens) == len(rest.block_table_tensor) == len(rest.rswa_prefix_lens)

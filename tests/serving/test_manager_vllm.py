@@ -15,13 +15,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from capsight.errors import UnsupportedModelError
-from capsight.serving.plan import plan_request
+from capsight.serving.plan import Slots, plan_request
 from capsight.serving.vllm.manager import CapsuleManager
 from capsight.serving.vllm.spec import CapsuleSpec
 
 SIZE, BLOCKS = 32, 40
 FULL = FullAttentionSpec(block_size=SIZE, num_kv_heads=2, head_size=32, head_size_v=32, dtype=torch.float32)
-SPEC = CapsuleSpec.of(FULL, 0.4)
+SPEC = CapsuleSpec.of(FULL, Slots(0.4))
 
 
 def feature(start, end, modality="image"):
@@ -89,7 +89,7 @@ def test_vllm_knows_the_spec_and_its_own():
     assert KVCacheSpecRegistry.get_uniform_type_base_spec(SPEC) is FullAttentionSpec
     assert CapsuleSpec.merge([SPEC, SPEC]) == SPEC
     with pytest.raises(ValueError, match="alike"):
-        CapsuleSpec.merge([SPEC, CapsuleSpec.of(FULL, 0.3)])
+        CapsuleSpec.merge([SPEC, CapsuleSpec.of(FULL, Slots(0.3))])
 
 
 PLAN = plan_request([(70, 333)], 400, SIZE, 0.4)  # of 12 blocks, 2 to 6 are freed, 7 to 10 written

@@ -1,4 +1,4 @@
-"""Which blocks of paged memory a request's images shrink into: `Slots.plan` and `Latents.plan`; plain integers.
+"""Which blocks of paged memory a request's images shrink into, as plain integers: `Slots` and `Latents`.
 
 vLLM's scheduler (which frees blocks) and its workers (which fill and read them) both ask these functions, in
 processes of their own, so they may depend on nothing but their arguments.
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from capsight.errors import OptionError
-
 
 Ranges = Sequence[tuple[int, int]]
 """First and last position of the tokens of each image or video of a prompt; they do not overlap."""
@@ -86,7 +85,7 @@ class RequestPlan(BlockPlan):
 class LatentPlan(BlockPlan):
     """How a region shrinks to text and latents.
 
-    Images may go on behind the region, in the block that is not full; of their tokens, too, there are latents.
+    Images may go on behind the region, in the block that is not full; they have latents of all their tokens.
 
     Attributes:
         reach: tokens from the region's first one to the end of what is written: of the region, or of the last
@@ -192,7 +191,7 @@ def _plan(
 
 
 def _region(spans: Sequence[tuple[int, int]], length: int, block_size: int) -> tuple[int, int]:
-    """First block of a region, and the one behind its last; a block that is not full does not belong to it."""
+    """First block of a region, and the one behind its last; a block that is not full is none of it."""
     return spans[0][0] // block_size, min(-(-spans[-1][1] // block_size), length // block_size)
 
 

@@ -4,18 +4,21 @@ What happens in a step, layer by layer (`CapsightImpl.forward`):
 
 1. vLLM writes the step's keys and values to its blocks.
 2. Its own kernel computes attention: of requests that are still being read over all tokens, of those that
-   have been read over a shortened block table and length (`CapsuleSteps`), of which it knows nothing.
-3. With a head map, `SparsePrefill.attend` overwrites the output of image tokens; everything before them is
+   have been read and keep slots over a shortened block table and length (`shrink_step`), of which it knows
+   nothing.
+3. With a head map, `SparsePrefill.attend` computes the output of image tokens; everything before them is
    still exact in paged memory then.
-4. What is read to its end in this step shrinks, and tokens behind the prompt's end, which only a request that
-   was preempted reads in the same step, are computed again over what is left.
+4. `LatentStep.run` computes that of requests that have been read and keep latents.
+5. What is read to its end in this step shrinks, and tokens behind the prompt's end, which only a request that
+   was preempted reads in the same step, are computed again over what is left: slots layer by layer, latents
+   in a second pass through the model (`models.second_pass`).
 
 With no entry `capsight` in the model's config the classes do what vLLM's do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -33,14 +36,20 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from capsight.blindsight import HeadMap
+from capsight.kvcapsule.codecs import JointCodec
 from capsight.serving.checkpoint import Served
+from capsight.serving.plan import Latents, Slots
 from capsight.serving.select import select_tokens
 from capsight.serving.vllm.blindsight import SparsePrefill, SparseRequest, dense_rest, sparse_requests
+from capsight.serving.vllm.latent_steps import LatentStep, latent_step
+from capsight.serving.vllm.latents import LatentMemory, load_codecs
 from capsight.serving.vllm.paged import check_readable, read_tokens
 from capsight.serving.vllm.settings import check_engine, served_by
 from capsight.serving.vllm.spec import CapsuleSpec
-from capsight.serving.vllm.steps import Shrinking, shortened, shrink_step
+from capsight.serving.vllm.steps import Shrinking, behind, shrink_step
+
+Part = tuple[Tensor, CPUAttentionMetadata | None]
+"""Rows of a step for vLLM's kernel, int64 `[n]`, and as a step of their own; None if there are none."""
 
 
 @dataclass
@@ -48,20 +57,22 @@ class CapsightMetadata(CPUAttentionMetadata):
     """A step of vLLM's kernel, and what is done besides.
 
     Attributes:
+        dense: what its kernel has to do; None: everything.
         sparse: requests whose image tokens are read in this step, with a head map.
-        rest_rows: int64 `[n]`, the rows of all other tokens, where there are such requests.
-        rest: those rows as a step of their own; None if there are none.
-        shrinking: requests that are read to their prompt's end in this step.
-        tail_rows: int64 `[n]`, the rows behind those prompts' ends; None if there are none.
-        tails: those rows as a step of their own, over what is left of the images.
+        rest: what its kernel has to do besides them.
+        shrinking: requests with slots that are read to their prompt's end in this step.
+        tails: the rows behind those prompts' ends, over what is left of the images.
+        latents: requests with latents.
+        again: rows of the step that the model has to read a second time, int64 `[n]`, and as what.
     """
 
+    dense: Part | None = None
     sparse: tuple[SparseRequest, ...] = ()
-    rest_rows: Tensor | None = None
-    rest: CPUAttentionMetadata | None = None
+    rest: Part | None = None
     shrinking: tuple[Shrinking, ...] = ()
-    tail_rows: Tensor | None = None
-    tails: CPUAttentionMetadata | None = None
+    tails: Part | None = None
+    latents: LatentStep | None = None
+    again: tuple[Tensor, CapsightMetadata] | None = None
 
 
 class CapsightBuilder(CPUAttentionMetadataBuilder):
@@ -71,8 +82,11 @@ class CapsightBuilder(CPUAttentionMetadataBuilder):
         """Take what vLLM's builder takes."""
         super().__init__(*arguments, **options)
         self.served = served_by(self.vllm_config)
+        self.capsules: Slots | Latents | None = getattr(self.kv_cache_spec, "capsules", None)
         if self.served is not None:
             check_readable(self.isa)
+            if isinstance(self.capsules, Latents):
+                self.memory = LatentMemory(self.capsules, _codecs(self.vllm_config, self.served))
 
     def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
         """The step's metadata."""
@@ -81,39 +95,33 @@ class CapsightBuilder(CPUAttentionMetadataBuilder):
             return super().build(common_prefix_len, step, fast_build)
         sparse = () if self.served.head_map is None else sparse_requests(step)
         shrinking: tuple[Shrinking, ...] = ()
-        if self.served.retained is not None:
-            prompts = step.rswa_prefix_lens.tolist()
-            tables, lengths, shrinking = shrink_step(step, prompts, self.block_size, self.served.retained)
+        latents = None
+        if isinstance(self.capsules, Slots):
+            prompts, retained = step.rswa_prefix_lens.tolist(), self.capsules.retained
+            tables, lengths, shrinking = shrink_step(step, prompts, self.block_size, retained)
             step = replace(step, block_table_tensor=tables, seq_lens=lengths)
+        elif isinstance(self.capsules, Latents):
+            prompts = step.rswa_prefix_lens.tolist()
+            latents = latent_step(step, prompts, self.block_size, self.capsules, self.memory)
         made = CapsightMetadata(**vars(super().build(common_prefix_len, step, fast_build)))
-        made.sparse, made.shrinking = sparse, shrinking
+        made.sparse, made.shrinking, made.latents = sparse, shrinking, latents
+        others = {} if latents is None else latents.rows
+        if others:
+            made.dense = self._part(*dense_rest(step, others))
         if sparse:
-            rest, made.rest_rows = dense_rest(step, sparse)
-            made.rest = super().build(0, rest, fast_build) if len(made.rest_rows) else None
+            made.rest = self._part(*dense_rest(step, others | {r.index: r.rows for r in sparse}))
         tails = [request for request in shrinking if request.tail[0] < request.tail[1]]
         if tails:
-            behind, made.tail_rows = self._behind(step, tails)
-            made.tails = super().build(0, behind, fast_build)
+            made.tails = self._part(*behind(step, tails))
+        if latents is not None and latents.tails:
+            again, rows = latents.second_pass()
+            nothing: Part = rows[:0], None
+            made.again = rows, replace(made, dense=nothing, sparse=(), latents=again)
         return made
 
-    @staticmethod
-    def _behind(step: Any, tails: Sequence[Shrinking]) -> tuple[Any, Tensor]:
-        """The tokens behind the prompts' ends as a step of its own, and their rows in the whole step."""
-        sizes = torch.tensor([end - start for start, end in (request.tail for request in tails)])
-        starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(torch.int32)
-        rows = torch.cat([torch.arange(*request.tail) for request in tails])
-        behind = replace(
-            step,
-            query_start_loc=starts,
-            query_start_loc_cpu=starts,
-            seq_lens=torch.tensor([r.length - r.plan.freed_tokens for r in tails], dtype=torch.int32),
-            num_reqs=len(tails),
-            num_actual_tokens=len(rows),
-            max_query_len=int(sizes.max()),
-            block_table_tensor=torch.stack([shortened(request.table, request.plan) for request in tails]),
-            slot_mapping=step.slot_mapping[rows],
-        )
-        return behind, rows
+    def _part(self, step: Any, rows: Tensor) -> Part:
+        """Some rows of a step as a step of their own."""
+        return rows, super().build(0, step) if len(rows) else None
 
 
 class CapsightImpl(CPUAttentionBackendImpl):
@@ -129,10 +137,13 @@ class CapsightImpl(CPUAttentionBackendImpl):
         config = get_current_vllm_config()
         served = served_by(config)
         self.prefill: SparsePrefill | None = None
-        CapsightBackend.retained = None if served is None or served.retained == 1 else served.retained
+        CapsightBackend.capsules = None
         if served is not None:
             check_engine(config)
-            self.prefill = _prefill(config.model_config.model, served)
+            CapsightBackend.capsules = _capsules(config, served)
+            if served.head_map is not None:
+                share = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+                self.prefill = SparsePrefill.load(config.model_config.model, served.head_map, *share)
 
     def forward(
         self,
@@ -148,25 +159,29 @@ class CapsightImpl(CPUAttentionBackendImpl):
     ) -> Tensor:
         """Attention of all requests of a step; see the module."""
         step, given = attn_metadata, (layer, query, key, value, kv_cache)
-        ours = isinstance(step, CapsightMetadata)
-        index = extract_layer_index(layer.layer_name) if ours else 0
-        if ours and self.prefill is not None and step.sparse and not self.prefill.is_dense(index):
-            if step.rest is not None:
-                self._rows(given, step.rest_rows, step.rest, output)
-            self.prefill.attend(index, step.sparse, query, kv_cache, self.scale, output)
-        else:
+        if not isinstance(step, CapsightMetadata):
+            return super().forward(*given, step, output, *others, **options)
+        index, prefill = extract_layer_index(layer.layer_name), self.prefill
+        if prefill is not None and step.sparse and not prefill.is_dense(index):
+            self._rows(given, step.rest, output)
+            prefill.attend(index, step.sparse, query, kv_cache, self.scale, output)
+        elif step.dense is None:
             super().forward(*given, step, output, *others, **options)
-        if not ours:
-            return output
+        else:
+            self._rows(given, step.dense, output)
+        if step.latents is not None:
+            step.latents.run(index, query, kv_cache, self.scale, output)
         for request in step.shrinking:
             self._shrink(layer, kv_cache, request)
-        if step.tails is not None:
-            self._rows(given, step.tail_rows, step.tails, output)
+        self._rows(given, step.tails, output)
         return output
 
-    def _rows(self, given: tuple[Any, ...], rows: Tensor, step: CPUAttentionMetadata, output: Tensor) -> None:
+    def _rows(self, given: tuple[Any, ...], part: Part | None, output: Tensor) -> None:
         """Dense attention of some rows, as a step of their own."""
+        if part is None or part[1] is None:
+            return
         layer, query, key, value, kv_cache = given
+        rows, step = part
         attended = torch.empty_like(query[rows])
         super().forward(layer, query[rows], key, value, kv_cache, step, attended)
         output.view(query.shape)[rows] = attended
@@ -196,18 +211,18 @@ class CapsightBackend(CPUAttentionBackend):
     """What vLLM finds under the name of its CPU backend.
 
     Attributes:
-        retained: of the model that was built last in this process; vLLM asks a class for the kind of KV
-            cache, and tells it nothing of the model.
+        capsules: of the model that was built last in this process, given a layer's KV cache; vLLM asks a class
+            for the kind of KV cache, and tells it nothing of the model.
     """
 
-    retained: ClassVar[float | None] = None
+    capsules: ClassVar[Callable[[FullAttentionSpec], Slots | Latents] | None] = None
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """The KV cache of a layer, with capsules where the model's config asks for them."""
-        if cls.retained is None or type(spec) is not FullAttentionSpec:
+        if cls.capsules is None or type(spec) is not FullAttentionSpec:
             return spec
-        return CapsuleSpec.of(spec, cls.retained)
+        return CapsuleSpec.of(spec, cls.capsules(spec))
 
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
@@ -220,16 +235,22 @@ class CapsightBackend(CPUAttentionBackend):
         return CapsightBuilder
 
 
-_PREFILLS: dict[tuple[str, str, int, int], SparsePrefill] = {}
-
-
-def _prefill(folder: str, served: Served) -> SparsePrefill | None:
-    """The head map of this process, read once for all layers."""
-    if served.head_map is None:
+def _capsules(config: Any, served: Served) -> Callable[[FullAttentionSpec], Slots | Latents] | None:
+    """What images become; None: they stay as they are."""
+    if served.retained == 1 or (served.retained, served.capsule) == (None, None):
         return None
-    rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    key = (folder, served.head_map, rank, size)
-    if key not in _PREFILLS:
-        head_map = HeadMap.from_pretrained(folder, subfolder=served.head_map)
-        _PREFILLS[key] = SparsePrefill(head_map, rank, size)
-    return _PREFILLS[key]
+    if served.capsule is None:
+        slots = Slots(served.retained or 1)
+        return lambda spec: slots
+    codecs = _codecs(config, served)
+
+    def latents(spec: FullAttentionSpec) -> Latents:
+        nbytes = 2 * spec.num_kv_heads * spec.head_size * spec.dtype.itemsize
+        return Latents(len(codecs), codecs[0].levels.nbytes, nbytes)
+
+    return latents
+
+
+def _codecs(config: Any, served: Served) -> tuple[JointCodec, ...]:
+    """The codecs of all layers."""
+    return load_codecs(config.model_config.model, served.capsule or "", served.retained)

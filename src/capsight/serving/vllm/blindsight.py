@@ -7,9 +7,10 @@ part from the prefix cache. Text, and all that is generated, sees everything: vL
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -82,23 +83,22 @@ def sparse_requests(step: Any) -> tuple[SparseRequest, ...]:
     return tuple(requests)
 
 
-def dense_rest(step: Any, requests: Sequence[SparseRequest]) -> tuple[Any, Tensor]:
-    """What is left of a step for the dense kernel: what comes before and after the images of each request.
+def dense_rest(step: Any, others: Mapping[int, tuple[int, int]]) -> tuple[Any, Tensor]:
+    """What is left of a step for the dense kernel: what comes before and after some rows of each request.
 
     Args:
         step: see `sparse_requests`; a dataclass.
-        requests: what that found in it.
+        others: by request, `[start, end)` of the rows that are left out.
 
     Returns:
         The step as if each piece were a request of its own (it sees its request's earlier tokens), and the
         rows of its tokens in the whole step, int64 `[n]`.
     """
     starts, lengths = step.query_start_loc_cpu.tolist(), step.seq_lens.tolist()
-    images = {request.index: request.rows for request in requests}
     pieces = []  # request, its first row, the row after its last, tokens up to there
     for index, length in enumerate(lengths):
         first, end = starts[index], starts[index + 1]
-        begin, after = images.get(index, (end, end))
+        begin, after = others.get(index, (end, end))
         pieces += [(index, first, begin, length - (end - begin)), (index, after, end, length)]
     pieces = [piece for piece in pieces if piece[1] < piece[2]]
     request = torch.tensor([piece[0] for piece in pieces], dtype=torch.int64)
@@ -138,6 +138,12 @@ class SparsePrefill:
         heads = head_map.num_heads // size
         self.options = head_map.options
         self.categories = tuple(layer[rank * heads : (rank + 1) * heads] for layer in head_map.categories)
+
+    @classmethod
+    @lru_cache(maxsize=4)
+    def load(cls, folder: str, subfolder: str, rank: int, size: int) -> Self:
+        """The head map of an exported checkpoint, read once for all layers; see `__init__`."""
+        return cls(HeadMap.from_pretrained(folder, subfolder=subfolder), rank, size)
 
     def is_dense(self, layer: int) -> bool:
         """Whether no head of this layer, of those that this process has, leaves anything out."""

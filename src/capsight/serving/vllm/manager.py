@@ -15,7 +15,7 @@ from typing import Any
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from capsight.errors import UnsupportedModelError
-from capsight.serving.plan import RequestPlan, plan_request
+from capsight.serving.plan import BlockPlan
 
 
 class CapsuleManager(FullAttentionManager):
@@ -26,8 +26,8 @@ class CapsuleManager(FullAttentionManager):
         super().__init__(kv_cache_spec, **options)
         self._hashes: bool = options["enable_caching"]
         self.enable_caching = True  # the coordinator then shows each request to `cache_blocks`
-        self._retained: float = kv_cache_spec.retained
-        self._known: dict[str, tuple[Any, RequestPlan | None]] = {}  # requests with images
+        self._capsules = kv_cache_spec.capsules
+        self._known: dict[str, tuple[Any, BlockPlan | None]] = {}  # requests with images
         self._shown: set[int] = set()  # blocks that were hashed, from the first image of a prompt on
 
     def find_longest_cache_hit(
@@ -69,7 +69,7 @@ class CapsuleManager(FullAttentionManager):
                 "capsight serves no prompts with images that are streamed in; send them whole"
             )
         if ranges and request.request_id not in self._known:
-            plan = plan_request(ranges, request.num_prompt_tokens, self.block_size, self._retained)
+            plan = self._capsules.plan(ranges, request.num_prompt_tokens, self.block_size)
             self._known[request.request_id] = request, plan
             if plan is not None:
                 self._own(request.request_id, plan.written)

@@ -47,3 +47,22 @@ def read_tokens(kv_cache: Tensor, blocks: Tensor, count: int) -> tuple[Tensor, T
     key = key.unflatten(2, (double // 2, size)).permute(1, 0, 3, 2)  # [Hkv, n, size, D]
     value = value.unflatten(2, (size, double // 2)).transpose(0, 1)  # [Hkv, n, size, D]
     return key.flatten(1, 2)[:, :count], value.flatten(1, 2)[:, :count]
+
+
+def read_blocks(kv_cache: Tensor, blocks: Tensor) -> Tensor:
+    """Keys and values of all tokens of some blocks, copied out of a CPU's paged memory.
+
+    Args:
+        kv_cache: see `read_tokens`.
+        blocks: int64 `[n]`.
+
+    Returns:
+        `[2, n x block size, Hkv, D]`, block by block.
+    """
+    size, double = kv_cache.shape[2:]
+    held = kv_cache.index_select(0, blocks).flatten(2)  # [n, Hkv, 2 D size]
+    key, value = held.chunk(2, dim=2)
+    out = kv_cache.new_empty(2, len(blocks), size, kv_cache.shape[1], double // 2)
+    out[0] = key.unflatten(2, (double // 2, size)).permute(0, 3, 1, 2)
+    out[1] = value.unflatten(2, (size, double // 2)).transpose(1, 2)
+    return out.flatten(1, 2)

@@ -11,6 +11,7 @@ from typing import Any, Self
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from capsight.serving.plan import Latents, Slots
 from capsight.serving.vllm.manager import CapsuleManager
 
 
@@ -19,15 +20,15 @@ class CapsuleSpec(FullAttentionSpec):
     """Blocks of full attention, of which images keep a part.
 
     Attributes:
-        retained: share of a prompt's image tokens that stays.
+        capsules: what images become, and how many blocks that takes.
     """
 
-    retained: float
+    capsules: Slots | Latents
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, retained: float) -> CapsuleSpec:
+    def of(cls, spec: FullAttentionSpec, capsules: Slots | Latents) -> CapsuleSpec:
         """A spec with all that another says."""
-        return cls(**{field.name: getattr(spec, field.name) for field in fields(spec)}, retained=retained)
+        return cls(**{field.name: getattr(spec, field.name) for field in fields(spec)}, capsules=capsules)
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Self:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from capsight.serving.plan import RequestPlan, plan_request
+from capsight.serving.plan import BlockPlan, RequestPlan, plan_request
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Shrinking:
     table: Tensor
 
 
-def shortened(table: Tensor, plan: RequestPlan) -> Tensor:
+def shortened(table: Tensor, plan: BlockPlan) -> Tensor:
     """A block table `[n]` without the blocks that were freed; the end repeats what was there."""
     short = table.clone()
     short[plan.freed.start : len(table) - len(plan.freed)] = table[plan.freed.stop :]
@@ -73,3 +73,27 @@ def shrink_step(
         tables[index] = shortened(table, plan)
         lengths[index] -= plan.freed_tokens
     return tables, lengths, tuple(shrinking)
+
+
+def behind(step: Any, tails: Sequence[Shrinking]) -> tuple[Any, Tensor]:
+    """The tokens behind the prompts' ends as a step of its own, and their rows in the whole step.
+
+    Args:
+        step: see `shrink_step`; a dataclass.
+        tails: requests that have such tokens.
+    """
+    sizes = torch.tensor([end - start for start, end in (request.tail for request in tails)])
+    starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(torch.int32)
+    rows = torch.cat([torch.arange(*request.tail) for request in tails])
+    made = replace(
+        step,
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor([r.length - r.plan.freed_tokens for r in tails], dtype=torch.int32),
+        num_reqs=len(tails),
+        num_actual_tokens=len(rows),
+        max_query_len=int(sizes.max()),
+        block_table_tensor=torch.stack([shortened(request.table, request.plan) for request in tails]),
+        slot_mapping=step.slot_mapping[rows],
+    )
+    return made, rows
