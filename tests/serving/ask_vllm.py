@@ -69,18 +69,19 @@ def prompt(text, files):
     return {"prompt": text} | ({"multi_modal_data": {"image": images}} if files else {})
 
 
-def assert_same_answer(answer, tokens, right, end, processes=1):
+def assert_same_answer(answer, tokens, right, end, beyond=1e-3):
     """An answer of a model that was not trained to go on past `end` is transformers'.
 
-    Sums over several processes round otherwise, so of two image tokens with scores equal to 2e-5 the other
-    one may stay: a few uncertain words past the end show it.
+    Log-probabilities of a few uncertain words past the end may differ by `beyond`. Sums over several
+    processes round otherwise, so of two image tokens with scores equal to 2e-5 the other one may stay. And
+    of latents, one number in ten thousand is rounded to the next of its codes, in one process, too.
     """
     assert answer["tokens"] == tokens
     gaps = [abs(a - b) for a, b in zip(answer["logprobs"], right, strict=True)]
     answered = tokens.index(end) + 1 if end in tokens else len(tokens)
     assert max(gaps[:answered]) <= 1e-4
     gaps.sort()
-    assert gaps[-1] <= (1e-3 if processes == 1 else 0.1)
+    assert gaps[-1] <= beyond
     assert gaps[len(gaps) * 9 // 10] <= 1e-3
 
 

@@ -52,9 +52,9 @@ def job(tmp_path_factory):
     return root / "model", requests, right
 
 
-def check(found, right, processes=1):
+def check(found, right, beyond=1e-3):
     for (answer,), (tokens, logprobs) in zip(found["answers"], right, strict=True):
-        assert_same_answer(answer, tokens, logprobs, 4, processes)
+        assert_same_answer(answer, tokens, logprobs, 4, beyond)
 
 
 def test_whole_prompts_and_again_from_the_prefix_cache(tmp_path, job):
@@ -80,4 +80,4 @@ def test_heads_shared_by_two_processes(tmp_path, job):
     folder, requests, right = job
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     options = {"watch": False, "tensor_parallel_size": 2, "environment": environment}
-    check(drive(tmp_path, folder, requests, tokens=TOKENS, **options), right, processes=2)
+    check(drive(tmp_path, folder, requests, tokens=TOKENS, **options), right, beyond=0.1)

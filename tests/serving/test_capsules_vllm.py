@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 pytest.importorskip("vllm")
 
-import capsight
 from capsight.layout import build_layout
-from capsight.reference import load_reference_vlm, reference_path, split_prompt
+from capsight.reference import load_reference_vlm, reference_path
 from capsight.serving.export import export_checkpoint
 from capsight.serving.method import PagedCapsules
-from serving.ask_vllm import ask, assert_same_answer
+from serving.ask_vllm import ask
 from serving.drive_vllm import drive
+from serving.vllm_cases import COUNTS, TOKENS, all_asked, asked, check, expected, requests
 
 RETAINED = 0.4
-COUNTS = (8, 1, 2, 8, 0, 3, 5)  # images of each prompt; those of the last one are asked about twice
-TOKENS, END = 48, 4  # the end token stops nothing here
 
 
 @pytest.fixture(scope="module")
@@ -25,26 +22,9 @@ def vlm():
     return load_reference_vlm()
 
 
-def asked(processor, folder, count, number, question, of=None):
-    """Text, picture files and model inputs of one question about the first `count` of the pictures."""
-    prompt = split_prompt("test", number, of or count or 1)
-    files = [str(folder / f"{number}-{index}.png") for index in range(count)]
-    scenes = prompt.scenes[:count]
-    for scene, file in zip(scenes, files, strict=True):
-        scene.image.save(file)
-    content = [{"type": "image"}] * count + [{"type": "text", "text": prompt.questions[question].text}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
-    images = {"images": [[scene.image for scene in scenes]]} if count else {}
-    return text, files, processor(text=[text], return_tensors="pt", **images)
-
-
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory, vlm):
-    folder = tmp_path_factory.mktemp("pictures")
-    made = [asked(vlm[1], folder, count, number, 0) for number, count in enumerate(COUNTS)]
-    return [*made, asked(vlm[1], folder, COUNTS[-1], len(COUNTS) - 1, 3)]
+    return all_asked(vlm[1], tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +34,6 @@ def exported(tmp_path_factory, vlm):
     return out
 
 
-def expected(model, inputs, retained=RETAINED):
-    """Tokens and their log-probabilities on the transformers path."""
-    options = {"max_new_tokens": TOKENS, "do_sample": False, "return_dict_in_generate": True}
-    options |= {"eos_token_id": [-1], "pad_token_id": 0}  # on and on
-    with torch.no_grad(), capsight.enable(model, capsule=PagedCapsules(retained)) as fast:
-        out = fast.generate(**inputs, **options, output_logits=True)
-    tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    rows = torch.stack(out.logits)[:, 0].float().log_softmax(-1)
-    return tokens, [rows[i, token].item() for i, token in enumerate(tokens)]
-
-
 def plan_of(model, inputs):
     """How the blocks of one prompt shrink."""
     return PagedCapsules(RETAINED).plan(build_layout(inputs, model.config).rows[0])
@@ -72,20 +41,7 @@ def plan_of(model, inputs):
 
 @pytest.fixture(scope="module")
 def right(vlm, prompts):
-    return [expected(vlm[0], inputs) for _, _, inputs in prompts]
-
-
-def requests(prompts, counts=None):
-    return [(text, files, (counts or {}).get(i, 1)) for i, (text, files, _) in enumerate(prompts)]
-
-
-def check(found, right, processes=1):
-    """Every answer is that of transformers."""
-    for answers, (tokens, logprobs) in zip(found["answers"], right, strict=True):
-        for one in answers:
-            assert_same_answer(one, tokens, logprobs, END, processes)
-    if found["seen"]:
-        assert found["seen"]["leaked"] == 0
+    return [expected(vlm[0], inputs, PagedCapsules(RETAINED)) for _, _, inputs in prompts]
 
 
 def test_all_at_once_and_several_answers(tmp_path, exported, prompts, right):
@@ -133,7 +89,7 @@ def test_pictures_that_are_in_memory(tmp_path, exported, vlm):
     made = [asked(vlm[1], tmp_path, count, 90, question, of=3) for count, question in counts]
     prompts = [(text, files) for text, files, _ in made]
     rounds = ask(tmp_path, exported, prompts, 2, TOKENS, True, max_num_batched_tokens=192)
-    answers = [expected(vlm[0], inputs) for _, _, inputs in made[:4]]
+    answers = [expected(vlm[0], inputs, PagedCapsules(RETAINED)) for _, _, inputs in made[:4]]
     for answered in rounds:
         found = {"answers": [[one] for one in answered], "seen": {}}
         check(found, [*answers, answers[0]])
@@ -152,4 +108,4 @@ def test_heads_shared_by_two_processes_of_an_engine_in_a_third(tmp_path, exporte
         tensor_parallel_size=2,
         environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
     )
-    check(found, right, processes=2)
+    check(found, right)

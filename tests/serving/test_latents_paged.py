@@ -81,7 +81,7 @@ class World:
             block_table_tensor=self.tables[rows],
             mm_req_doc_ranges={i: SPANS[row] for i, row in enumerate(rows)},
         )
-        return latent_step(made, [PROMPTS[row] for row in rows], SIZE, self.kind, self.memory)
+        return latent_step(made, [PROMPTS[row] for row in rows], SIZE, self.memory)
 
     def run(self, step, tokens):
         """All layers of a step with queries that are returned, too; NaN where nothing is written."""

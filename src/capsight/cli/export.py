@@ -32,13 +32,18 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to make.")],
     capsule: Annotated[
         str | None,
-        typer.Option(help="Fitted capsule to carry along, for transformers; the engine needs none."),
+        typer.Option(
+            help="Capsule of the codec joint: the engine keeps its latents. 'reference', folder, hub id."
+        ),
     ] = None,
     head_map: Annotated[
         str | None, typer.Option(help="Head map of the prefill: 'reference', a folder or a hub id.")
     ] = None,
     retained: Annotated[
-        float | None, typer.Option(help="Part of an image's tokens that stays in the engine's memory.")
+        float | None,
+        typer.Option(
+            help="Part of the capsule's bytes to keep, or, without a capsule, of an image's tokens."
+        ),
     ] = None,
     compression_ratio: CompressionOption = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what an earlier export wrote there.")] = False,
@@ -46,8 +51,10 @@ def export(
     """Copy a model with its capsule and head map into a folder for `capsight serve` and `vllm serve`."""
     if (retained, compression_ratio) != (None, None):
         retained = share_to_keep(retained, compression_ratio)
-    if (retained, head_map) == (None, None):
-        raise OptionError("name --retained, --head-map or both; without them plain vLLM serves the model")
+    if (capsule, retained, head_map) == (None, None, None):
+        raise OptionError(
+            "name --capsule, --retained or --head-map; without them plain vLLM serves the model"
+        )
     check_folder(out)
     source = reference_path() if model == REFERENCE else folder_of(model, PATTERNS, "model", {})
     check_target(source, out, overwrite)

@@ -68,7 +68,7 @@ def vllm_command(
     command = [sys.executable, "-m", _SERVER, "--model", str(folder)]
     command += ["--host", host, "--port", str(port), "--served-model-name", name]
     command += ["--limit-mm-per-prompt", json.dumps(limits), "--dtype", "float32"]
-    if entry.retained is not None:
+    if (entry.retained, entry.capsule) != (None, None):
         command += ["--block-size", str(_BLOCK)]
     return command + (["--tensor-parallel-size", str(tensor_parallel)] if tensor_parallel > 1 else [])
 

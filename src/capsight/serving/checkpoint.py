@@ -40,9 +40,11 @@ class Served:
     """The entry `capsight` of an exported `config.json`.
 
     Attributes:
-        capsule: folder of the capsule inside the checkpoint; None: none was given.
+        capsule: folder inside the checkpoint of the capsule whose latents stay in the engine's memory; None:
+            it keeps none.
         head_map: folder of the head map; None: prefill is dense.
-        retained: part of an image's tokens that stays; None: the cache is not compressed.
+        retained: with a capsule, part of the bytes that stay; None: as the capsule has it. Without one, part
+            of an image's tokens that stays, whole; None: the cache is not compressed.
         version: of this entry.
     """
 

@@ -21,6 +21,7 @@ from capsight.files import replace_file, write_header
 from capsight.kvcapsule import KVCapsule
 from capsight.model_fingerprint import model_fingerprint
 from capsight.serving.checkpoint import ARCHITECTURES, KEY, KIND, MANIFEST, PREFIX, SPANS, VERSION, Served
+from capsight.serving.vllm.latents import joint_codecs
 
 _SUFFIXES = {".json", ".jinja", ".safetensors", ".txt", ".model", ".tiktoken"}
 PATTERNS = tuple(f"*{suffix}" for suffix in sorted(_SUFFIXES))
@@ -48,26 +49,29 @@ def export_checkpoint(
         source: folder of the model: safetensors, config, tokenizer and processor files.
         out: folder to make.
         model: what was loaded from `source`; nothing of it is written.
-        capsule: fitted to this very model.
+        capsule: of the codec `joint`, fitted to this very model; the engine's memory keeps its latents.
         head_map: calibrated on this very model.
-        retained: part of an image's tokens to keep in the engine's memory; None: all.
+        retained: with a capsule, part of the bytes to keep; None: as the capsule has it. Without one, part of
+            an image's tokens; None: all.
         overwrite: replace what an earlier export wrote to `out`.
         copied: told the bytes of each piece that was copied.
 
     Raises:
         CapsuleFileError: `out` cannot be written.
         ModelMismatchError: capsule or head map were made for another model.
-        OptionError: there is nothing to serve with, `out` is taken, or `source` is no such folder.
+        OptionError: there is nothing to serve with, `out` is taken, `source` is no such folder, or the
+            capsule is none that an engine can hold.
         UnsupportedModelError: vLLM cannot run this model with capsight.
     """
-    if head_map is None and retained is None:
-        raise OptionError("name what to serve the model with: a retained fraction, a head map, or both")
+    if (capsule, head_map, retained) == (None, None, None):
+        raise OptionError("name what to serve the model with: a capsule, a retained fraction, or a head map")
     if retained is not None and not 0 < retained <= 1:
         raise OptionError(f"retained is {retained}; it must lie above 0 and be at most 1")
     check_target(source, out, overwrite)
     files = checkpoint_files(source)
     check_carried(model.config)
     if capsule is not None:
+        joint_codecs(capsule if retained is None else capsule.with_retained(retained))
         capsule.check_model(model)
     if head_map is not None:
         text = model.config.get_text_config()

@@ -95,14 +95,12 @@ class CapsightBuilder(CPUAttentionMetadataBuilder):
             return super().build(common_prefix_len, step, fast_build)
         sparse = () if self.served.head_map is None else sparse_requests(step)
         shrinking: tuple[Shrinking, ...] = ()
-        latents = None
+        latents, prompts = None, step.rswa_prefix_lens.tolist()
         if isinstance(self.capsules, Slots):
-            prompts, retained = step.rswa_prefix_lens.tolist(), self.capsules.retained
-            tables, lengths, shrinking = shrink_step(step, prompts, self.block_size, retained)
+            tables, lengths, shrinking = shrink_step(step, prompts, self.block_size, self.capsules.retained)
             step = replace(step, block_table_tensor=tables, seq_lens=lengths)
         elif isinstance(self.capsules, Latents):
-            prompts = step.rswa_prefix_lens.tolist()
-            latents = latent_step(step, prompts, self.block_size, self.capsules, self.memory)
+            latents = latent_step(step, prompts, self.block_size, self.memory)
         made = CapsightMetadata(**vars(super().build(common_prefix_len, step, fast_build)))
         made.sparse, made.shrinking, made.latents = sparse, shrinking, latents
         others = {} if latents is None else latents.rows
@@ -211,8 +209,8 @@ class CapsightBackend(CPUAttentionBackend):
     """What vLLM finds under the name of its CPU backend.
 
     Attributes:
-        capsules: of the model that was built last in this process, given a layer's KV cache; vLLM asks a class
-            for the kind of KV cache, and tells it nothing of the model.
+        capsules: of the model that was built last in this process, given a layer's KV cache; vLLM asks a
+            class for the kind of KV cache, and tells it nothing of the model.
     """
 
     capsules: ClassVar[Callable[[FullAttentionSpec], Slots | Latents] | None] = None
@@ -243,12 +241,8 @@ def _capsules(config: Any, served: Served) -> Callable[[FullAttentionSpec], Slot
         slots = Slots(served.retained or 1)
         return lambda spec: slots
     codecs = _codecs(config, served)
-
-    def latents(spec: FullAttentionSpec) -> Latents:
-        nbytes = 2 * spec.num_kv_heads * spec.head_size * spec.dtype.itemsize
-        return Latents(len(codecs), codecs[0].levels.nbytes, nbytes)
-
-    return latents
+    sizes = len(codecs), codecs[0].levels.nbytes
+    return lambda spec: Latents(*sizes, 2 * spec.num_kv_heads * spec.head_size * spec.dtype.itemsize)
 
 
 def _codecs(config: Any, served: Served) -> tuple[JointCodec, ...]:

@@ -14,7 +14,6 @@ from capsight.kvcapsule.attention.joint import JointTokens
 from capsight.kvcapsule.attention.native import Source, supports
 from capsight.kvcapsule.codecs import JointCodec, TokenPositions
 from capsight.kvcapsule.codecs.joint_payload import JointPayload
-from capsight.serving.plan import Latents
 from capsight.serving.vllm.latents import LatentMemory, LatentRequest, Storing
 from capsight.serving.vllm.paged import read_blocks
 
@@ -93,9 +92,7 @@ class Placed(tuple[int, int]):
         return made
 
 
-def latent_step(
-    step: Any, prompts: Sequence[int], block_size: int, kind: Latents, memory: LatentMemory
-) -> LatentStep:
+def latent_step(step: Any, prompts: Sequence[int], block_size: int, memory: LatentMemory) -> LatentStep:
     """Which requests of a step have latents, and which get them.
 
     Args:
@@ -103,7 +100,6 @@ def latent_step(
             and `mm_req_doc_ranges` (request -> first and last position of each image, `Placed`).
         prompts: tokens of each request's prompt.
         block_size: tokens in a block.
-        kind: of the capsules.
         memory: where latents lie.
     """
     opened, storing = [], []
@@ -111,7 +107,7 @@ def latent_step(
     for index, ranges in sorted((step.mm_req_doc_ranges or {}).items()):
         if index >= len(lengths) or lengths[index] < prompts[index]:
             continue
-        plan = kind.plan(ranges, prompts[index], block_size)
+        plan = memory.kind.plan(ranges, prompts[index], block_size)
         if plan is None:
             continue
         length, end = lengths[index], starts[index + 1]

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from capsight.errors import OptionError
+from capsight.kvcapsule import KVCapsule
 from capsight.kvcapsule.attention.latents import LatentTokens
 from capsight.kvcapsule.cache.waiting import EncodeQueue
 from capsight.kvcapsule.codecs import JointCodec, TokenPositions
@@ -22,6 +25,35 @@ from capsight.kvcapsule.codecs.joint_payload import JointPayload
 from capsight.kvcapsule.plan import Run
 from capsight.serving.plan import LatentPlan, Latents
 from capsight.serving.vllm.paged import read_tokens
+
+
+def joint_codecs(capsule: KVCapsule) -> tuple[JointCodec, ...]:
+    """The codecs of a capsule that can lie in paged memory, in the order of the layers.
+
+    Raises:
+        OptionError: it has another codec.
+    """
+    codecs = [capsule.stored[layer] for layer in sorted(capsule.codecs)]
+    joint = tuple(codec for codec in codecs if isinstance(codec, JointCodec))
+    if len(joint) < len(codecs):
+        raise OptionError(
+            f"the engine holds capsules of the codec joint, not of {capsule.name}; fit one with it, or leave "
+            "out --capsule and say --retained to keep whole tokens"
+        )
+    return joint
+
+
+@lru_cache(maxsize=1)
+def load_codecs(folder: str, subfolder: str, retained: float | None) -> tuple[JointCodec, ...]:
+    """The codecs of an exported checkpoint, read once for all layers.
+
+    Args:
+        folder: the checkpoint.
+        subfolder: of the capsule in it.
+        retained: part of the bytes to keep; None: as the capsule has it.
+    """
+    capsule = KVCapsule.from_pretrained(folder, subfolder=subfolder)
+    return joint_codecs(capsule if retained is None else capsule.with_retained(retained))
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,8 @@ from capsight.errors import OptionError, UnsupportedModelError
 from capsight.serving.checkpoint import KEY, VERSION, Served
 
 NEEDED = {
+    "vllm.forward_context": ("get_forward_context", "override_forward_context"),
+    "vllm.multimodal.inputs": ("PlaceholderRange",),
     "vllm.v1.attention.backends.registry": ("AttentionBackendEnum", "register_backend"),
     "vllm.v1.attention.backends.cpu_attn": (
         "CPUAttentionBackend",
@@ -112,6 +114,11 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (_parallel("decode_context_parallel_size"), "decode context parallelism"),
     (_parallel("prefill_context_parallel_size"), "prefill context parallelism"),
     (_parallel("pipeline_parallel_size"), "pipeline parallelism; use tensor_parallel_size"),
+    (
+        lambda c: _parallel("tensor_parallel_size")(c) and getattr(served_by(c), "capsule", None) is not None,
+        "a capsule and tensor parallelism, since a latent needs all heads; use one process, or export with "
+        "--retained alone",
+    ),
     (
         lambda c: not c.model_config.is_mm_prefix_lm or c.model_config.rswa_window is None,
         "a checkpoint whose config lacks is_mm_prefix_lm and rswa_window; make it with `capsight export`",

@@ -1,0 +1,60 @@
+"""Questions about pictures for engines in tests, and what transformers answers to them."""
+
+from __future__ import annotations
+
+import torch
+
+import capsight
+from capsight.reference import split_prompt
+
+COUNTS = (8, 1, 2, 8, 0, 3, 5)  # images of each prompt; those of the last one are asked about twice
+TOKENS, END = 48, 4  # the end token stops nothing here
+
+
+def asked(processor, folder, count, number, question, of=None):
+    """Text, picture files and model inputs of one question about the first `count` of the pictures."""
+    prompt = split_prompt("test", number, of or count or 1)
+    files = [str(folder / f"{number}-{index}.png") for index in range(count)]
+    scenes = prompt.scenes[:count]
+    for scene, file in zip(scenes, files, strict=True):
+        scene.image.save(file)
+    content = [{"type": "image"}] * count + [{"type": "text", "text": prompt.questions[question].text}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    images = {"images": [[scene.image for scene in scenes]]} if count else {}
+    return text, files, processor(text=[text], return_tensors="pt", **images)
+
+
+def all_asked(processor, folder):
+    """One question for each of `COUNTS`, and another about the last pictures."""
+    made = [asked(processor, folder, count, number, 0) for number, count in enumerate(COUNTS)]
+    return [*made, asked(processor, folder, COUNTS[-1], len(COUNTS) - 1, 3)]
+
+
+def expected(model, inputs, capsule):
+    """Tokens and their log-probabilities on the transformers path."""
+    options = {"max_new_tokens": TOKENS, "do_sample": False, "return_dict_in_generate": True}
+    options |= {"eos_token_id": [-1], "pad_token_id": 0}  # on and on
+    with torch.no_grad(), capsight.enable(model, capsule=capsule) as fast:
+        out = fast.generate(**inputs, **options, output_logits=True)
+    tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    rows = torch.stack(out.logits)[:, 0].float().log_softmax(-1)
+    return tokens, [rows[i, token].item() for i, token in enumerate(tokens)]
+
+
+def requests(prompts, counts=None):
+    return [(text, files, (counts or {}).get(i, 1)) for i, (text, files, _) in enumerate(prompts)]
+
+
+def check(found, right):
+    """Every answer is that of transformers."""
+    for answers, (tokens, logprobs) in zip(found["answers"], right, strict=True):
+        for one in answers:
+            assert one["tokens"] == tokens
+            gaps = [abs(a - b) for a, b in zip(one["logprobs"], logprobs, strict=True)]
+            answered = tokens.index(END) + 1 if END in tokens else len(tokens)
+            assert max(gaps[:answered]) <= 1e-4
+            assert max(gaps) <= 1e-3  # the model was not trained to go on
+    if found["seen"]:
+        assert found["seen"]["leaked"] == 0
