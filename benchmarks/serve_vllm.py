@@ -36,7 +36,7 @@ ENVIRONMENT = {
 
 
 def served(
-    folder: str, retained: float | None, requests: int, tokens: int, blocks: int, seqs: int
+    folder: str, way: dict[str, Any], requests: int, tokens: int, blocks: int, seqs: int
 ) -> dict[str, Any]:
     """One engine, one load: what was seen of its scheduler, and how long it took."""
     from vllm import LLM, SamplingParams
@@ -54,7 +54,7 @@ def served(
         max_num_seqs=seqs,
         num_gpu_blocks_override=blocks,
         limit_mm_per_prompt={"image": 8, "video": 0},
-        additional_config={"capsight": {"retained": retained}},
+        additional_config={"capsight": way},
     )
     llm = engine.llm_engine
     scheduler = llm.engine_core.engine_core.scheduler
@@ -87,7 +87,8 @@ def served(
 
 
 def main(
-    retained: Annotated[list[float], typer.Option(help="Shares of image tokens to keep.")] = [0.4, 0.12],  # noqa: B006
+    retained: Annotated[list[float], typer.Option(help="Shares of image tokens to keep.")] = [0.4, 0.14],  # noqa: B006
+    latents: Annotated[list[float], typer.Option(help="Bytes of a 16-bit cache to keep.")] = [0.05],  # noqa: B006
     requests: Annotated[int, typer.Option(help="Requests with eight pictures each.")] = 72,
     tokens: Annotated[int, typer.Option(help="Tokens to generate for each.")] = 40,
     blocks: Annotated[int, typer.Option(help="Blocks of 32 tokens in the pool.")] = 420,
@@ -96,16 +97,20 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Where to write the figures.")] = None,
 ) -> None:
     """Run all ways in turns."""
+    from capsight import KVCapsule
     from capsight.reference import load_reference_vlm, reference_path
     from capsight.serving.export import export_checkpoint
 
-    ways: list[float | None] = [None, *retained]
-    found: dict[str, list[dict[str, Any]]] = {"full" if way is None else f"{way:g}": [] for way in ways}
+    ways: dict[str, dict[str, Any]] = {"full": {"retained": None}}
+    ways |= {f"{share:g}": {"retained": share} for share in retained}
+    ways |= {f"latents {share:g}": {"capsule": "capsule", "retained": share} for share in latents}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        export_checkpoint(reference_path(), model, load_reference_vlm()[0], retained=0.4)
+        capsule = KVCapsule.from_pretrained("reference")
+        export_checkpoint(reference_path(), model, load_reference_vlm()[0], capsule=capsule)
         for _ in range(rounds):
-            for way, name in zip(ways, found, strict=True):
+            for name, way in ways.items():
                 out = Path(folder) / "seen.json"
                 job = json.dumps([str(model), way, requests, tokens, blocks, seqs])
                 subprocess.run(

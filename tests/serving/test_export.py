@@ -34,12 +34,12 @@ def logits(model, inputs):
 
 def test_reference_is_what_it_was(monkeypatch, capsys, tmp_path):
     out = tmp_path / "new" / "served"
-    options = ("--capsule", "reference-heads", "--head-map", "reference", "--retained", 0.4, "--out", out)
+    options = ("--capsule", "reference", "--head-map", "reference", "--retained", 0.04, "--out", out)
     code, said, _ = run(monkeypatch, capsys, "export", "reference", *options)
     assert code == 0
     assert f"capsight serve {out}" in said.replace("\n", "")
     entry = served(out, whole=True)
-    assert (entry.capsule, entry.head_map, entry.retained) == ("capsule", "head_map", 0.4)
+    assert (entry.capsule, entry.head_map, entry.retained) == ("capsule", "head_map", 0.04)
     assert HeadMap.from_pretrained(out / "head_map") == HeadMap.from_pretrained("reference")
     config = json.loads((out / "config.json").read_text())
     assert config["architectures"] == ["CapsightQwen2_5_VLForConditionalGeneration"]
@@ -140,7 +140,13 @@ def test_wrong_input(tmp_path):
         export_checkpoint(source, out, vlm.model, head_map=heads.for_model("0" * 64))
     with pytest.raises(ModelMismatchError, match="another"):
         export_checkpoint(
-            source, out, vlm.model, retained=0.4, capsule=KVCapsule.from_pretrained("reference-heads")
+            source, out, vlm.model, retained=0.04, capsule=KVCapsule.from_pretrained("reference")
+        )
+    with pytest.raises(OptionError, match="not of heads"):
+        export_checkpoint(source, out, vlm.model, capsule=KVCapsule.from_pretrained("reference-heads"))
+    with pytest.raises(OptionError, match="larger retained"):
+        export_checkpoint(
+            source, out, vlm.model, capsule=KVCapsule.from_pretrained("reference"), retained=0.0001
         )
     out.mkdir()
     (out / "mine.txt").write_text("x")
@@ -213,7 +219,8 @@ def test_command_says_what_is_wrong(monkeypatch, capsys, tmp_path):
     shutil.copytree(reference_path(), tmp_path / "model")
     out = ("--out", tmp_path / "out")
     for arguments, expected in (
-        (("reference", *out), "name --retained"),
+        (("reference", *out), "name --capsule"),
+        (("reference", "--capsule", "reference-heads", *out), "codec joint"),
         (("reference", "--retained", 0.4, "--compression-ratio", 0.6, *out), "not both"),
         (("reference", "--retained", 2, *out), "retained"),
         (("reference", "--head-map", tmp_path / "none", *out), "none"),

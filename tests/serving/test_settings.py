@@ -84,6 +84,13 @@ def test_engines_that_are_refused(change, says):
         settings.check_engine(engine({"retained": 0.4}, **change))
 
 
+def test_latents_need_all_heads():
+    settings.check_engine(engine({"retained": 0.4}, parallel_config__tensor_parallel_size=2))
+    settings.check_engine(engine({"capsule": "capsule"}, parallel_config__tensor_parallel_size=1))
+    with pytest.raises(UnsupportedModelError, match="a capsule and tensor parallelism"):
+        settings.check_engine(engine({"capsule": "capsule"}, parallel_config__tensor_parallel_size=2))
+
+
 def test_another_vllm_is_left_as_it_is(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "vllm.v1.kv_cache_spec_registry", None)
     problem = settings.missing_api()

@@ -6,6 +6,7 @@ import torch
 
 import capsight
 from capsight.reference import split_prompt
+from serving.ask_vllm import assert_same_answer
 
 COUNTS = (8, 1, 2, 8, 0, 3, 5)  # images of each prompt; those of the last one are asked about twice
 TOKENS, END = 48, 4  # the end token stops nothing here
@@ -47,14 +48,10 @@ def requests(prompts, counts=None):
     return [(text, files, (counts or {}).get(i, 1)) for i, (text, files, _) in enumerate(prompts)]
 
 
-def check(found, right):
-    """Every answer is that of transformers."""
+def check(found, right, beyond=1e-3):
+    """Every answer is that of transformers; see `assert_same_answer`."""
     for answers, (tokens, logprobs) in zip(found["answers"], right, strict=True):
         for one in answers:
-            assert one["tokens"] == tokens
-            gaps = [abs(a - b) for a, b in zip(one["logprobs"], logprobs, strict=True)]
-            answered = tokens.index(END) + 1 if END in tokens else len(tokens)
-            assert max(gaps[:answered]) <= 1e-4
-            assert max(gaps) <= 1e-3  # the model was not trained to go on
+            assert_same_answer(one, tokens, logprobs, END, beyond)
     if found["seen"]:
         assert found["seen"]["leaked"] == 0

@@ -104,6 +104,7 @@ def latent_step(step: Any, prompts: Sequence[int], block_size: int, memory: Late
     """
     opened, storing = [], []
     lengths, starts = step.seq_lens.tolist(), step.query_start_loc_cpu.tolist()
+    memory.clear(_begun(step.block_table_tensor, lengths, starts, block_size))
     for index, ranges in sorted((step.mm_req_doc_ranges or {}).items()):
         if index >= len(lengths) or lengths[index] < prompts[index]:
             continue
@@ -119,6 +120,16 @@ def latent_step(step: Any, prompts: Sequence[int], block_size: int, memory: Late
         else:
             opened.append((index, request))
     return LatentStep(memory, opened, storing)
+
+
+def _begun(tables: Tensor, lengths: Sequence[int], starts: Sequence[int], size: int) -> list[int]:
+    """Blocks that a step is the first to write to, and does not fill."""
+    lasts = [
+        (row, (length - 1) // size)
+        for row, (length, start, end) in enumerate(zip(lengths, starts, starts[1:], strict=False))
+        if 0 < length % size <= end - start
+    ]
+    return [int(tables[row, index]) for row, index in lasts]
 
 
 class _Group:

@@ -97,6 +97,15 @@ class LatentMemory:
             held = self._memory[layer] = kv_cache.view(len(kv_cache), -1).view(torch.uint8)
         return held
 
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Make zeros of what lies in blocks, as a kernel reads them that multiplies what it hides by 0.
+
+        Latents left by another request may be no finite numbers.
+        """
+        for memory in self._memory if blocks else ():
+            if len(memory):
+                memory[list(blocks)] = 0
+
     def write(self, request: LatentRequest, payload: JointPayload) -> None:
         """Store the latents of a request, all layers of which have been seen."""
         codes, scales = payload.tensors["codes"], payload.tensors["scales"]

@@ -12,8 +12,6 @@ from capsight.errors import OptionError, UnsupportedModelError
 from capsight.serving.checkpoint import KEY, VERSION, Served
 
 NEEDED = {
-    "vllm.forward_context": ("get_forward_context", "override_forward_context"),
-    "vllm.multimodal.inputs": ("PlaceholderRange",),
     "vllm.v1.attention.backends.registry": ("AttentionBackendEnum", "register_backend"),
     "vllm.v1.attention.backends.cpu_attn": (
         "CPUAttentionBackend",
@@ -24,6 +22,8 @@ NEEDED = {
     "vllm.v1.core.single_type_kv_cache_manager": ("FullAttentionManager",),
     "vllm.v1.kv_cache_interface": ("FullAttentionSpec",),
     "vllm.v1.kv_cache_spec_registry": ("KVCacheSpecRegistry",),
+    "vllm.forward_context": ("get_forward_context", "override_forward_context"),
+    "vllm.multimodal.inputs": ("PlaceholderRange",),
 }
 """What the plugin takes from vLLM, by module."""
 
