@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("vllm")
 
 import capsight
-from capsight import HeadMap
+from capsight import HeadMap, KVCapsule
 from capsight.blindsight import Category, MaskOptions
 from capsight.reference import load_reference_vlm, reference_path, split_prompt
 from capsight.serving.export import export_checkpoint
@@ -26,11 +26,15 @@ HEAD_MAP = HeadMap.random(
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("both"), PagedCapsules(RETAINED), COUNTS, retained=RETAINED)
+
+
+def made(root, method, counts, **kept):
     """An exported folder, requests, and the tokens and log-probabilities of transformers."""
-    root, (model, processor) = tmp_path_factory.mktemp("both"), load_reference_vlm()
-    export_checkpoint(reference_path(), root / "model", model, head_map=HEAD_MAP, retained=RETAINED)
+    model, processor = load_reference_vlm()
+    export_checkpoint(reference_path(), root / "model", model, head_map=HEAD_MAP, **kept)
     requests, right = [], []
-    for number, count in enumerate(COUNTS):
+    for number, count in enumerate(counts):
         prompt = split_prompt("test", 20 + number, count or 1)
         images = [scene.image for scene in prompt.scenes[:count]]
         files = [str(root / f"{number}-{index}.png") for index in range(count)]
@@ -42,7 +46,7 @@ def job(tmp_path_factory):
         )
         inputs = processor(text=[text], return_tensors="pt", **({"images": [images]} if images else {}))
         options = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": [-1], "pad_token_id": 0}
-        both = {"capsule": PagedCapsules(RETAINED), "head_map": HEAD_MAP, "prefill": "sparse"}
+        both = {"capsule": method, "head_map": HEAD_MAP, "prefill": "sparse"}
         with torch.no_grad(), capsight.enable(model, **both) as fast:
             out = fast.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
         tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
@@ -74,6 +78,18 @@ def test_chunks_in_a_pool_that_preempts(tmp_path, job):
     assert found["seen"]["preempted"] > 0, found["seen"]
     assert found["seen"]["leaked"] == 0
     check(found, [right[index] for index in few])
+
+
+def test_latents_in_an_engine_of_its_own_process_again_from_the_prefix_cache(tmp_path):
+    capsule = KVCapsule.from_pretrained("reference")
+    folder, requests, right = made(tmp_path, capsule, (8, 2, 3, 1, 0), capsule=capsule)
+    prompts = [(text, files) for text, files, _ in requests]
+    alone = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    chunks = {"max_num_batched_tokens": 160, "environment": alone}
+    rounds = ask(tmp_path, folder, prompts, 2, TOKENS, True, **chunks)
+    for answered in rounds:
+        check({"answers": [[one] for one in answered]}, right, beyond=0.02)
+    assert rounds[1][0]["cached"] > rounds[0][0]["cached"]
 
 
 def test_heads_shared_by_two_processes(tmp_path, job):

@@ -11,6 +11,7 @@ from capsight.layout import build_layout
 from capsight.reference import load_reference_vlm, reference_path
 from capsight.serving.export import export_checkpoint
 from capsight.serving.plan import Latents
+from judging.loader import WEIGHTS, judge_prompt, load_judge
 from serving.ask_vllm import ask
 from serving.drive_vllm import drive
 from serving.vllm_cases import COUNTS, TOKENS, all_asked, asked, check, expected, requests
@@ -112,3 +113,35 @@ def test_pictures_that_are_in_memory(tmp_path, vlm, capsule, exported):
         check(found, [*answers, answers[0]], BEYOND)
     plan = plan_of(vlm[0], made[0][2], capsule)
     assert rounds[1][4]["cached"] == SIZE * plan.written.start
+
+
+def test_qwen2_vl(tmp_path):
+    """The other family: a judge of 49 tokens a picture, four query heads to a KV head."""
+    vlm, processor = load_judge("mosaic")
+
+    def given(split, number, count):
+        prompt = judge_prompt("mosaic", split, number, count)
+        content = [{"type": "image"}] * count + [{"type": "text", "text": prompt.questions[0].text}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        return prompt, text, processor(text=[text], images=[list(prompt.images)], return_tensors="pt")
+
+    samples = [given("calibration", number, 4)[2] for number in range(6)]
+    capsule = KVCapsule.fit(vlm, processor, samples, 0.1, progress=False)
+    export_checkpoint(WEIGHTS / "mosaic", tmp_path / "model", vlm, capsule=capsule)
+    asked_for, right = [], []
+    for number, count in enumerate((4, 4, 2)):
+        prompt, text, inputs = given("test", number, count)
+        files = [str(tmp_path / f"{number}-{index}.png") for index in range(count)]
+        for picture, file in zip(prompt.images, files, strict=True):
+            picture.save(file)
+        asked_for.append((text, files))
+        right.append(answer(vlm, inputs, capsule))
+        assert count < 4 or plan_of(vlm, inputs, capsule)
+    (found,) = ask(tmp_path, tmp_path / "model", asked_for, 1, 16, True)
+    for one, (tokens, logprobs) in zip(found, right, strict=True):
+        assert one["tokens"] == tokens[:16]
+        gaps = [abs(a - b) for a, b in zip(one["logprobs"], logprobs, strict=False)]
+        assert max(gaps) <= BEYOND
+        assert gaps[0] <= 1e-4
