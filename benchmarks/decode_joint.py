@@ -25,7 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from capsight.kvcapsule.attention.joint import JointTokens
 from capsight.kvcapsule.attention.latents import LatentTokens, LayerBasis, PackedLatents
-from capsight.kvcapsule.attention.native import build
+from capsight.kvcapsule.attention.native import Sources, build
 from capsight.kvcapsule.codecs.levels import GROUP, POINTS, Levels
 from capsight.kvcapsule.codecs.rotary import Rotary
 
@@ -71,7 +71,7 @@ def at_size(
     grouped = query.view(batch, kv_heads, -1, head_dim)
 
     def latents() -> Tensor:
-        return joint.attend(query, [], head_dim**-0.5)[0]
+        return joint.attend(query, Sources(()), head_dim**-0.5)[0]
 
     runs: dict[str, Run] = {
         "sdpa, grouped": partial(scaled_dot_product_attention, grouped, keys, values),

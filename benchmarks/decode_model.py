@@ -23,7 +23,7 @@ import typer
 from attention_measuring import layout_of, machine
 from page_parts import table
 from rich.console import Console
-from stock_caches import STOCK, options_of, stock_cache
+from stock_caches import GRAPH, STOCK, options_of, stock_cache
 from torch import Tensor
 from ttft import large_model, prompt
 
@@ -51,7 +51,7 @@ class Variant(NamedTuple):
     @property
     def options(self) -> dict[str, Any]:
         """What `generate` has to be told."""
-        return options_of(self.name) if self.name in STOCK else {}
+        return options_of(self.name)
 
 
 def smooth(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
@@ -151,6 +151,9 @@ def main(
     variants += [Variant(f"heads {r}", capsule.with_retained(float(r))) for r in few]
     variants += [Variant(f"heads-int4 {r}", capsule.with_retained(float(r)).with_bits(4)) for r in few]
     variants.append(Variant(f"joint {joint.retained:.2g}", joint))
+    most = max(few, key=float)
+    variants.append(Variant(f"heads {most}{GRAPH}", capsule.with_retained(float(most))))
+    variants.append(Variant(f"joint {joint.retained:.2g}{GRAPH}", joint))
     size, began, rows = sum(p.numel() for p in model.parameters()), time.perf_counter(), []
     for count in tokens.split(","):
         for batch in batches.split(","):

@@ -19,7 +19,7 @@ import torch
 import typer
 from attention_measuring import machine
 from rich.console import Console
-from stock_caches import STOCK, options_of, stock_cache
+from stock_caches import GRAPH, STOCK, options_of, stock_cache
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -59,10 +59,9 @@ def measured(model: Any, processor: Any, methods: dict[str, Any], batch: int, ru
     for run in range(1 + runs):
         for name in found:
             ticks = Ticks()
-            options = {**asked, "logits_processor": LogitsProcessorList([ticks])}
+            options = {**asked, **options_of(name), "logits_processor": LogitsProcessorList([ticks])}
             if name in STOCK:
-                cache = stock_cache(name, model.config, room)
-                model.generate(**options, **options_of(name), past_key_values=cache)
+                model.generate(**options, past_key_values=stock_cache(name, model.config, room))
             else:
                 with enable(model, capsule=methods[name]) as fast:
                     fast.generate(**options)
@@ -87,8 +86,10 @@ def main(
     methods = {
         "quanto-int4": QuantoInt4(),
         "joint 0.05": joint,
+        "joint 0.05" + GRAPH: joint,
         "joint 0.02": joint.with_retained(0.02),
         "heads 0.4": heads,
+        "heads 0.4" + GRAPH: heads,
         "heads 0.15": heads.with_retained(0.15),
         "heads-int8 0.4": heads.with_bits(8),
         "heads-int4 0.15": heads.with_retained(0.15).with_bits(4),

@@ -6,9 +6,12 @@ from typing import Any
 
 from transformers import CompileConfig, DynamicCache, StaticCache
 
-COMPILED = "StaticCache, compiled"
+GRAPH = ", compiled"
+"""Ends the name of a cache whose decode steps run in a graph of `torch.compile`, with inductor's kernels."""
+
+COMPILED = "StaticCache" + GRAPH
 STOCK = "DynamicCache", "StaticCache", COMPILED
-"""By name; the compiled one runs the decode steps in a graph of `torch.compile`, with inductor's kernels."""
+"""By name."""
 
 
 def stock_cache(name: str, config: Any, room: int) -> Any:
@@ -21,8 +24,8 @@ def stock_cache(name: str, config: Any, room: int) -> Any:
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """What `generate` has to be told."""
-    if name != COMPILED:
+    """What `generate` has to be told over a cache of that name."""
+    if not name.endswith(GRAPH):
         return {"disable_compile": True}
     compiled = CompileConfig(mode="default")
     compiled._compile_all_devices = True  # transformers compiles on GPUs unless told so

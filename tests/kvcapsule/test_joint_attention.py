@@ -14,7 +14,7 @@ from capsight.kvcapsule.attention import joint
 from capsight.kvcapsule.attention.joint import JointTokens
 from capsight.kvcapsule.attention.joint_plain import plain_joint_attention
 from capsight.kvcapsule.attention.latents import LatentTokens, LayerBasis, PackedLatents
-from capsight.kvcapsule.attention.native import Source, build, missing
+from capsight.kvcapsule.attention.native import Source, Sources, build, missing
 from capsight.kvcapsule.attention.native.plain import plain_attention
 from capsight.kvcapsule.codecs.levels import POINTS, Levels, pack, unpack
 from capsight.kvcapsule.codecs.rotary import Rotary
@@ -80,7 +80,7 @@ def test_nothing_has_to_be_rebuilt(level):
     def check(problem):
         query, packed, levels, tokens, basis = problem
         latents = PackedLatents(*packed, levels.counts, POINTS)
-        found = JointTokens(latents, tokens, basis).attend(query, [], 0.2)
+        found = JointTokens(latents, tokens, basis).attend(query, Sources(()), 0.2)
         opened, basis, close = as_read(packed, levels, basis, level)
         expected = plain_joint_attention(query.double(), opened, tokens, basis, 0.2)
         torch.testing.assert_close(found[0].double(), expected[0], atol=close, rtol=close)
@@ -102,7 +102,7 @@ def test_exact_tokens_are_attended_to_in_the_same_call(problem, most, dtype):
     size = int(counts[:, 0].sum()), heads, query.shape[3]
     exact = Source(*torch.randn(2, *size, generator=g).to(dtype), starts, counts)
     latents = PackedLatents(*packed, levels.counts, POINTS)
-    out, lse = JointTokens(latents, tokens, basis).attend(query, [exact], 0.2)
+    out, lse = JointTokens(latents, tokens, basis).attend(query, Sources((exact,)), 0.2)
     assert out.dtype == dtype
     opened, basis, close = as_read(packed, levels, basis, build.best_level())
     far, far_lse = plain_joint_attention(query.double(), opened, tokens, basis, 0.2)
@@ -132,7 +132,9 @@ def test_places_of_large_images_and_of_films(base, pairs, shape, queries):
     basis = LayerBasis(own[0], steps, mean[0], own[1], steps, mean[1])
     packed = pack(torch.randn(count, levels.rank, generator=g), levels)
     query = torch.randn(1, 2 * queries, 1, size, generator=g)
-    found = JointTokens(PackedLatents(*packed, levels.counts, POINTS), tokens, basis).attend(query, [], 0.2)
+    found = JointTokens(PackedLatents(*packed, levels.counts, POINTS), tokens, basis).attend(
+        query, Sources(()), 0.2
+    )
     opened, basis, close = as_read(packed, levels, basis, build.best_level())
     expected = plain_joint_attention(query.double(), opened, tokens, basis, 0.2)
     torch.testing.assert_close(found[0].double(), expected[0], atol=close, rtol=close)

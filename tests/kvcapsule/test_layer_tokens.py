@@ -12,7 +12,6 @@ import capsight
 from capsight.kvcapsule import KVCapsule
 from capsight.kvcapsule.attention.native import missing
 from capsight.kvcapsule.cache import layer, layer_tokens
-from capsight.kvcapsule.cache.buffers import Room
 from kvcapsule.conftest import fitted
 from kvcapsule.test_generate import batch
 from tiny import FAMILIES, TinyVLM
@@ -88,7 +87,6 @@ def test_a_copy_goes_its_own_way(vlm):
 
 def test_the_tail_is_appended_to_in_place():
     made = layer.CapsuleLayer.__new__(layer.CapsuleLayer)
-    made._writer = Room()
     made._tail = torch.zeros(2, 3, 0, 2, 4)
     new, places = torch.randn(2, 3, 2, 40, 4), set()
     for start in range(40):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from capsight.kvcapsule.attention.native import Source, Steps, build, decode_attention, missing, supports
+from capsight.kvcapsule.attention.native import (
+    Source,
+    Sources,
+    Steps,
+    append,
+    build,
+    decode_attention,
+    missing,
+    supports,
+)
 from capsight.kvcapsule.attention.native.decode import _run
 from capsight.kvcapsule.attention.native.plain import plain_attention
 from capsight.kvcapsule.codecs.quantise import quantise
@@ -125,7 +136,7 @@ def test_each_kind_of_processor(level):
         counts = torch.randint(0, 200, (2, 2), generator=g)
         sources = [source(counts, kind, False, True, 40, 5, g)]
         query = torch.randn(2, 10, 1, 40, generator=g)
-        close(_run(query, sources, 0.3, level), query, sources, 0.3)
+        close(_run(query, Sources(tuple(sources)), 0.3, level), query, sources, 0.3)
 
 
 def test_long_pieces_and_any_number_of_threads_give_the_same_bits():
@@ -161,6 +172,25 @@ def test_nan_stays_with_those_that_see_it():
     out, _ = decode_attention(torch.randn(2, 2, 1, 16, generator=g), [some], 1.0)
     assert torch.equal(out.isnan().all(-1).flatten(), torch.tensor([False, True, True, False]))
     assert (out[1, 1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_goes_behind_those_of_its_piece(dtype):
+    batch, heads, room, channels = 3, 2, 5, 6
+    keys, values = (torch.zeros(batch * room, heads, channels, dtype=dtype) for _ in range(2))
+    starts = (torch.arange(batch) * room)[:, None].expand(-1, heads).contiguous()
+    counts = torch.tensor([[0, 1], [2, 0], [4, 4]])
+    tail, before = Source(keys, values, starts, counts), counts.clone()
+    new = torch.randn(2, batch, 1, heads, channels).to(dtype).transpose(2, 3)  # as models have it
+    append(tail, *new)
+    assert torch.equal(counts, before + 1)
+    for row, head in product(range(batch), range(heads)):
+        at = row * room + before[row, head]
+        for side, of_new in ((keys, new[0]), (values, new[1])):
+            assert torch.equal(side[at, head], of_new[row, head, 0])
+            side[at, head] = 0
+    assert not keys.any()
+    assert not values.any()
 
 
 def test_compiled_graphs_have_it_as_one_operation():

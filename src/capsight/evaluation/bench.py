@@ -180,6 +180,7 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 _PROCESS = Path("/proc/self")
+_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
@@ -204,7 +205,9 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     try:
         with suppress(OSError, AttributeError):  # give back what is free, or the run would use it unseen
-            ctypes.CDLL(None).malloc_trim(0)
+            libc = ctypes.CDLL(None)
+            libc.mallopt(_MMAP_THRESHOLD, 2**16)  # from now on as soon as it is
+            libc.malloc_trim(0)
         (_PROCESS / "clear_refs").write_text("5")  # sets the high-water mark back
         before = _status("VmRSS")
         run()
@@ -212,6 +215,9 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     except (OSError, StopIteration):
         run()
         return None
+    finally:
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**25)  # as it is after a while
 
 
 def _status(name: str) -> int:

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from capsight.errors import UnsupportedModelError
 from capsight.kvcapsule import QueryObserver
 from capsight.kvcapsule.cache.reader import ATTENTION_NAME, taken_over
+from capsight.kvcapsule.cache.steps import Handed
 from capsight.runtime.state import current_state
 
 
@@ -51,6 +52,10 @@ def capsight_attention(
             f"{type(module).__name__} caps its scores or has sinks, which capsight's attention knows nothing "
             "of; leave the model its own"
         )
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(key, Handed):  # a graph is made
+        return key.attend(query, scaling), None
     state, (cache, as_given, unchanged) = current_state(), taken_over(key, value)
     if as_given:
         cache.attended()
@@ -59,8 +64,8 @@ def capsight_attention(
     layer = getattr(module, "layer_idx", None)
     if layer is None or (cache is None and state.prefill is None):  # a vision tower, or nothing of ours
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0], None
-    scaling = kwargs.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cache is not None and cache.steps is not None and query.shape[2] == 1:
+        attention_mask = cache.steps.mask
     left = None if cache is None else cache.take_latent()
     if left is not None:
         if not unchanged:

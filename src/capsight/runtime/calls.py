@@ -18,6 +18,7 @@ from capsight.attention_swap import is_unserved
 from capsight.cache_argument import cache_of, with_cache
 from capsight.errors import CapsightError, LayoutError, UnsupportedModelError
 from capsight.kvcapsule import CapsuleCache, ContextRepeater
+from capsight.runtime.compiled import is_step
 from capsight.runtime.options import check_attentions
 from capsight.runtime.positions import positions_of_caches
 from capsight.runtime.split import brings_pixels
@@ -123,7 +124,7 @@ class Served:
 
     def before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Give a prefill its cache of capsules, be it one of the model or of what is below its head."""
-        if module not in self._parts or is_unserved() or current_state().generating:
+        if is_step(kwargs) or module not in self._parts or is_unserved() or current_state().generating:
             return None
         if module is not self._model and _inside() is self._model:
             return None
@@ -161,14 +162,14 @@ class Served:
             _RUNNING.state = state
         return (), with_cache(kwargs, cache)
 
-    def after(self, module: Any, *_: Any) -> None:
+    def after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """End what `before` began."""
-        if not current_state().generating and _inside() is module:
+        if not is_step(kwargs) and not current_state().generating and _inside() is module:
             end_broken_pass()
 
     def text(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Tell whoever calls the text model by itself that nothing here can know where its images are."""
-        if is_unserved() or current_state().generating or _inside() is not None:
+        if is_step(kwargs) or is_unserved() or current_state().generating or _inside() is not None:
             return
         fast = serving_here(self._model)
         if fast is not None and (fast.capsule or fast.head_map) and not isinstance(cache_of(kwargs), Cache):
@@ -199,7 +200,9 @@ def _installed(model: Any) -> ExitStack:
     stack.enter_context(positions_of_caches(model))
     for part in (model, model.base_model):
         stack.callback(part.register_forward_pre_hook(served.before, with_kwargs=True).remove)
-        stack.callback(part.register_forward_hook(served.after, always_call=True).remove)
+        # With a hook that is always called inside of it, a graph of the model would be good for one `enable`.
+        after = part.register_forward_hook(served.after, with_kwargs=True, always_call=part is model)
+        stack.callback(after.remove)
     stack.callback(model.get_decoder().register_forward_pre_hook(served.text, with_kwargs=True).remove)
     for name, method in (("generate", served), ("init_continuous_batching", served.batching)):
         if hasattr(model, name):

@@ -16,6 +16,7 @@ from capsight.kvcapsule import CapsuleCache, ContextRepeater
 from capsight.layout import PromptLayout, build_layout
 from capsight.runtime.caches import in_use, is_empty_stock, the_cache
 from capsight.runtime.calls import end_broken_pass
+from capsight.runtime.compiled import steps_compiled
 from capsight.runtime.enabled_model import EnabledModel
 from capsight.runtime.options import beams, check_options, check_rows, repeats, unset
 from capsight.runtime.prefill import SparsePrefill, follows
@@ -110,7 +111,7 @@ class FastModel(EnabledModel):
                 cache.check_dtype(self.dtype)  # states are read before any update tells
             if each > 1 and stateful and cache.layout.batch_size == turn.rows:
                 cache.batch_repeat_interleave(each)  # models read states before any update tells the rows
-            with self._running(cache, prefill):
+            with self._running(cache, prefill), steps_compiled(self.model, cache, self.decode, asked):
                 output = self.model.generate(
                     **{CACHE: cache}, **turn.inputs, **options, **unset(cache, self.model)
                 )

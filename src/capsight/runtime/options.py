@@ -26,21 +26,23 @@ def check_options(options: Mapping[str, Any], seen: int, model: Any) -> None:
     Raises:
         OptionError: an option cannot be had, or pixels are not numbers.
     """
-    if _asked(options, "use_cache") is False:
+    if asked(options, "use_cache") is False:
         raise OptionError("use_cache=False leaves no cache to keep capsules in; leave it out")
-    if _asked(options, "cache_implementation") is not None:
+    if asked(options, "cache_implementation") is not None:
         raise OptionError("cache_implementation would take the place of the cache in use; leave it out")
     generation_config = model.generation_config
-    if _asked(options, "output_attentions") or generation_config.output_attentions:
+    if asked(options, "output_attentions") or generation_config.output_attentions:
         check_attentions(model)
-    guessing = next((x for x in GUESSING if _asked(options, x) or getattr(generation_config, x, None)), None)
+    guessing = next((x for x in GUESSING if asked(options, x) or getattr(generation_config, x, None)), None)
     if seen and guessing is not None:
         raise OptionError(
             f"{guessing} cannot go on from a filled cache; leave it out, or pass the whole prompt without "
             "past_key_values"
         )
     for name, value in options.items():
-        if name.startswith("pixel_values") and isinstance(value, Tensor) and not torch.isfinite(value).all():
+        if not name.startswith("pixel_values") or not isinstance(value, Tensor):
+            continue
+        if not torch.isfinite(value.sum(dtype=torch.float32)):  # a sum takes no memory
             raise OptionError(f"{name} holds NaN or infinite numbers; process the images again")
 
 
@@ -84,16 +86,16 @@ def check_rows(options: Mapping[str, Any], rows: int, held: int, model: Any) -> 
 
 def beams(options: Mapping[str, Any], model: Any) -> int:
     """How many beams `generate` follows."""
-    return int(_asked(options, "num_beams") or getattr(model.generation_config, "num_beams", None) or 1)
+    return int(asked(options, "num_beams") or getattr(model.generation_config, "num_beams", None) or 1)
 
 
 def repeats(options: Mapping[str, Any], model: Any) -> int:
     """How many rows `generate` makes of a prompt."""
-    several = _asked(options, "num_return_sequences")
+    several = asked(options, "num_return_sequences")
     return max(beams(options, model), int(several or model.generation_config.num_return_sequences or 1))
 
 
-def _asked(options: Mapping[str, Any], name: str) -> Any:
+def asked(options: Mapping[str, Any], name: str) -> Any:
     """An option as a keyword, or in the generation config that was passed."""
     value = options.get(name)
     return getattr(options.get("generation_config"), name, None) if value is None else value

@@ -14,6 +14,7 @@ from torch import Tensor
 from capsight.cache_argument import cache_of
 from capsight.kvcapsule import CapsuleCache
 from capsight.layout.positions import position_ids, text_position_ids
+from capsight.runtime.compiled import is_step
 from capsight.runtime.state import current_state
 
 
@@ -37,6 +38,8 @@ class _Numbering:
         self._config = config
 
     def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if is_step(kwargs):
+            return None
         cache, given = cache_of(kwargs), kwargs.get("inputs_embeds")
         if not isinstance(cache, CapsuleCache) or given is None or current_state().generating:
             return None

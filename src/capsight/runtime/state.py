@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from capsight.kvcapsule import CapsuleCache
+from capsight.kvcapsule.cache.steps import Steps
 from capsight.runtime.prefill import SparsePrefill
 
 
@@ -25,6 +26,11 @@ class RuntimeState:
     cache: CapsuleCache | None = None
     prefill: SparsePrefill | None = None
     generating: bool = False
+
+    @property
+    def steps(self) -> Steps | None:
+        """What the cache has while its steps may be compiled."""
+        return None if self.cache is None else self.cache.steps
 
 
 _STATE: ContextVar[RuntimeState | None] = ContextVar("capsight_runtime_state", default=None)

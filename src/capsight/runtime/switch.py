@@ -12,6 +12,8 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 from capsight.attention_swap import check_attention
 from capsight.kvcapsule.cache.reader import ATTENTION_NAME
 from capsight.runtime import attention  # noqa: F401  (registers the name)
+from capsight.runtime.compiled import steps_mask
+from capsight.runtime.state import current_state
 from capsight.runtime.wrapped import inner_model
 
 _LOCK = Lock()
@@ -50,6 +52,9 @@ def _mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
 
     A forward pass of another thread may make its masks before that and read them afterwards.
     """
+    steps = current_state().steps
+    if steps is not None and kwargs.get("q_length") == 1:
+        return steps_mask(steps, *args, config=config, **kwargs)
     _, before, _ = _USERS.get(id(config), (0, "sdpa", None))
     make = eager_mask if before == "eager" else sdpa_mask
     return make(*args, config=config, **kwargs)

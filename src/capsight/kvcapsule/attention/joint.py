@@ -20,7 +20,7 @@ from torch import Tensor
 
 from capsight.kvcapsule.attention.latents import LatentTokens, LayerBasis, PackedLatents
 from capsight.kvcapsule.attention.native.build import library
-from capsight.kvcapsule.attention.native.source import FORMATS, NativeSource, Source
+from capsight.kvcapsule.attention.native.source import FORMATS, Sources
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class JointTokens:
         """Without addresses: a copy lies elsewhere."""
         return {name: value for name, value in self.__dict__.items() if name != "_native"}
 
-    def attend(self, query: Tensor, exact: Sequence[Source], scaling: float) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, exact: Sources, scaling: float) -> tuple[Tensor, Tensor]:
         """Attention over exact tokens and over latents, natively; see `plain_joint_attention`.
 
         Latents are read as they are stored, a few tokens at a time. For few queries of a KV head, where
@@ -66,8 +66,8 @@ class JointTokens:
             batch,
             heads,
             query_heads // heads * count,
-            (NativeSource * len(exact))(*(source.native for source in exact)),
-            len(exact),
+            exact.native,
+            len(exact.each),
             scaling,
             torch.get_num_threads(),
             out.data_ptr(),

@@ -45,41 +45,18 @@ _LEAST = 16
 """Tokens that there is room for at least, when a buffer has to grow; a long one grows by an eighth."""
 
 
-class Room:
-    """Writes new tokens behind those that a buffer `[2, B, R, H, D]` begins with."""
+def appended(room: Tensor, held: int, keys: Tensor, values: Tensor) -> Tensor:
+    """A buffer `[2, B, R, H, D]` with `[B, H, Q, D]` new tokens behind the `held` ones of `room`.
 
-    def __init__(self) -> None:
-        """Know no buffer yet."""
-        self._known: tuple[Tensor, ...] = ()  # the buffer, and its keys and values as [B, H, R, D]
-
-    def append(self, room: Tensor, held: int, keys: Tensor, values: Tensor) -> Tensor:
-        """A buffer with `keys` and `values` behind the `held` tokens of `room`: itself, where that will do.
-
-        Args:
-            room: `[2, B, R, H, D]`.
-            held: tokens of it.
-            keys: `[B, H, Q, D]`.
-            values: `[B, H, Q, D]`.
-        """
-        count = keys.shape[2]
-        room = with_room(room, held, count)
-        if not self._known or self._known[0] is not room:
-            self._known = room, *room.transpose(2, 3)
-        for side, new in zip(self._known[1:], (keys, values), strict=True):
-            side.narrow(2, held, count).copy_(new)
-        return room
-
-
-def with_room(room: Tensor, held: int, count: int) -> Tensor:
-    """A buffer `[2, B, R, H, D]` that begins with `held` tokens of `room` and has room for `count` more.
-
-    It is `room` itself where that will do.
+    It is `room` itself where that has room for them.
     """
     # A buffer made in inference mode may not be written outside of it.
     frozen = room.is_inference() and not torch.is_inference_mode_enabled()
-    wanted = held + count
-    if wanted <= room.shape[2] and not frozen:
-        return room
-    larger = room.new_empty(*room.shape[:2], wanted + max(_LEAST, wanted // 8), *room.shape[3:])
-    larger[:, :, :held] = room[:, :, :held]
-    return larger
+    wanted = held + keys.shape[2]
+    if wanted > room.shape[2] or frozen:
+        larger = room.new_empty(*room.shape[:2], wanted + max(_LEAST, wanted // 8), *room.shape[3:])
+        larger[:, :, :held] = room[:, :, :held]
+        room = larger
+    for side, new in zip(room.transpose(2, 3), (keys, values), strict=True):
+        side[:, :, held:wanted] = new
+    return room

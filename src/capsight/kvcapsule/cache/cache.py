@@ -15,6 +15,7 @@ from capsight.errors import ModelMismatchError
 from capsight.kvcapsule.cache.layer import CapsuleLayer
 from capsight.kvcapsule.cache.layered import LayeredCache
 from capsight.kvcapsule.cache.reader import Reader, hand_over
+from capsight.kvcapsule.cache.steps import Steps
 from capsight.kvcapsule.codecs import BlockCodec
 from capsight.layout import PromptLayout
 
@@ -31,6 +32,7 @@ class CapsuleCache(LayeredCache):
     Attributes:
         honours_key_bias: to be set by whoever calls `update` without a model and adds `key_bias` itself.
         lean: whether attention had better read what is kept alone, wherever it can.
+        steps: what it has while its steps may be compiled, else None.
         fitted_to: fingerprint of the model that the codecs were fitted to; "" where they fit any.
         adapters: that of the PEFT adapters which the model reads it with; "" where there are none.
     """
@@ -56,11 +58,17 @@ class CapsuleCache(LayeredCache):
         self._leaves: tuple[int | None] | None = None  # tokens from which on capsules may be left, if told
         self._reader = Reader(config)
         self.honours_key_bias = False
+        self.steps: Steps | None = None
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether transformers may compile the steps; a `generate` that is asked to opens them."""
+        return self.steps is not None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A cache of its own; codecs and the config are shared, as by all caches of a capsule."""
         memo |= {id(layer.codec): layer.codec for layer in self.capsule_layers.values()}
-        memo[id(self._config)] = self._config
+        memo |= {id(self._config): self._config, id(self.steps): None}
         other = memo[id(self)] = type(self).__new__(type(self))
         other.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return other
@@ -79,6 +87,8 @@ class CapsuleCache(LayeredCache):
             ModelMismatchError: what the cache holds is of another dtype.
             CapsightError: the codec rebuilds nothing and attention does not hide what is missing.
         """
+        if self.steps is not None and torch.compiler.is_compiling():
+            return self.steps.hand_over(key_states, value_states, layer_idx)
         layer = self.layers[layer_idx]
         if not self._open:
             self._reader.look()
@@ -108,6 +118,29 @@ class CapsuleCache(LayeredCache):
             self._reader.expect(layer.codec.name if hides or self._ledger.left is not None else "")
         hand_over(keys, values, self)
         return keys, values
+
+    def step(
+        self, query: Tensor, key: Tensor, value: Tensor, layer_idx: int, scaling: float
+    ) -> Tensor | None:
+        """`update` with one new token and attention of capsight's to all, in one go; see `CapsuleLayer.step`.
+
+        Returns:
+            `[B, 1, Hq, D]`; None, with nothing done, where more has to be done.
+        """
+        layer = self.layers[layer_idx]
+        if self.steps is None or self._finite or not isinstance(layer, CapsuleLayer):
+            return None
+        out = layer.step(query, key, value, self.steps.mask, scaling)
+        if out is not None:
+            self._open = layer_idx < self._last
+            self._reader.read()
+        return out
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Logical length: tokens seen per row, padding included; a tensor while a graph is made."""
+        if self.steps is not None and torch.compiler.is_compiling():
+            return self.steps.seen
+        return super().get_seq_length(layer_idx)
 
     def check_dtype(self, dtype: torch.dtype) -> None:
         """Refuse keys of another dtype than those held.

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from capsight.errors import CapsightError
-from capsight.kvcapsule.cache.buffers import Room
+from capsight.kvcapsule.cache.buffers import appended
 from capsight.kvcapsule.cache.layer_tokens import LayerTokens
 from capsight.kvcapsule.cache.ledger import Ledger
 from capsight.kvcapsule.cache.placement import Placement
@@ -50,11 +49,10 @@ class CapsuleLayer(DynamicLayer):
         self._held = 0  # tokens of the tail (T)
         self._left: LayerTokens | None = None  # what was last left to attention
         self._bias: Tensor | None = None  # [B, H or 1, 1, S]
-        self._writer = Room()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without views of the buffer: pickled, they would be memory of their own."""
-        return self.__dict__ | {"_left": None, "_writer": Room()}
+        return self.__dict__ | {"_left": None}
 
     @property
     def payload(self) -> Payload | None:
@@ -117,6 +115,16 @@ class CapsuleLayer(DynamicLayer):
                 self._store(keys, values)
         return keys, values
 
+    def step(self, query: Tensor, keys: Tensor, values: Tensor, *how: Any) -> Tensor | None:
+        """Add one new token and attend to all, where native code does both; see `LayerTokens.step`."""
+        left, placement = self._left, self.placement
+        if left is None or placement is None or left.room is not self._room or not self._grows(placement, 1):
+            return None
+        out = left.step(query, keys, values, self._held, *how)
+        if out is not None:
+            self._held, self._bias = self._held + 1, None
+        return out
+
     def key_bias(self) -> Tensor | None:
         """What attention has to add to its scores over the keys last returned: `[B, H or 1, 1, S]`."""
         return self._bias
@@ -126,7 +134,9 @@ class CapsuleLayer(DynamicLayer):
         assert self._packed is not None
         assert self._room is not None
         parts = payload, self._ledger.exact_rows(placement), self._packed, self._room
-        if self._left is None or not self._left.are(*parts):
+        if self._left is not None and self._left.are(*parts[:3]):
+            self._left = self._left.in_room(self._room)
+        else:
             places = self._ledger.latent_tokens(placement) if self.codec.needs_positions else None
             self._left = LayerTokens(self.codec, *parts, places)
         self._bias, self._ledger.left = None, (self._left, self._held)
@@ -154,10 +164,8 @@ class CapsuleLayer(DynamicLayer):
         bias = None if self.payload is None else self.codec.bias(self.payload)  # [M, H or 1, N]
         self._bias = None
         if bias is not None:
-            flat = new_keys.new_zeros(new_keys.shape[0] * length, bias.shape[1])
-            bias = bias.clamp_min(torch.finfo(new_keys.dtype).min).to(flat)
-            flat[run_slots] = bias.transpose(1, 2).flatten(0, 1)
-            self._bias = flat.view(-1, length, bias.shape[1]).transpose(1, 2)[:, :, None]
+            bias = bias.clamp_min(torch.finfo(new_keys.dtype).min).to(new_keys)
+            self._bias = placement.spread(bias, length)[:, :, None]
         return results[0], results[1]
 
     def _store(self, keys: Tensor, values: Tensor) -> None:
@@ -187,7 +195,9 @@ class CapsuleLayer(DynamicLayer):
     def _append(self, keys: Tensor, values: Tensor) -> None:
         """Put new tokens `[B, H, Q, D]` at the end of the tail."""
         assert self._room is not None
-        self._room = self._writer.append(self._room, self._held, keys, values)
+        left = self._left
+        if left is None or left.room is not self._room or not left.append(keys, values, self._held):
+            self._room = appended(self._room, self._held, keys, values)
         self._held += keys.shape[2]
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -197,7 +207,7 @@ class CapsuleLayer(DynamicLayer):
             CapsightError: that would cut a capsule.
         """
         removed = abs(tokens_to_remove)
-        if removed == 0 or self.placement is None or self._tail is None or self._packed is None:
+        if not removed or self.placement is None or self._tail is None or self._packed is None:
             return
         self.check_crop(removed)
         remaining, settled = max(self.get_seq_length() - removed, 0), self.placement.settled
@@ -209,18 +219,9 @@ class CapsuleLayer(DynamicLayer):
         self.placement = self._ledger.place(self.placement.runs, remaining, stays.device)
 
     def check_crop(self, removed: int) -> None:
-        """Refuse to remove the last `removed` tokens if that would cut a capsule.
-
-        Raises:
-            CapsightError: it would.
-        """
-        runs, remaining = self.placement.runs if self.placement else (), self.get_seq_length() - removed
-        end = max((run.end for run in runs), default=0)
-        if removed and end > remaining:
-            raise CapsightError(
-                f"cannot crop to {remaining} tokens: the last image capsule ends at {end}; crop to no less "
-                "than that, or reset the cache and prefill again"
-            )
+        """Refuse to remove the last `removed` tokens if that would cut a capsule; see `Placement`."""
+        if removed and self.placement is not None:
+            self.placement.check_crop(self.get_seq_length() - removed)
 
     def move_rows(self, rows: Tensor, placement: Placement, run_index: Tensor, exact_index: Tensor) -> None:
         """Make row i what row `rows[i]` was; the indices are those of `Placement.select`."""
@@ -245,6 +246,5 @@ class CapsuleLayer(DynamicLayer):
         """Bytes that a full cache takes for the same tokens, padding left out."""
         if self._packed is None:
             return 0
-        _, _, heads, head_dim = self._packed.shape
-        tokens = self._ledger.plan.real_tokens(self.get_seq_length())
-        return 2 * tokens * heads * head_dim * self._packed.element_size()
+        of_token = 2 * self._packed.shape[2:].numel() * self._packed.element_size()
+        return of_token * self._ledger.plan.real_tokens(self.get_seq_length())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch import Tensor
 from capsight.kvcapsule.attention import latent_attention
 from capsight.kvcapsule.attention.joint import JointTokens
 from capsight.kvcapsule.attention.latents import LatentTokens
-from capsight.kvcapsule.attention.native import Source, decode_attention, supports
+from capsight.kvcapsule.attention.native import Source, Sources, append, decode_attention, supports
 from capsight.kvcapsule.cache.buffers import Scratch
 from capsight.kvcapsule.cache.exact_rows import ExactRows
 from capsight.kvcapsule.codecs import BlockCodec, Payload
@@ -47,12 +49,61 @@ class LayerTokens:
             places: of latents that all layers share, where the codec stores such.
         """
         self.places = places
+        self._counted = -1  # tokens of the tail that `_tail` says there are
         self.codec, self.payload, self.rows, self.packed, self.room = codec, payload, rows, packed, room
 
-    def are(self, payload: Payload, rows: ExactRows, packed: Tensor, room: Tensor) -> bool:
+    def are(self, payload: Payload, rows: ExactRows, packed: Tensor) -> bool:
         """Whether these are the very same."""
-        same = self.payload is payload and self.rows is rows
-        return same and self.packed is packed and self.room is room
+        return self.payload is payload and self.rows is rows and self.packed is packed
+
+    def in_room(self, room: Tensor) -> Self:
+        """The same with the tail in the buffer `room`: itself, where it is there already."""
+        if room is self.room:
+            return self
+        moved = copy(self)
+        for name in ("_tail", "_exact", "_all"):
+            moved.__dict__.pop(name, None)
+        moved.room, moved._counted = room, -1
+        return moved
+
+    def append(self, keys: Tensor, values: Tensor, held: int) -> bool:
+        """Put one new token behind the `held` ones of the tail natively; False where that cannot be.
+
+        Args:
+            keys: `[B, H, Q, D]`.
+            values: likewise.
+            held: tokens of the tail.
+        """
+        size = keys.shape[0], *keys.shape[2:]
+        if size != (self.room.shape[1], 1, self.room.shape[4]) or held >= self.room.shape[2]:
+            return False
+        if not keys.dtype == values.dtype == self.room.dtype or not supports(keys):
+            return False
+        self._count(held)
+        append(self._tail, keys, values)
+        self._counted += 1
+        return True
+
+    def step(
+        self, query: Tensor, keys: Tensor, values: Tensor, held: int, mask: Tensor | None, scaling: float
+    ) -> Tensor | None:
+        """`append` and `attend` where both are native; elsewhere None, and nothing is done.
+
+        Args:
+            query: `[B, Hq, 1, D]`.
+            keys: `[B, H, 1, D]`.
+            values: likewise.
+            held: tokens of the tail before.
+            mask: see `attend`.
+            scaling: factor of the scores.
+
+        Returns:
+            `[B, 1, Hq, D]`.
+        """
+        if not self._natively(query) or not supports(query) or not self.append(keys, values, held):
+            return None
+        bias = self.rows.bias(mask, 1, self.rows.width + held + 1, query.shape[1])
+        return self._attended(query, bias, scaling)
 
     def attend(
         self, query: Tensor, held: int, mask: Tensor | None, scaling: float, scratch: Scratch
@@ -69,15 +120,10 @@ class LayerTokens:
         Returns:
             `[B, Q, Hq, D]` in the dtype of `query`.
         """
-        if self.places is not None:
-            return self._with_latents(query, held, mask, scaling)
-        query_heads, count = query.shape[1:3]
-        heads, exact = self.packed.shape[2], self.rows.width + held
-        if query_heads // heads * count <= _FEW and self._kept is not None and supports(query):
-            bias = self.rows.bias(mask, count, exact, query_heads)
-            self._tail.counts.fill_(held)
-            exact_sources = [self._packed, self._tail] if bias is None else self._biased(bias)
-            return decode_attention(query, [self._kept, *exact_sources], scaling)[0].transpose(1, 2)
+        count, exact = query.shape[2], self.rows.width + held
+        if self.places is not None or (self._natively(query) and supports(query)):
+            self._count(held)
+            return self._attended(query, self.rows.bias(mask, count, exact, query.shape[1]), scaling)
         keys, values = (
             self.rows.lined_up(self.packed[kind], self.room[kind, :, :held], scratch, role).transpose(1, 2)
             for kind, role in enumerate(("keys", "values"))
@@ -86,13 +132,34 @@ class LayerTokens:
         blocks = self.codec.latent(self.payload)
         return latent_attention(query, keys, values, blocks, self.rows.blocks, shown, scaling)
 
-    def _with_latents(self, query: Tensor, held: int, mask: Tensor | None, scaling: float) -> Tensor:
-        """Attention over exact tokens and over latents."""
-        count, exact = query.shape[2], self.rows.width + held
-        bias = self.rows.bias(mask, count, exact, query.shape[1])
-        self._tail.counts.fill_(held)
-        exact_sources = [self._packed, self._tail] if bias is None else self._biased(bias)
-        return self._joint.attend(query, exact_sources, scaling)[0].transpose(1, 2)
+    def _natively(self, query: Tensor) -> bool:
+        """Whether native code reads what is kept, for so many queries."""
+        few = query.shape[1] // self.packed.shape[2] * query.shape[2] <= _FEW
+        return self.places is not None or (few and self._kept is not None)
+
+    def _attended(self, query: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+        """Native attention `[B, Q, Hq, D]` over everything, the exact tokens under a bias."""
+        if self.places is not None:
+            exact = self._exact if bias is None else Sources(self._biased(bias))
+            return self._joint.attend(query, exact, scaling)[0].transpose(1, 2)
+        assert self._kept is not None
+        sources = self._all if bias is None else Sources((self._kept, *self._biased(bias)))
+        return decode_attention(query, sources, scaling)[0].transpose(1, 2)
+
+    def _count(self, held: int) -> None:
+        """Have `_tail` say that there are `held` tokens."""
+        if self._counted != held:
+            self._tail.counts.fill_(held)
+            self._counted = held
+
+    @cached_property
+    def _exact(self) -> Sources:
+        return Sources((self._packed, self._tail))
+
+    @cached_property
+    def _all(self) -> Sources:
+        assert self._kept is not None
+        return Sources((self._kept, *self._exact.each))
 
     @cached_property
     def _kept(self) -> Source | None:
@@ -115,7 +182,7 @@ class LayerTokens:
         keys, values = self.room.flatten(1, 2)  # [B * R, H, D]
         return Source(keys, values, starts, torch.zeros_like(starts))
 
-    def _biased(self, bias: Tensor) -> list[Source]:
+    def _biased(self, bias: Tensor) -> tuple[Source, Source]:
         """The exact tokens under a bias `[B or 1, 1 or Hq, Q, X]`."""
         rows, query_heads, queries, exact = bias.shape
         batch, heads = self._tail.counts.shape
@@ -126,7 +193,7 @@ class LayerTokens:
         first = first.expand(batch, heads)
         stride, width = exact if query_heads > 1 else 0, self.rows.width
         of_packed = first + (width - self._packed.counts)
-        return [
+        return (
             replace(self._packed, bias=bias, bias_starts=of_packed.contiguous(), bias_stride=stride),
             replace(self._tail, bias=bias, bias_starts=(first + width).contiguous(), bias_stride=stride),
-        ]
+        )

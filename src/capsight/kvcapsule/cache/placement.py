@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from capsight.errors import CapsightError
 from capsight.kvcapsule.plan import Run, exact_spans
 
 
@@ -74,9 +75,28 @@ class Placement:
         offsets = torch.repeat_interleave(first - before, self.run_lengths)
         return offsets + torch.arange(len(offsets), device=offsets.device)
 
+    def spread(self, bias: Tensor, length: int) -> Tensor:
+        """Numbers of the runs' tokens, `[M, H, N]`, in rows of `length` tokens: `[B, H, length]`."""
+        flat = bias.new_zeros(len(self.pads) * length, bias.shape[1])
+        flat[self.run_slots(length)] = bias.transpose(1, 2).flatten(0, 1)
+        return flat.view(-1, length, bias.shape[1]).transpose(1, 2)
+
     def exact_slots(self, length: int) -> Tensor:
         """Flat positions of the exact tokens in rows of `length` tokens: int64 `[E]`."""
         return self.exact_rows * length + self.exact_cols
+
+    def check_crop(self, remaining: int) -> None:
+        """Refuse to keep the first `remaining` tokens only if that would cut a capsule.
+
+        Raises:
+            CapsightError: it would.
+        """
+        end = max((run.end for run in self.runs), default=0)
+        if end > remaining:
+            raise CapsightError(
+                f"cannot crop to {remaining} tokens: the last image capsule ends at {end}; crop to no less "
+                "than that, or reset the cache and prefill again"
+            )
 
     def select(self, rows: Sequence[int]) -> tuple[Placement, Tensor, Tensor]:
         """The placement of a batch made of `rows` of this one (repeats allowed).

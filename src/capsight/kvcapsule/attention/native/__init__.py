@@ -8,8 +8,19 @@ from __future__ import annotations
 
 from capsight.kvcapsule.attention.native.build import NativeBuildError, missing
 from capsight.kvcapsule.attention.native.centre import centre
-from capsight.kvcapsule.attention.native.decode import decode_attention, supports
+from capsight.kvcapsule.attention.native.decode import append, decode_attention, supports
 from capsight.kvcapsule.attention.native.pack import pack
-from capsight.kvcapsule.attention.native.source import Source, Steps
+from capsight.kvcapsule.attention.native.source import Source, Sources, Steps
 
-__all__ = ["NativeBuildError", "Source", "Steps", "centre", "decode_attention", "missing", "pack", "supports"]
+__all__ = [
+    "NativeBuildError",
+    "Source",
+    "Sources",
+    "Steps",
+    "append",
+    "centre",
+    "decode_attention",
+    "missing",
+    "pack",
+    "supports",
+]

@@ -29,7 +29,7 @@ from capsight.execution import has_amx
 SWITCH = "CAPSIGHT_NATIVE"
 """Environment variable: 0 keeps attention with torch, 1 makes it an error if native code cannot be used."""
 
-INTERFACE = 6
+INTERFACE = 7
 UNITS = ("centre.cpp", "decode.cpp", "joint.cpp", "pack.cpp")
 HEADERS = (
     *("amx.h", "amx_fold.h", "amx_nodes.h", "amx_open.h", "chunk.h", "fold.h", "joint_chunk.h", "latents.h"),
@@ -48,6 +48,7 @@ LEVELS = {
 _P, _N = ctypes.c_void_p, ctypes.c_int64
 _AFTER = (_P, _N, ctypes.c_float, _N, _P, _P)  # sources, scaling, threads, results
 FUNCTIONS = {
+    "capsight_append": (_P, _P, _P, _N, _N, _N),
     "capsight_decode": (_P, ctypes.c_int32, _N, _N, _N, _N, *_AFTER),
     "capsight_centre": (
         *(_P, _P, ctypes.c_int32, _N, _N, _N),

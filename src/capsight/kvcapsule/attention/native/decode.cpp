@@ -44,4 +44,15 @@ extern "C" void capsight_decode(
   }
 }
 
-extern "C" int32_t capsight_interface() { return 6; }
+// Puts a new token of every row and KV head, keys and values [B, H, D], behind those of a source; counts grow.
+extern "C" void capsight_append(
+    const Source* to, const char* keys, const char* values, int64_t batch, int64_t heads, int64_t bytes) {
+  for (int64_t piece = 0; piece < batch * heads; piece++) {
+    int64_t token = to->starts[piece] + const_cast<int64_t*>(to->counts)[piece]++;
+    int64_t at = token * to->token_stride + piece % heads * to->head_stride;
+    std::memcpy(const_cast<char*>(to->keys) + at, keys + piece * bytes, bytes);
+    std::memcpy(const_cast<char*>(to->values) + at, values + piece * bytes, bytes);
+  }
+}
+
+extern "C" int32_t capsight_interface() { return 7; }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from capsight.kvcapsule.attention.native.build import library, missing
-from capsight.kvcapsule.attention.native.source import FORMATS, NativeSource, Source
+from capsight.kvcapsule.attention.native.source import FORMATS, Source, Sources
 
 Attended = tuple[Tensor, Tensor]
 
@@ -19,7 +19,7 @@ def supports(query: Tensor) -> bool:
     return query.device.type == "cpu" and query.dtype in FORMATS and not wanted and not missing()
 
 
-def decode_attention(query: Tensor, sources: Sequence[Source], scaling: float) -> Attended:
+def decode_attention(query: Tensor, sources: Sequence[Source] | Sources, scaling: float) -> Attended:
     """Attention over the pieces of all sources together.
 
     Scores and sums are float32.
@@ -34,18 +34,33 @@ def decode_attention(query: Tensor, sources: Sequence[Source], scaling: float) -
         `[B, Hq, Q, D]` in the dtype of `query`, 0 where nothing is seen; and float32 `[B, Hq, Q]`, the log of
         the normaliser, minus infinity there.
     """
+    together = sources if isinstance(sources, Sources) else Sources(tuple(sources))
     if torch.compiler.is_compiling():
         tensors, numbers = [], []
-        for source in sources:
+        for source in together.each:
             tensors += [query.new_empty(0) if x is None else x for x in source.tensors]
             numbers += source.numbers
         return _decode_attention(query, tensors, numbers, scaling)
-    return _run(query, sources, scaling)
+    return _run(query, together, scaling)
 
 
-def _run(query: Tensor, sources: Sequence[Source], scaling: float, level: str | None = None) -> Attended:
+def append(source: Source, keys: Tensor, values: Tensor) -> None:
+    """Put a new token of every row and KV head behind those of a source, where `supports` them.
+
+    Args:
+        source: its pieces have room for one more; what lies behind them is overwritten, and `counts` grow.
+        keys: `[B, H, 1, D]`, in the dtype of the source's.
+        values: likewise.
+    """
+    keys, values = keys.contiguous(), values.contiguous()
+    bytes_of_one = keys.shape[3] * keys.element_size()
+    pointers = keys.data_ptr(), values.data_ptr()
+    library().capsight_append(source.address, *pointers, *keys.shape[:2], bytes_of_one)
+
+
+def _run(query: Tensor, sources: Sources, scaling: float, level: str | None = None) -> Attended:
     query = query.contiguous()
-    batch, heads = sources[0].starts.shape
+    batch, heads = sources.each[0].starts.shape
     out = torch.empty_like(query)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     library(level).capsight_decode(
@@ -55,8 +70,8 @@ def _run(query: Tensor, sources: Sequence[Source], scaling: float, level: str | 
         heads,
         query.shape[1] // heads * query.shape[2],
         query.shape[3],
-        (NativeSource * len(sources))(*(source.native for source in sources)),
-        len(sources),
+        sources.native,
+        len(sources.each),
         scaling,
         torch.get_num_threads(),
         out.data_ptr(),
@@ -72,8 +87,8 @@ def _decode_attention(
     """`decode_attention` as one operation of a compiled graph."""
     each = len(tensors) // (len(numbers) // 3)
     starts = range(0, len(tensors), each)
-    sources = [Source.of(tensors[i : i + each], numbers[3 * n : 3 * n + 3]) for n, i in enumerate(starts)]
-    return _run(query, sources, scaling)
+    parts = (Source.of(tensors[i : i + each], numbers[3 * n : 3 * n + 3]) for n, i in enumerate(starts))
+    return _run(query, Sources(tuple(parts)), scaling)
 
 
 @_decode_attention.register_fake

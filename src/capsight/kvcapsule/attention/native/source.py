@@ -94,6 +94,11 @@ class Source:
         stride, bits, group = numbers
         return cls(**parts, bias_stride=stride, steps=Steps(bits, **given, group=group) if bits else None)
 
+    @property
+    def address(self) -> Any:
+        """Where `native` lies."""
+        return ctypes.byref(self.native)
+
     @cached_property
     def native(self) -> NativeSource:
         """This as the native code has it; valid as long as this is."""
@@ -123,6 +128,26 @@ class Source:
                 made.size, made.mean = of_groups.data_ptr(), _address(steps.mean)
                 made.group_stride, made.group_format = of_groups.stride(0), FORMATS[of_groups.dtype]
         return made
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """Sources that are read together, time and again.
+
+    Attributes:
+        each: the sources.
+    """
+
+    each: tuple[Source, ...]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without addresses: a copy lies elsewhere."""
+        return {"each": self.each}
+
+    @cached_property
+    def native(self) -> ctypes.Array[NativeSource]:
+        """These as native code has them; valid as long as these are."""
+        return (NativeSource * len(self.each))(*(source.native for source in self.each))
 
 
 _PARTS = "keys", "values", "starts", "counts", "bias", "bias_starts"
