@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from capsight.kvcapsule.attention.joint import JointTokens
-from capsight.kvcapsule.attention.native import Source, supports
+from capsight.kvcapsule.attention.native import Source, Sources, supports
 from capsight.kvcapsule.codecs import JointCodec, TokenPositions
 from capsight.kvcapsule.codecs.joint_payload import JointPayload
 from capsight.serving.vllm.latents import LatentMemory, LatentRequest, Storing
@@ -180,7 +180,7 @@ class _Group:
         ]
         latents, tokens = codec.stored_latents(self._payload), self._memory.tokens(self._requests)
         joint = JointTokens(latents, tokens, codec.basis)
-        return joint.attend(query[:, :, None], sources, scaling)[0][:, :, 0]
+        return joint.attend(query[:, :, None], Sources(tuple(sources)), scaling)[0][:, :, 0]
 
     def _rebuilt(
         self, codec: JointCodec, query: Tensor, exact: Sequence[tuple[Tensor, Tensor]], scaling: float
