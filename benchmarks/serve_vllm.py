@@ -6,8 +6,9 @@ Needs vLLM for CPUs (`make test-vllm` makes its environment). The reference VLM 
 once, each about eight pictures of its own (where pictures are asked about again, vLLM without capsules shares
 their blocks, and needs less memory than with them). Each way runs in a process of its own, all with the same
 requests and as many blocks, taking turns. Reported are the most requests at a time whose prompts were read,
-the engine's steps, preemptions, and requests and generated tokens per second from the first request to the
-last answer; prompts are read by all ways alike. Only ratios of one run mean something.
+the engine's steps, preemptions, requests and generated tokens per second from the first request to the last
+answer, and the seconds of CPU time until then; prompts are read by all ways alike. Only ratios of one run mean
+something.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def served(
         )
         given = {"prompt": text, "multi_modal_data": {"image": [scene.image for scene in prompt.scenes]}}
         llm.add_request(str(index), given, sampling)
-    start, running, steps, preempted = time.perf_counter(), 0, 0, set[str]()
+    start, used, running, steps, preempted = time.perf_counter(), time.process_time(), 0, 0, set[str]()
     while llm.has_unfinished_requests():
         llm.step()
         steps += 1
@@ -80,6 +81,7 @@ def served(
         "steps": steps,
         "preempted": len(preempted),
         "seconds": seconds,
+        "cpu_seconds": time.process_time() - used,
         "requests_per_second": requests / seconds,
         "tokens_per_second": requests * tokens / seconds,
         "leaked": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks(),
@@ -122,7 +124,8 @@ def main(
         name: {key: median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()
     }
     for name, seen in middle.items():
-        ratio = {key: round(seen[key] / middle["full"][key], 3) for key in ("running", "requests_per_second")}
+        keys = "running", "requests_per_second", "cpu_seconds"
+        ratio = {key: round(seen[key] / middle["full"][key], 3) for key in keys}
         typer.echo(f"{name}: {seen['running']:g} at a time, {seen['steps']:g} steps, against full {ratio}")
     if json_file is not None:
         settings = {
