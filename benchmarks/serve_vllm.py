@@ -7,8 +7,7 @@ once, each about eight pictures of its own (where pictures are asked about again
 their blocks, and needs less memory than with them). Each way runs in a process of its own, all with the same
 requests and as many blocks, taking turns. Reported are the most requests at a time whose prompts were read,
 the engine's steps, preemptions, requests and generated tokens per second from the first request to the last
-answer, and the seconds of CPU time until then; prompts are read by all ways alike. Only ratios of one run mean
-something.
+answer, and CPU time until then; prompts are read by all ways alike. Only ratios of one run mean something.
 """
 
 from __future__ import annotations
