@@ -32,6 +32,9 @@ class _Recorder(DynamicCache):
     To capsight's attention function it is a capsule cache without capsules.
     """
 
+    steps: None = None
+    """Its steps are never compiled."""
+
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
         stock: list[Any] = self.layers
