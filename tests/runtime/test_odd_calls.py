@@ -108,9 +108,7 @@ def test_patches_that_are_missing_are_counted(qwen):
 
 def test_a_model_can_be_pickled_while_it_is_enabled(qwen):
     model, inputs, held = type(qwen.model)(qwen.model.config).eval(), mixed_batch(qwen), io.BytesIO()
-    model.load_state_dict(
-        qwen.model.state_dict()
-    )  # one that has returned hidden states holds hooks of transformers
+    model.load_state_dict(qwen.model.state_dict())  # that one may hold transformers' hooks
     full = greedy(model.generate, **inputs)
     with capsight.enable(model, capsule=fitted("qwen2_5_vl", 0.4)):
         torch.save(model, held)

@@ -180,14 +180,13 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 _PROCESS = Path("/proc/self")
-_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     """Run something and say how much memory it held at most, beyond what was held before.
 
     On CUDA, torch's own count; on a CPU, growth of the process's resident memory, which Linux alone tells
-    and which is exact to some hundred kilobytes at best.
+    and which counts what glibc keeps of blocks that were freed between others.
 
     Args:
         run: the work; run it once before, so that what it loads only once is there.
@@ -205,9 +204,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     try:
         with suppress(OSError, AttributeError):  # give back what is free, or the run would use it unseen
-            libc = ctypes.CDLL(None)
-            libc.mallopt(_MMAP_THRESHOLD, 2**16)  # from now on as soon as it is
-            libc.malloc_trim(0)
+            ctypes.CDLL(None).malloc_trim(0)
         (_PROCESS / "clear_refs").write_text("5")  # sets the high-water mark back
         before = _status("VmRSS")
         run()
@@ -215,9 +212,6 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     except (OSError, StopIteration):
         run()
         return None
-    finally:
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**25)  # as it is after a while
 
 
 def _status(name: str) -> int:
