@@ -72,9 +72,8 @@ def prompt(text, files):
 def assert_same_answer(answer, tokens, right, end, beyond=1e-3):
     """An answer of a model that was not trained to go on past `end` is transformers'.
 
-    Log-probabilities of a few uncertain words past the end may differ by `beyond`. Sums over several
-    processes round otherwise, so of two image tokens with scores equal to 2e-5 the other one may stay. And
-    of latents, one number in ten thousand is rounded to the next of its codes, in one process, too.
+    Log-probabilities of a few uncertain words past the end may differ by `beyond`: of latents, one number in
+    ten thousand is rounded to the next of its codes.
     """
     assert answer["tokens"] == tokens
     gaps = [abs(a - b) for a, b in zip(answer["logprobs"], right, strict=True)]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from capsight.errors import OptionError
 from capsight.serving.plan import Latents, Slots, plan_request
-from capsight.serving.select import select_tokens
+from capsight.serving.select import leverage, select_tokens
 from capsight.serving.vllm.steps import shortened, shrink_step
 
 
@@ -167,3 +167,11 @@ def test_exactly_as_many_as_asked_for(images, data):
 def test_tokens_all_alike():
     same = torch.ones(2, 20, 4)
     assert select_tokens(same, same, 5, [20]).tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_scores_do_not_depend_on_how_sums_are_rounded():
+    channels = torch.logspace(0, -2, 32)
+    keys = torch.randn(2, 300, 32, generator=torch.Generator().manual_seed(0)) * channels + 3 * channels
+    permuted = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    scores, again = leverage(keys), leverage(keys[:, permuted])
+    torch.testing.assert_close(scores[:, permuted], again, rtol=1e-9, atol=0)
