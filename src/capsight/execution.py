@@ -87,3 +87,8 @@ def own_precision(device: torch.device) -> AbstractContextManager[object]:
 def has_amx() -> bool:
     """Whether the CPU has AMX: matrix products in bfloat16 are then several times faster than in float32."""
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+def has_avx512_bf16() -> bool:
+    """Whether the CPU has AVX512_BF16, which adds up products of bfloat16 two by two."""
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())

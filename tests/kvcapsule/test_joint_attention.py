@@ -27,7 +27,8 @@ def problems(draw: st.DrawFn):
     batch, heads, group, queries = draw(
         st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(1, 2))
     )
-    groups = draw(st.tuples(*[st.integers(0, 2)] * 3).filter(any))
+    few = st.tuples(*[st.integers(0, 2)] * 3).filter(any)
+    groups = draw(few | st.sampled_from([(3, 4, 6), (9, 0, 11), (0, 18, 1), (20, 1, 0)]))  # opened in parts
     levels, size = Levels(*(32 * n for n in groups)), draw(st.sampled_from([4, 20, 32, 144]))
     rank = levels.rank
     pairs = draw(st.integers(1, size // 2))
@@ -62,6 +63,8 @@ def problems(draw: st.DrawFn):
 def as_read(packed, levels: Levels, basis: LayerBasis, level: str) -> tuple[torch.Tensor, LayerBasis, float]:
     """Latents, float64, and the basis as native code of a level takes them, and how close it comes."""
     opened = unpack(*packed, levels, torch.float32)
+    if level == "AVX512BF16":
+        return opened.bfloat16().double(), basis, 5e-2
     if level == "AMX":  # which also rounds probabilities, and queries seen through the axes
         keys = (basis.key_axes * basis.key_steps).bfloat16()
         basis = replace(basis, key_axes=keys, key_steps=torch.ones_like(basis.key_steps))
@@ -139,6 +142,41 @@ def test_places_of_large_images_and_of_films(base, pairs, shape, queries):
     expected = plain_joint_attention(query.double(), opened, tokens, basis, 0.2)
     torch.testing.assert_close(found[0].double(), expected[0], atol=close, rtol=close)
     torch.testing.assert_close(found[1].double(), expected[1], atol=close, rtol=1e-4)
+
+
+@pytest.mark.skipif(bool(missing()), reason="no C++ compiler")
+@pytest.mark.parametrize("level", ["AMX", "AVX512BF16"])
+@pytest.mark.parametrize("images", [True, False])
+def test_bfloat16_costs_no_more_than_a_cache_in_bfloat16(level, images):
+    if [*build.LEVELS].index(level) < [*build.LEVELS].index(build.best_level()):
+        pytest.skip("this machine has less")
+    g, heads, size, levels = torch.Generator().manual_seed(0), 2, 64, Levels(160, 160, 320)
+    thw = torch.stack(torch.meshgrid(*map(torch.arange, (3, 16, 20)), indexing="ij")).flatten(1)
+    if not images:
+        thw = torch.arange(thw.shape[1]).expand(3, -1)
+    rotary = Rotary(1e4 ** -torch.linspace(0, 1, 32).double(), torch.arange(32) % 3 * images, False, 1.0)
+    count = torch.tensor([thw.shape[1]])
+    tokens = LatentTokens(torch.tensor([0]), count, thw, rotary)
+    own = torch.randint(-127, 128, (2, heads, size, levels.rank), generator=g, dtype=torch.int8)
+    steps, mean = torch.full((levels.rank,), levels.rank**-0.5 / 73), torch.randn(2, heads, size, generator=g)
+    basis = LayerBasis(own[0], steps, mean[0], own[1], steps, mean[1])
+    packed = pack(torch.randn(int(count), levels.rank, generator=g), levels)
+    query = torch.randn(1, heads * 4, 1, size, generator=g)
+    with mock.patch.object(joint, "library", return_value=build.library(level)):
+        latents = JointTokens(PackedLatents(*packed, levels.counts, POINTS), tokens, basis)
+        found = latents.attend(query, Sources(()), 0.3)
+    opened = unpack(*packed, levels, torch.float32).double()
+    exact = plain_joint_attention(query.double(), opened, tokens, basis, 0.3)
+    keys, values = (
+        (opened * steps) @ of_kind.double().mT + middle[:, None]
+        for of_kind, middle in zip(own, mean, strict=True)
+    )
+    keys = rotary.turn(keys, *rotary.tables(thw))
+    keys, values = (x.bfloat16().double().repeat_interleave(4, 0) for x in (keys, values))
+    scores = 0.3 * query[0].bfloat16().double() @ keys.mT
+    cached = scores.softmax(-1) @ values, scores.logsumexp(-1)
+    for ours, theirs, right in zip(found, cached, exact, strict=True):
+        assert (ours - right).square().mean() < 1.5 * (theirs - right).square().mean()
 
 
 @settings(max_examples=30)

@@ -114,7 +114,7 @@ class JointTokens:
 
 
 class _Joint(ctypes.Structure):
-    """`Joint` of `fold.h`."""
+    """`Joint` of `joint.h`."""
 
     _fields_ = (
         ("codes", ctypes.c_void_p),

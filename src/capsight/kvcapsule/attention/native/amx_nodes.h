@@ -1,79 +1,15 @@
-// The places that queries are turned back by for all tokens of a stretch, and when they are few enough.
-//
-// A pair of channels that turns by f a place is a cosine of places p; a polynomial through K places p_k misses it
-// by f^K / K! prod |p - p_k| at most, and by nothing at these.
+// Channels as matrices for the places that queries are turned back by (`nodes.h`), and when these are few enough.
 #pragma once
 #include "amx_open.h"
+#include "nodes.h"
 
 #ifdef __AMX_BF16__
 namespace capsight {
 
-constexpr double MISSED = 5e-4;  // what the polynomial may miss of a cosine; numbers in bfloat16 miss 2e-3
-constexpr size_t SEVERAL = 8;  // places that a polynomial may go through; else all are taken
 constexpr int64_t PREPARED = 50;  // tokens whose rebuilt keys are as much work as to fold queries
 constexpr int64_t FOLDS = 1 << 19;  // pairs of numbers of folded queries that are soon at hand again
 constexpr int64_t APART = 48;  // lanes that are as much work as to look at a head's keys at all
 constexpr int64_t FOLDED = 1 << 10;  // tokens of a stretch, or up to the end of an image
-
-// The places of one axis that a stretch has, and those that its tokens are seen through.
-struct Nodes {
-  std::vector<int32_t> places, at;  // by position
-  int32_t lowest;                   // place of the stretch
-  std::vector<int> slot;            // of each place of the axis from the lowest on, which one of the stretch it is
-  Floats shares;                    // [places of the stretch, those seen through]
-
-  // The places of tokens from one on, and those to see them through where no pair turns faster than that.
-  void take(const Joint& s, int axis, int64_t first, int64_t tokens, double fastest) {
-    list(s, axis, first, tokens);
-    for (size_t many = 1; many <= SEVERAL && many < places.size(); many++)
-      if (see_through(many) * power(fastest, many) <= MISSED) return;
-    at = places;
-  }
-
-  void list(const Joint& s, int axis, int64_t first, int64_t tokens) {
-    const int32_t* own = s.places + axis * s.tokens + first;
-    auto [least, most] = std::minmax_element(own, own + tokens);
-    lowest = *least, slot.assign(*most - lowest + 1, -1), places.clear();
-    for (int64_t t = 0; t < tokens; t++)
-      if (slot[own[t] - lowest] < 0) slot[own[t] - lowest] = 0, places.push_back(own[t]);
-    spots = s.spots[axis];
-    if (!std::is_sorted(places.begin(), places.end())) std::sort(places.begin(), places.end());
-  }
-
-  // Takes so many, close to where Chebyshev has them; the largest product of distances to them.
-  double see_through(size_t many) {
-    at.clear();
-    double low = spots[places.front()], high = spots[places.back()], worst = 0;
-    for (size_t k = 0, i = 0; k < many; k++, i++) {
-      double wanted = (low + high) / 2 - (high - low) / 2 * std::cos(M_PI * (k + .5) / many);
-      while (i + many - k < places.size() && std::abs(spots[places[i + 1]] - wanted) <= std::abs(spots[places[i]] - wanted)) i++;
-      at.push_back(places[i]);
-    }
-    for (int32_t place : places) {
-      double product = 1;
-      for (int32_t node : at) product *= std::abs(spots[place] - spots[node]);
-      worst = std::max(worst, product);
-    }
-    return worst;
-  }
-  static double power(double x, size_t many) { return std::pow(x, many) / std::tgamma(many + 1.); }  // x^K / K!
-
-  void share() {
-    shares.resize(places.size() * at.size());
-    for (size_t i = 0; i < places.size(); i++) {
-      slot[places[i] - lowest] = i;
-      for (size_t k = 0; k < at.size(); k++) {
-        double share = at.size() < places.size() || i == k;
-        for (size_t j = 0; j < at.size() && at.size() < places.size(); j++)
-          if (j != k) share *= (spots[places[i]] - spots[at[j]]) / (spots[at[k]] - spots[at[j]]);
-        shares[i * at.size() + k] = share;
-      }
-    }
-  }
-
- private:
-  const double* spots;
-};
 
 // Channels as rows of matrices, but for pairs that turn too fast, of which keys are rebuilt; the same for all chunks.
 struct AmxAxes {

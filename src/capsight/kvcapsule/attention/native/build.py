@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from capsight.errors import CapsightError
-from capsight.execution import has_amx
+from capsight.execution import has_amx, has_avx512_bf16
 
 SWITCH = "CAPSIGHT_NATIVE"
 """Environment variable: 0 keeps attention with torch, 1 makes it an error if native code cannot be used."""
@@ -32,13 +32,15 @@ SWITCH = "CAPSIGHT_NATIVE"
 INTERFACE = 7
 UNITS = ("centre.cpp", "decode.cpp", "joint.cpp", "pack.cpp")
 HEADERS = (
-    *("amx.h", "amx_fold.h", "amx_nodes.h", "amx_open.h", "chunk.h", "fold.h", "joint_chunk.h", "latents.h"),
-    *("rebuild.h", "softmax.h", "tile.h", "vectors.h"),
+    *("amx.h", "amx_fold.h", "amx_nodes.h", "amx_open.h", "chunk.h", "fold.h", "joint.h", "joint_chunk.h"),
+    *("latents.h", "nodes.h", "numbers.h", "rebuild.h", "softmax.h", "tile.h", "vectors.h"),
 )
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-w")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
+_BF16 = (*_AVX512, "-mavx512bf16")
 LEVELS = {
-    "AMX": (*_AVX512, "-mavx512vbmi", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "AMX": (*_BF16, "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"),
+    "AVX512BF16": _BF16,
     "AVX512": _AVX512,
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
     "DEFAULT": (),
@@ -105,7 +107,7 @@ def library(level: str | None = None) -> ctypes.CDLL:
     level = best_level() if level is None else level
     known = LEVELS if platform.machine() in ("x86_64", "AMD64") else {}
     flags = [(*FLAGS, *known.get(level, ()))]
-    if level == "AMX":
+    if level in ("AMX", "AVX512BF16"):
         flags.append((*FLAGS, *_AVX512))  # for compilers that do not know it
     compiler = _compiler()
     here = Path(__file__).parent
@@ -131,7 +133,11 @@ def library(level: str | None = None) -> ctypes.CDLL:
 def best_level() -> str:
     """The name of what this machine's processor has."""
     level = torch.backends.cpu.get_cpu_capability()
-    return "AMX" if level == "AVX512" and sys.platform == "linux" and has_amx() else level
+    if level != "AVX512":
+        return level
+    if sys.platform == "linux" and has_amx():
+        return "AMX"
+    return "AVX512BF16" if has_avx512_bf16() else level
 
 
 def _compiler() -> str:

@@ -1,169 +1,210 @@
 // Queries seen through a layer's basis, and their products with latents.
 #pragma once
-#include <algorithm>
-#include <vector>
-
-#include "latents.h"
+#include "nodes.h"
+#include "numbers.h"
 #include "tile.h"
 
 namespace capsight {
 
-constexpr int PAD = 16;  // channels of tables are a multiple of it
-
-struct Joint {
-  Latents latents;
-  const int64_t *starts, *counts;   // [B], tokens of each row
-  const int32_t* places;            // [3, T], which of an axis' places
-  int64_t tokens, sizes[3];         // T, places of each axis
-  // Channels that an axis turns, first halves of its pairs first; the first axis has those not turned, too.
-  const int64_t* order[3];
-  int64_t pairs[3], widths[3];
-  const float *cosines[3], *sines[3];  // [places, widths, filled up with 0 to PAD]; of second halves -sines
-  const int8_t *key_axes, *value_axes;   // [H, D, R], in steps
-  const float *key_steps, *value_steps;  // [R], of each coordinate
-  const float *key_mean, *value_mean;    // [H, D]
-  int64_t channels;                      // D
-  const double* spots[3];        // [places], positions, rising
-  const double* frequencies[3];  // [pairs], none below 0, falling
-
-  const char* axis(const int8_t* of, int64_t head, int64_t channel) const {
-    return (const char*)of + (head * channels + channel) * latents.rank();
-  }
-  int64_t padded(int axis) const { return (widths[axis] + PAD - 1) / PAD * PAD; }
-  int64_t partner(int axis, int64_t i) const {
-    return i < pairs[axis] ? i + pairs[axis] : i < 2 * pairs[axis] ? i - pairs[axis] : i;
-  }
-};
-
-// Numbers of a row of axes, a multiple of W, as they are stored, to aligned floats.
-inline void widen(const char* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += W) Stored<I8>::load(from + i, (vf*)(to + i));
-}
-
 constexpr int BLOCK = W == 16 ? 4 : 2;  // vectors of coordinates at a time; GROUP is a multiple of two of them or of half
+constexpr int PANEL = BLOCK * W;
 constexpr int ROWS = 6;                 // sums of each that registers hold
 
-// to[m] = steps * sum of weights[m, i] * x[i], M rows of N vectors.
-template <int M, int N>
+// to[m] = sum of weights[m, i] * x[i], M rows of L vectors, as O has numbers; times `steps`, if there are.
+template <class N, class O, int M, int L>
 INLINE void some_folds(
-    const float* weights, int64_t stride, int64_t count, const float* x, const float* steps, int64_t rank, float* to) {
-  vf sum[M][N] = {};
+    const typename N::T* weights, int64_t stride, int64_t count, const typename N::T* x, int64_t apart, const float* steps,
+    typename O::T* to, int64_t wide) {
+  vf sum[M][L] = {};
   for (int64_t i = 0; i < count; i++) {
-    vf own[N];
-    for (int n = 0; n < N; n++) own[n] = get<vf>(x + (i * BLOCK + n) * W);
+    typename N::V own[L];
+    for (int n = 0; n < L; n++) own[n] = get<typename N::V>(x + i * apart + n * N::width);
     for (int m = 0; m < M; m++) {
-      vf weight = all(weights[m * stride + i]);
-      for (int n = 0; n < N; n++) sum[m][n] += weight * own[n];
+      auto weight = N::repeat(weights + m * stride + i * N::pair);
+      for (int n = 0; n < L; n++) sum[m][n] = N::add(sum[m][n], own[n], weight);
     }
   }
-  for (int m = 0; m < M; m++)
-    for (int n = 0; n < N; n++) put(to + m * rank + n * W, sum[m][n] * get<vf>(steps + n * W));
+  for (int m = 0; m < M; m++) {
+    if (steps)
+      for (int n = 0; n < L; n++) sum[m][n] *= get<vf>(steps + n * W);
+    for (int n = 0; n < L; n += O::pair) {
+      auto made = O::vector(&sum[m][n]);
+      std::memcpy(to + m * wide + n * W, &made, sizeof made);
+    }
+  }
 }
-template <int N>
+template <class N, class O, int L>
 void folds(
-    const float* weights, int64_t rows, int64_t stride, int64_t count, const float* x, const float* steps, int64_t rank,
-    float* to) {
+    const typename N::T* weights, int64_t rows, int64_t stride, int64_t count, const typename N::T* x, int64_t apart,
+    const float* steps, typename O::T* to, int64_t wide) {
   int64_t m = 0;
   auto some = [&](auto by, int64_t step) {
-    for (; m + step <= rows; m += step) by(weights + m * stride, stride, count, x, steps, rank, to + m * rank);
+    for (; m + step <= rows; m += step) by(weights + m * stride, stride, count, x, apart, steps, to + m * wide, wide);
   };
-  some(some_folds<ROWS, N>, ROWS), some(some_folds<2, N>, 2), some(some_folds<1, N>, 1);
+  some(some_folds<N, O, ROWS, L>, ROWS), some(some_folds<N, O, 2, L>, 2), some(some_folds<N, O, 1, L>, 1);
 }
 
-// found[t * C + c] = lanes of z[t] . (line[c] + columns[t][c]).
-template <int C, int T>
-INLINE void some_scores(const float* z, int64_t rank, const float* line, const float* const* columns, vf* found) {
+// found[t * C + c] = lanes of z[t] . line[c], or of z[t] . (line[c] + columns[t][c]).
+template <class N, int C, int T, bool placed>
+INLINE void some_scores(
+    const typename N::T* z, int64_t rank, const typename N::T* line, const typename N::T* const* columns, vf* found) {
+  typedef typename N::V V;
   vf sum[T][C] = {};
-  for (int64_t i = 0; i < rank; i += W) {
-    vf x[T];
-    for (int t = 0; t < T; t++) x[t] = get<vf>(z + t * rank + i);
+  for (int64_t i = 0; i < rank; i += N::width) {
+    V x[T];
+    for (int t = 0; t < T; t++) x[t] = get<V>(z + t * rank + i);
     for (int c = 0; c < C; c++) {
-      vf own = get<vf>(line + c * rank + i);
-      for (int t = 0; t < T; t++) sum[t][c] += x[t] * (own + get<vf>(columns[t] + c * rank + i));
+      V own = get<V>(line + c * rank + i);
+      for (int t = 0; t < T; t++)
+        if constexpr (placed) sum[t][c] = N::add(sum[t][c], x[t], own, get<V>(columns[t] + c * rank + i));
+        else sum[t][c] = N::add(sum[t][c], x[t], own);
     }
   }
   for (int t = 0; t < T; t++)
     for (int c = 0; c < C; c++) found[t * C + c] = sum[t][c];
 }
 // Tokens that share a line.
-template <int C>
-void scores(const float* z, int64_t rank, int count, const float* line, const float* const* columns, vf* found) {
+template <class N, int C, bool placed>
+void scores(
+    const typename N::T* z, int64_t rank, int count, const typename N::T* line, const typename N::T* const* columns, vf* found) {
   constexpr int T = C <= (W == 8 ? 1 : 4) ? 4 : 2;
   int t = 0;
-  for (; t + T <= count; t += T) some_scores<C, T>(z + t * rank, rank, line, columns + t, found + t * C);
-  for (; t < count; t++) some_scores<C, 1>(z + t * rank, rank, line, columns + t, found + t * C);
+  for (; t + T <= count; t += T) some_scores<N, C, T, placed>(z + t * rank, rank, line, columns + t, found + t * C);
+  for (; t < count; t++) some_scores<N, C, 1, placed>(z + t * rank, rank, line, columns + t, found + t * C);
 }
 template <int C>
-void add_lanes(const vf* found, const float* more, float* p) {
-  for (int c = 0; c < C; c++) put(p + c * TILE, sums<W>(found + c, C) + get<vf>(more + c * W));
+void add_lanes(const vf* found, const float* more, int64_t step, float* p) {
+  for (int c = 0; c < C; c++) put(p + c * TILE, sums<W>(found + c, C) + get<vf>(more + c * step));
 }
+template <class N>
 struct Scores {
-  void (*score)(const float*, int64_t, int, const float*, const float* const*, vf*);
-  void (*add)(const vf*, const float*, float*);  // scores of W tokens
+  typedef typename N::T T;
+  void (*placed)(const T*, int64_t, int, const T*, const T* const*, vf*);
+  void (*plain)(const T*, int64_t, int, const T*, const T* const*, vf*);
+  void (*add)(const vf*, const float*, int64_t, float*);  // scores of W tokens
 };
-template <int C = MOST>
-Scores scores_of(int64_t queries) {
+template <class N, int C = MOST>
+Scores<N> scores_of(int64_t queries) {
   if constexpr (C > 1) {
-    if (queries < C) return scores_of<C - 1>(queries);
+    if (queries < C) return scores_of<N, C - 1>(queries);
   }
-  return {scores<C>, add_lanes<C>};
+  return {scores<N, C, true>, scores<N, C, false>, add_lanes<C>};
 }
 
-// Queries of one KV head, turned back by places of one axis, seen through its channels.
+// out[c] += sum of p[c * TILE + t] * z[t], C queries, a tile's tokens, L vectors from number i on.
+template <class N, int C, int L>
+INLINE void some_sums(const typename N::T* z, int64_t rank, int count, const typename N::T* p, int64_t i, int64_t wide, float* out) {
+  typedef typename N::V V;
+  vf sum[C][L * N::pair];
+  for (int c = 0; c < C; c++)
+    for (int n = 0; n < L * N::pair; n++) sum[c][n] = get<vf>(out + c * wide + i + n * W);
+  for (int t = 0; t < count; t += N::pair) {
+    V x[L * N::pair];
+    for (int n = 0; n < L; n++) {
+      V first = get<V>(z + t * rank + i + n * N::width), other = get<V>(z + (t + N::pair - 1) * rank + i + n * N::width);
+      for (int half = 0; half < N::pair; half++) x[n * N::pair + half] = N::beside(first, other, half);
+    }
+    for (int c = 0; c < C; c++) {
+      V own = N::repeat(p + c * TILE + t);
+      for (int n = 0; n < L * N::pair; n++) sum[c][n] = N::add(sum[c][n], x[n], own);
+    }
+  }
+  for (int c = 0; c < C; c++)
+    for (int n = 0; n < L * N::pair; n++) put(out + c * wide + i + n * W, sum[c][n]);
+}
+template <class N, int C>
+void gathered(const typename N::T* z, int64_t rank, int count, const typename N::T* p, int64_t wide, float* out) {
+  constexpr int L = (W < 16 || C > 4 ? 2 : 4) / N::pair;
+  int64_t i = 0;
+  for (; i + L * N::width <= rank; i += L * N::width) some_sums<N, C, L>(z, rank, count, p, i, wide, out);
+  if constexpr (L > 1)
+    for (; i < rank; i += N::width) some_sums<N, C, 1>(z, rank, count, p, i, wide, out);
+}
+
+// Queries of one KV head, turned back by places of one axis, seen through its channels, as O has numbers.
+template <class N, class O>
 struct Folded {
-  std::vector<int32_t> places;
-  std::vector<int> slot;         // of each place, where it is among them; or -1
-  Floats u, constant;            // [places, C, R] and [places, C]
+  Nodes nodes;
+  Numbers<O> u;     // [places, C, coordinates]
+  Floats constant;  // [places, C]
 
-  void clear() {
-    for (int32_t place : places) slot[place] = -1;
-    places.clear();
-  }
-  bool add(int32_t place) {  // whether it is new
-    if (slot[place] >= 0) return false;
-    slot[place] = places.size(), places.push_back(place);
-    return true;
-  }
+  int slot(int32_t place) const { return nodes.slot[place - nodes.lowest]; }
 
-  void fold(const Joint& s, int axis, const float* query, int64_t taken, int64_t head) {
-    int64_t width = s.widths[axis], padded = s.padded(axis), rank = s.latents.rank(), rows = places.size() * taken;
-    constant.assign((rows + W - 1) / W * W, 0.f);
-    if (!width) return u.assign(rows * rank, 0.f);
-    u.resize(rows * rank), weights.resize(constant.size() * padded), part.resize(width * BLOCK * W);
-    mean.assign(padded, 0.f), asked.assign(taken * padded, 0.f), turned.assign(taken * padded, 0.f);
-    for (int64_t i = 0; i < width; i++) {
-      mean[i] = s.key_mean[head * s.channels + s.order[axis][i]];
-      for (int64_t c = 0; c < taken; c++) {
-        asked[c * padded + i] = query[c * s.channels + s.order[axis][i]];
-        turned[c * padded + i] = query[c * s.channels + s.order[axis][s.partner(axis, i)]];
+  // Of queries [C, D], for `count` coordinates from one on.
+  void fold(const Joint& s, int axis, const float* query, int64_t taken, int64_t head, int64_t from, int64_t count) {
+    const int64_t width = s.widths[axis], padded = s.padded(axis), many = nodes.at.size(), all = nodes.places.size();
+    u.resize(all * taken * count);
+    if (!width) return std::fill(u.begin(), u.end(), 0), constant.assign(all * taken, 0.f);
+    weigh(s, axis, query, taken, head, from == 0);
+    const bool through = many < all;
+    const int64_t rows = many * taken, steps = (width + N::pair - 1) / N::pair;
+    part.resize(steps * BLOCK * N::width), folded.resize(rows * PANEL);
+    for (int64_t first = 0; first < count; first += PANEL) {
+      const int64_t here = std::min<int64_t>(PANEL, count - first);
+      typename N::T* x = part.data();
+      for (int64_t i = 0; i < width; i += N::pair, x += BLOCK * N::width) {
+        auto own = [&](int64_t channel) { return s.axis(s.key_axes, head, s.order[axis][std::min(channel, width - 1)]) + from + first; };
+        const char *a = own(i), *b = own(i + N::pair - 1);
+        for (int64_t r = 0; r < here; r += W) {
+          auto both = N::integers(a + r, b + r);
+          std::memcpy(x + r * N::pair, &both, sizeof both);
+        }
       }
-    }
-    float* to = weights.data();
-    for (int32_t place : places) {
-      const float *cosine = s.cosines[axis] + place * padded, *sine = s.sines[axis] + place * padded;
-      for (int64_t c = 0; c < taken; c++, to += padded)
-        for (int64_t i = 0; i < padded; i += W)
-          put(to + i, get<vf>(&asked[c * padded + i]) * get<vf>(cosine + i) + get<vf>(&turned[c * padded + i]) * get<vf>(sine + i));
-    }
-    for (int64_t row = 0; row < rows; row += W) {
-      vf sum[W] = {};
-      for (int m = 0; m < W; m++)
-        for (int64_t i = 0; i < padded; i += W) sum[m] += get<vf>(&weights[(row + m) * padded + i]) * get<vf>(&mean[i]);
-      put(&constant[row], sums<W>(sum, 1));
-    }
-    for (int64_t first = 0; first < rank; first += BLOCK * W) {
-      int64_t here = std::min<int64_t>(BLOCK * W, rank - first);
-      float* x = part.data();
-      for (int64_t i = 0; i < width; i++)
-        widen(s.axis(s.key_axes, head, s.order[axis][i]) + first, here, x + i * BLOCK * W);
-      auto run = here == BLOCK * W ? folds<BLOCK> : folds<2>;
-      run(weights.data(), rows, padded, width, x, s.key_steps + first, rank, &u[first]);
+      auto fold = [&](auto run, auto* to, int64_t wide) {
+        run(weights.data(), rows, padded, steps, part.data(), BLOCK * N::width, s.key_steps + from + first, to, wide);
+      };
+      const bool whole = here == PANEL;
+      if (!through) fold(whole ? folds<N, O, BLOCK> : folds<N, O, 2>, &u[first], count);
+      else {
+        fold(whole ? folds<N, Single, BLOCK> : folds<N, Single, 2>, folded.data(), PANEL);
+        auto see_through = whole ? folds<Single, O, BLOCK> : folds<Single, O, 2>;
+        for (int64_t c = 0; c < taken; c++)
+          see_through(nodes.shares.data(), all, many, many, &folded[c * PANEL], taken * PANEL, nullptr, &u[c * count + first], taken * count);
+      }
     }
   }
 
  private:
-  Floats weights, asked, turned, mean;  // [places, C, channels], twice [C, channels], [channels]
-  Floats part;                  // [channels, BLOCK vectors], a block of the channels' axes
+  Floats asked, turned, mean, of_nodes;     // twice [C, channels], [channels], [nodes, C]
+  Numbers<N> weights, part;                 // [nodes, C, channels]; [channels, PANEL], side by side as lanes add them up
+  Floats folded;                            // [nodes, C, PANEL]
+
+  // What channels count for each node, and the constants of all places.
+  void weigh(const Joint& s, int axis, const float* query, int64_t taken, int64_t head, bool constants) {
+    const int64_t width = s.widths[axis], padded = s.padded(axis), many = nodes.at.size(), all = nodes.places.size(), rows = many * taken;
+    weights.resize(rows * padded + GROUP);
+    asked.assign(taken * padded + GROUP, 0.f), turned.assign(taken * padded + GROUP, 0.f);
+    for (int64_t i = 0; i < width; i++)
+      for (int64_t c = 0; c < taken; c++) {
+        asked[c * padded + i] = query[c * s.channels + s.order[axis][i]];
+        turned[c * padded + i] = query[c * s.channels + s.order[axis][s.partner(axis, i)]];
+      }
+    auto turn = [&](int64_t row, int64_t i) {
+      const int64_t from = nodes.at[row / taken] * padded + i, c = row % taken * padded + i;
+      return get<vf>(&asked[c]) * get<vf>(s.cosines[axis] + from) + get<vf>(&turned[c]) * get<vf>(s.sines[axis] + from);
+    };
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t i = 0; i < padded; i += N::width) {  // the last may write beyond, where the next row follows
+        vf x[N::pair] = {};
+        for (int n = 0; n < N::pair && i + n * W < padded; n++) x[n] = turn(row, i + n * W);
+        auto made = N::vector(x);
+        std::memcpy(&weights[row * padded + i], &made, sizeof made);
+      }
+    if (!constants) return;
+    mean.assign(padded, 0.f), constant.assign(all * taken, 0.f), of_nodes.resize(rows + W);
+    for (int64_t i = 0; i < width; i++) mean[i] = s.key_mean[head * s.channels + s.order[axis][i]];
+    for (int64_t row = 0; row < rows; row += W) {
+      vf sum[W] = {};
+      for (int m = 0; m < W; m++)
+        for (int64_t i = 0; i < padded; i += W) sum[m] += turn(std::min(row + m, rows - 1), i) * get<vf>(&mean[i]);
+      put(&of_nodes[row], sums<W>(sum, 1));
+    }
+    if (many == all) std::copy_n(of_nodes.begin(), rows, constant.begin());
+    else
+      for (int64_t i = 0; i < all; i++)
+        for (int64_t k = 0; k < many; k++)
+          for (int64_t c = 0; c < taken; c++) constant[i * taken + c] += nodes.shares[i * many + k] * of_nodes[k * taken + c];
+  }
 };
 
 }  // namespace capsight

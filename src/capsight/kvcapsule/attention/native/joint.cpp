@@ -50,7 +50,7 @@ class Layer {
 #ifdef __AMX_BF16__
     if (tiles) return run(AmxChunk(s, *tiles, axes, query, heads, count));
 #endif
-    run(JointChunk(s, query, heads, count));
+    run(JointChunk<Best>(s, query, heads, count));
   }
 
  private:

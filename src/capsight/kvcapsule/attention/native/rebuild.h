@@ -5,22 +5,31 @@
 namespace capsight {
 
 // Keys of up to TILE tokens of one KV head: channel by channel, so that tokens lie in the lanes.
+template <class N>
 class Rebuilt {
  public:
-  explicit Rebuilt(const Joint& s) : s(s), rank(s.latents.rank()), keys((s.channels + SOME) * TILE), some(SOME * rank) {}
+  explicit Rebuilt(const Joint& s) : s(s), rank(s.latents.rank()), by(scores_of<N>(MOST)), keys((s.channels + MOST) * TILE), some(MOST * rank) {}
 
   // Latents [count, R] of tokens from number `first` on.
-  void make(const float* z, int64_t first, int count, int64_t head) {
-    auto by = kernels(SOME, F32);
-    Tile tile{(const char*)z, rank * 4, count, int(rank / W), int(rank), (const char*)z, 0};
-    for (int64_t i = 0; i < s.channels; i += SOME) {
-      int here = std::min<int64_t>(SOME, s.channels - i);
-      for (int n = 0; n < here; n++) {
-        float* own = some.data() + n * rank;
-        widen(s.axis(s.key_axes, head, i + n), rank, own);
-        for (int64_t r = 0; r < rank; r += W) put(own + r, get<vf>(own + r) * get<vf>(s.key_steps + r));
+  void make(const typename N::T* z, int64_t first, int count, int64_t head) {
+    vf found[W * MOST];
+    alignas(64) float none[W] = {};
+    for (int64_t i = 0; i < s.channels; i += MOST) {
+      int here = std::min<int64_t>(MOST, s.channels - i);
+      for (int n = 0; n < here; n++)
+        for (int64_t r = 0; r < rank; r += N::width) {
+          vf x[N::pair];
+          for (int j = 0; j < N::pair; j++)
+            Stored<I8>::load(s.axis(s.key_axes, head, i + n) + r + j * W, x + j), x[j] *= get<vf>(s.key_steps + r + j * W);
+          auto made = N::vector(x);
+          std::memcpy(&some[n * rank + r], &made, sizeof made);
+        }
+      for (int t = 0; t < count; t += W) {
+        int own = std::min(W, count - t);
+        by.plain(z + t * rank, rank, own, some.data(), nullptr, found);
+        for (int rest = own * MOST; rest < W * MOST; rest++) found[rest] = vf{};
+        by.add(found, none, 0, &keys[i * TILE + t]);
       }
-      by.dots(tile, some.data(), &keys[i * TILE]);
     }
     for (int64_t i = 0; i < s.channels; i++) {
       float mean = s.key_mean[head * s.channels + i];
@@ -48,10 +57,11 @@ class Rebuilt {
   }
 
  private:
-  static constexpr int SOME = MOST;  // channels at a time
   const Joint& s;
   const int64_t rank;
-  Floats keys, some;  // [D, TILE] and [SOME, R]
+  const Scores<N> by;
+  Floats keys;      // [D, TILE]
+  Numbers<N> some;  // [MOST, R], axes of some channels
 };
 
 }  // namespace capsight
