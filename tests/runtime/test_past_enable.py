@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -38,6 +39,30 @@ def attempt(generate, inputs):
         return greedy(generate, **inputs), ""
     except CapsightError as error:
         return None, str(error)
+
+
+def by_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [*((name, copy.deepcopy) for name in CACHES), ("qwen2_5_vl", by_pickle)]
+)
+def test_a_copy_made_inside_is_not_enabled_and_has_the_models_own_attention(name, way):
+    vlm = FAMILIES[name]()
+    model, inputs, capsule = type(vlm.model)(copy.deepcopy(vlm.config)), one(vlm), fitted(name, 0.4)
+    model.eval().load_state_dict(vlm.model.state_dict())
+    model.set_attn_implementation("eager")
+    full = greedy(model.generate, **inputs)
+    with capsight.enable(model, capsule=capsule, decode="latent") as fast:
+        lossy, twin = greedy(fast.generate, **inputs), way(model)
+        assert_same(greedy(twin.generate, **inputs), full)
+    for _ in range(2):
+        assert twin.config.get_text_config()._attn_implementation == "eager"
+        assert_same(greedy(twin.generate, **inputs), full)
+        with capsight.enable(twin, capsule=capsule, decode="latent") as fast:
+            for generate in (fast.generate, twin.generate):
+                assert_same(greedy(generate, **inputs), lossy)
 
 
 @few

@@ -23,6 +23,7 @@ from capsight.runtime.options import check_attentions
 from capsight.runtime.positions import positions_of_caches
 from capsight.runtime.split import brings_pixels
 from capsight.runtime.state import current_state
+from capsight.runtime.switch import attention_meanwhile
 from capsight.runtime.wrapped import inner_model
 
 _LOCK = threading.Lock()
@@ -85,13 +86,25 @@ def serving_here(model: Any) -> Any:
 class Served:
     """What a model has for `generate`, and what runs around its forward passes, while it is enabled.
 
-    A copy of the model takes it along, and there it is what the model's class has.
+    A copy of the model, be it by `copy.deepcopy` or by pickle, takes it along, but is not enabled: there it
+    is what the model's class has.
     """
 
     def __init__(self, model: Any) -> None:
         """Serve `model`."""
         self._model, self._own = model, model.__dict__.get("generate")
-        self._parts = model, model.base_model
+        self._parts: tuple[Any, ...] = model, model.base_model
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        """What goes with a copy of the model: also the attention that the copy is to have."""
+        return self._model, self._own, *attention_meanwhile(self._model)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """Serve a copy of the model, which is not whole yet, with nothing."""
+        self._model, self._own, text, attention = state
+        self._parts = ()
+        if attention is not None:
+            text._attn_implementation = attention
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`: that of the `FastModel`, or the model's own where nothing is enabled here."""
@@ -164,12 +177,15 @@ class Served:
 
     def after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """End what `before` began."""
-        if not is_step(kwargs) and not current_state().generating and _inside() is module:
+        here = module in self._parts and _inside() is module
+        if here and not is_step(kwargs) and not current_state().generating:
             end_broken_pass()
 
     def text(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         """Tell whoever calls the text model by itself that nothing here can know where its images are."""
         if is_step(kwargs) or is_unserved() or current_state().generating or _inside() is not None:
+            return
+        if not self._parts:
             return
         fast = serving_here(self._model)
         if fast is not None and (fast.capsule or fast.head_map) and not isinstance(cache_of(kwargs), Cache):

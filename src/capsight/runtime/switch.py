@@ -47,6 +47,13 @@ def capsight_attention_on(model: Any) -> Iterator[None]:
                 inner.set_attn_implementation({"text_config": before})
 
 
+def attention_meanwhile(model: Any) -> tuple[Any, str | None]:
+    """A model's text config, and what attention it had before `capsight_attention_on`; None: it has that."""
+    text = model.config.get_text_config()
+    _, before, _ = _USERS.get(id(text), (0, None, text))
+    return text, before if text._attn_implementation == ATTENTION_NAME else None
+
+
 def _mask(*args: Any, config: Any = None, **kwargs: Any) -> Any:
     """A mask that capsight's attention reads, and whatever the model runs once `enable` has ended.
 
