@@ -40,7 +40,7 @@ def save(vlm: TinyVLM, folder: Path, form: str) -> Path:
     """Write model, tokenizer, template and processor files; `form` is "parts" or "whole"."""
     processor: Any = vlm.processor
     kind = type(processor).__name__
-    vlm.model.save_pretrained(folder)
+    vlm.save(folder)
     processor.tokenizer.save_pretrained(folder)
     images = processor.image_processor.to_dict() | {"processor_class": kind}
     images["image_processor_type"] = type(processor.image_processor).__name__.removesuffix("Pil")

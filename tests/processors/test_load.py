@@ -84,7 +84,7 @@ def test_dtype_of_the_checkpoint(tmp_path):
 
 def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path):
     vlm = FAMILIES["qwen2_5_vl"]()
-    vlm.model.save_pretrained(tmp_path)
+    vlm.save(tmp_path)
     vlm.processor.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(OptionError, match="cannot load the processor") as caught:
         capsight.load_processor(str(tmp_path))

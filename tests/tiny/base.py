@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,23 @@ class TinyVLM:
     @property
     def config(self) -> Any:
         return self.model.config
+
+    def save(self, folder: Path, **options: Any) -> None:
+        """Write a checkpoint of the model; `save_pretrained` itself would change its config."""
+        copy.deepcopy(self.model).save_pretrained(folder, **options)
+
+    def state(self) -> list[str]:
+        """All of the model that a test could leave changed, line by line: configs, modes, weights."""
+        model = self.model
+        lines = model.config.to_json_string(use_diff=False).splitlines()
+        lines += str(model.generation_config).splitlines()
+        for name, module in model.named_modules():
+            config = getattr(module, "config", None)
+            lines.append(f"{name}: {module.training} {getattr(config, '_attn_implementation', None)}")
+        for name, weight in model.named_parameters():
+            kind = f"{weight.dtype} {weight.device} {weight.requires_grad} {weight.grad is None}"
+            lines.append(f"{name}: {kind} {weight.data_ptr()} {weight._version}")
+        return lines
 
     def token_id(self, name: str) -> int:
         """The id of a special token by its name in `special`."""
