@@ -38,7 +38,7 @@ def replace_file(path: Path, content: bytes | str | Callable[[Path], object]) ->
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise OSError(errno.EINVAL, "it is a device or a pipe, not a file", str(path))
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:64]}.")
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:32]}.")
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -53,6 +53,22 @@ def replace_file(path: Path, content: bytes | str | Callable[[Path], object]) ->
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_folder(path: Path) -> None:
+    """See whether a folder can be made, or written into; nothing is left behind.
+
+    Raises:
+        OSError: it cannot.
+        ValueError, RuntimeError: the path is none.
+    """
+    nearest = path.resolve()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise OSError(errno.ENOTDIR, f"{nearest} is a file", str(path))
+    with tempfile.TemporaryFile(dir=nearest):
+        pass
 
 
 @contextmanager

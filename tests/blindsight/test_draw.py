@@ -1,5 +1,7 @@
 """The pictures exist, are PNGs, and show what they should."""
 
+import os
+
 import pytest
 from PIL import Image
 
@@ -48,3 +50,15 @@ def test_what_cannot_be_drawn(tmp_path):
         draw_attention(vlm.model, vlm.inputs([one]), [(3, 0)], head_map, tmp_path / "a.png")
     with pytest.raises(CapsuleFileError, match="cannot write"):
         draw_head_map(head_map, tmp_path / "missing" / "a.png")
+
+
+def test_a_picture_that_fails_leaves_the_one_before(monkeypatch, tmp_path):
+    path = draw_head_map(HeadMap.all_dense(2, 2), tmp_path / "map.png")
+    before = path.read_bytes()
+    monkeypatch.setattr(
+        os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(CapsuleFileError, match="No space left"):
+        draw_head_map(HeadMap.all_dense(3, 3), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["map.png"]

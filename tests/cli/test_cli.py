@@ -6,6 +6,7 @@ import sys
 
 from PIL import Image
 
+from capsight.blindsight import Category, HeadMap
 from capsight.cli import bench, demo, demo_sides
 from capsight.cli.app import main
 from capsight.cli.output import parse_bytes
@@ -112,8 +113,6 @@ def test_fit_then_inspect_then_eval(monkeypatch, capsys, tmp_path):
 
 
 def test_eval_by_task_with_a_head_map_goes_on_where_it_was(monkeypatch, capsys, tmp_path):
-    from capsight.blindsight import Category, HeadMap
-
     HeadMap(((Category.SINK,) * 8,) * 8).save_pretrained(tmp_path / "map")
     asked = (
         "eval", "--method", "evict", "--method", "uniform", "--retained", 0.25, "--images", "2",

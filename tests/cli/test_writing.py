@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 
 import pytest
 from PIL import Image
 
+from capsight.blindsight import Category, HeadMap
 from capsight.cli import demo as demo_module
 from capsight.cli import evaluate as evaluate_module
 from capsight.cli.target import check_folder, check_out, write
 from capsight.errors import OptionError
 from capsight.files import replace_file
+from capsight.kvcapsule import KVCapsule
 from cli.test_cli import run
 
 
@@ -105,6 +108,7 @@ def test_what_cannot_be_written_is_refused(tmp_path, check):
         ["demo", "--json"], ["demo", "--png"], ["bench", "--json"], ["eval", "--json"], ["plan", "--json"],
         ["inspect", "reference", "--json"], ["report", "--out"], ["fit", "--out"], ["calibrate", "--out"],
         ["attention", "--head-map", "reference", "--out"], ["encapsulate", "--image", "a.png", "--out"],
+        ["check-model", "reference", "--json"], ["examples"],
     ],
 )  # fmt: skip
 def test_every_command_refuses_before_the_work(monkeypatch, capsys, tmp_path, arguments):
@@ -136,6 +140,60 @@ def test_json_on_the_standard_output(monkeypatch, capsys, tmp_path, arguments):
     assert not (tmp_path / "-").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["demo", "--json", "a.png", "--png", "a.png"], ["demo", "--json", "-", "--png", "-"],
+        ["eval", "--data", "a.png", "--json", "link"], ["inspect", "a.png", "--json", "./a.png"],
+        ["report", "--eval", "a.png", "--out", "a.png"],
+        ["encapsulate", "--image", "a.png", "--out", "a.png"],
+        ["attention", "--head-map", "reference", "--image", "a.png", "--out", "link"],
+    ],
+)  # fmt: skip
+def test_nothing_is_written_over_what_is_read(monkeypatch, capsys, tmp_path, arguments):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (56, 56)).save("a.png")
+    (tmp_path / "link").symlink_to("a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert "is named twice" in err
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["fit", "--out"], "capsule.json"), (["calibrate", "--out"], "head_map.json"),
+        (["calibrate", "--out"], "head_map.png"), (["examples"], "2.png"), (["examples"], "questions.jsonl"),
+    ],
+)  # fmt: skip
+def test_a_folder_where_a_file_is_to_be(monkeypatch, capsys, tmp_path, arguments, name):
+    for module in ("fit", "calibrate"):
+        monkeypatch.setattr(f"capsight.cli.{module}.load_model", lambda *_: pytest.fail("the work began"))
+    (tmp_path / "out" / name).mkdir(parents=True)
+    code, _, err = run(monkeypatch, capsys, *arguments, tmp_path / "out")
+    assert code == 2
+    assert f"{name} is a folder" in err.replace("\n", "")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "--images", "1", "--samples", 1, "--max-new-tokens", 2],
+        ["bench", "--images", "1", "--batch", "1", "--new-tokens", 2, "--runs", 1, "--threads", 1],
+        ["demo", "--images", 1, "--questions", 1],
+    ],
+)  # fmt: skip
+def test_tables_are_printed_where_the_figures_cannot_be_written(monkeypatch, capsys, tmp_path, arguments):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(monkeypatch, capsys, *arguments, "--json", "/dev/full")
+    assert code == 2
+    assert "No space left" in err
+    assert "full" in out
+
+
 def test_json_is_there_before_the_tables(monkeypatch, capsys, tmp_path):
     def fails(*_):
         raise BrokenPipeError(32, "Broken pipe")
@@ -145,3 +203,32 @@ def test_json_is_there_before_the_tables(monkeypatch, capsys, tmp_path):
     run(monkeypatch, capsys, "eval", "--images", "1", "--samples", 1, "--max-new-tokens", 2, "--json", out)
     assert json.loads(out.read_text())["methods"]
     assert not (tmp_path / "e.json.partial").exists()
+
+
+def test_an_interrupted_eval_goes_on_with_the_same_capsule_and_head_map_alone(monkeypatch, capsys, tmp_path):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    capsule, heads = KVCapsule.from_pretrained("reference-heads"), HeadMap.from_pretrained("reference")
+    capsule.save_pretrained(tmp_path / "c")
+    heads.save_pretrained(tmp_path / "m")
+    asked = (
+        *("eval", "--images", "1", "--samples", 1, "--max-new-tokens", 2, "--method", "heads"),
+        *("--capsule", tmp_path / "c", "--head-map", tmp_path / "m", "--json", tmp_path / "e.json"),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_module, "summary", stopped)
+        assert run(monkeypatch, capsys, *asked)[0] == 130
+    next(iter(capsule.codecs.values())).mean += 0.5
+    for thing, folder, name in (
+        (capsule, "c", "learnt"),
+        (heads.replaced({(0, 0): Category.DENSE}), "m", "head_map_sha256"),
+    ):
+        shutil.copytree(tmp_path / folder, tmp_path / "kept")
+        thing.save_pretrained(tmp_path / folder)
+        code, _, err = run(monkeypatch, capsys, *asked)
+        assert (code, f"other settings ({name})" in err) == (2, True)
+        shutil.rmtree(tmp_path / folder)
+        (tmp_path / "kept").rename(tmp_path / folder)
+    code, _, err = run(monkeypatch, capsys, *asked)
+    assert (code, "going on after 1 prompts" in err) == (0, True)

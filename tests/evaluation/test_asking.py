@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,6 +86,11 @@ def test_evaluate_goes_on_from_a_journal(reference, tmp_path):
     )  # fmt: skip
     assert asked == [False, False, True]
     assert summary(again) == summary(whole)
+    capsule = capsight.KVCapsule.from_pretrained("reference-heads")
+    others = [replace(items[0], asks=items[0].asks * 2), *items[1:]]
+    for given, methods in ((items, {"heads": capsule}), (others, {})):
+        with pytest.raises(OptionError, match=f"journal holds {items[0].name} with other"):
+            evaluate(model, processor, given, methods, journal=Journal(tmp_path / "j", {}))
 
 
 def test_text_only_item(reference):

@@ -57,6 +57,47 @@ def test_damage_is_named(tmp_path):
         Journal(path, {"model": "m"})
 
 
+def test_no_byte_of_an_item_can_change_unseen(tmp_path):
+    path = tmp_path / "x.partial"
+    for name in ("one", "two", "three"):
+        Journal(path, {"model": "m"}).add(record(name))
+    whole, first = path.read_bytes(), len(path.read_bytes().split(b"\n")[0]) + 1
+    for place in range(first, len(whole) - 1):
+        if whole[place : place + 1] not in b" \n":  # JSON with other spaces is the same
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(OptionError, match=r"line [234] is damaged; delete that line"):
+                Journal(path, {"model": "m"})
+    path.write_bytes(b"\n".join(line for i, line in enumerate(whole.split(b"\n")) if i != 2))
+    assert list(Journal(path, {"model": "m"}).done) == ["one", "three"]
+
+
+def test_lines_of_another_run_are_refused(tmp_path):
+    ours, theirs = tmp_path / "a.partial", tmp_path / "b.partial"
+    Journal(theirs, {"model": "other"}).add(record("one"))
+    Journal(ours, {"model": "m"}).add(record("two"))
+    ours.write_bytes(ours.read_bytes() + theirs.read_bytes().split(b"\n")[1] + b"\n")
+    with pytest.raises(OptionError, match="line 3"):
+        Journal(ours, {"model": "m"})
+
+
+def test_what_is_no_journal_stays(tmp_path):
+    for text in ("my notes", "my notes\n", "[]\nmore"):
+        (tmp_path / "x.partial").write_text(text)
+        with pytest.raises(OptionError, match=r"x\.partial"):
+            Journal(tmp_path / "x.partial", {"model": "m"})
+        assert (tmp_path / "x.partial").read_text() == text
+
+
+def test_what_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "a").mkdir()
+    journal = Journal(tmp_path / "a" / "x", {})
+    (tmp_path / "a" / "x").unlink()
+    (tmp_path / "a").rmdir()
+    with pytest.raises(OptionError, match="cannot write"):
+        journal.add(record("one"))
+    assert not journal.done
+
+
 def test_no_folder(tmp_path):
     with pytest.raises(OptionError, match="cannot write"):
         Journal(tmp_path / "none" / "x.partial", {})

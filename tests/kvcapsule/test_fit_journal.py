@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -93,6 +94,58 @@ def test_damage_is_noticed_and_what_is_there_stays(qwen, interrupted):
             fit(qwen, samples(qwen), interrupted)
     (interrupted / "capsule.json").write_text(header)
     fit(qwen, samples(qwen), interrupted)
+
+
+def spoil(folder, how):
+    header, (tensors,) = folder / "capsule.json", folder.glob("*.safetensors")
+    if how == "cut header":
+        header.write_bytes(header.read_bytes()[:-9])
+    elif how == "no tensors":
+        tensors.unlink()
+    elif how == "another version":
+        write_header(header, fit_journal.KIND, 3, json.loads(header.read_text()))
+    elif how == "a capsule":
+        KVCapsule.from_pretrained("reference-heads").save_pretrained(folder)
+    else:
+        header.write_text("[]")
+
+
+@pytest.mark.parametrize("how", ["cut header", "no tensors", "another version", "a capsule", "no header"])
+def test_what_cannot_go_on_is_told_before_the_pass(qwen, interrupted, how):
+    spoil(interrupted, how)
+    before = {path.name: path.read_bytes() for path in interrupted.iterdir()}
+
+    def never():
+        pytest.fail("the pass began")
+        yield
+
+    with pytest.raises(CapsuleFileError) as caught:
+        fit(qwen, never(), interrupted)
+    said = str(caught.value)
+    assert said.startswith(f"{interrupted} holds no interrupted fit that can go on")
+    assert said.endswith("name another folder, or remove it to fit anew")
+    assert "a capsule" not in said
+    assert {path.name: path.read_bytes() for path in interrupted.iterdir()} == before
+
+
+@pytest.mark.parametrize("codec", ["heads", "joint"])
+def test_a_folder_that_cannot_be_is_told_before_the_pass(qwen, tmp_path, codec):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "a", "/proc/a", tmp_path / "a\0b"):
+        with pytest.raises(CapsuleFileError, match="cannot write"):
+            KVCapsule.fit(qwen.model, None, [None], codec=codec, resume=folder, progress=False)
+
+
+def test_a_journal_is_removed_and_nothing_else(interrupted):
+    other = interrupted / "2-of-2"
+    shutil.copytree(interrupted, other)
+    fit_journal.remove_journal(interrupted)
+    assert not interrupted.exists()
+    fit_journal.remove_journal(interrupted)  # there is none
+    interrupted.mkdir()
+    (interrupted / "mine.txt").write_text("")
+    fit_journal.remove_journal(interrupted)
+    assert [path.name for path in interrupted.iterdir()] == ["mine.txt"]
 
 
 def test_joint_latents_end_as_if_nothing_had_happened(qwen, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from capsight.blindsight.head_map import HeadMap
 from capsight.blindsight.rule import BaseRule
 from capsight.blindsight.spans import intervals, whole
 from capsight.errors import CapsuleFileError, OptionError
+from capsight.files import replace_file
 from capsight.layout import RowLayout, build_layout
 
 COLOURS: dict[Category, str] = {
@@ -174,7 +176,9 @@ def _boundaries(panel: Axes, row: RowLayout) -> None:
 def _save(figure: Figure, path: str | os.PathLike[str], text: dict[str, str] | None = None) -> Path:
     target = Path(path)
     try:
-        FigureCanvasAgg(figure).print_png(target, metadata=text)
+        data = BytesIO()
+        FigureCanvasAgg(figure).print_png(data, metadata=text)
+        replace_file(target.resolve(), data.getvalue())
     except OSError as error:
         raise CapsuleFileError(f"cannot write {target}: {error.strerror or error}") from error
     return target

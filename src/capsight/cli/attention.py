@@ -30,7 +30,7 @@ def attention(
     device: DeviceOption = None,
 ) -> None:
     """Draw attention over a real multi-image prompt, with image boundaries, category and mask."""
-    check_out(out)
+    check_out(out, must_stay=True, others=image or ())
     heads = [_pair(text) for text in head or ("0,0",)]
     chosen = HeadMap.from_pretrained(head_map)
     vlm, vlm_processor = load_model(model, dtype, device, processor)

@@ -107,8 +107,10 @@ def bench_command(
     results = _with_ratios(rows, budget)
     named = str(vlm.dtype).removeprefix("torch.")
     values = {"model": model, "dtype": named, "runs": runs, "new_tokens": new_tokens, "kv_budget": budget}
-    write_json(json, values | {"rows": results, "calibration": fits})
-    _print(out, results, fits, kv_budget)
+    try:
+        write_json(json, values | {"rows": results, "calibration": fits})
+    finally:
+        _print(out, results, fits, kv_budget)
 
 
 def calibration_seconds(

@@ -11,6 +11,7 @@ import typer
 from capsight.blindsight import BlindSight, HeadMap, MaskOptions, Questions, prompts
 from capsight.blindsight.calibrate.run import TOLERANCE, check_options
 from capsight.blindsight.draw import draw_head_map
+from capsight.blindsight.head_map_file import FILE_NAME
 from capsight.cli.fit import calibration_items
 from capsight.cli.models import REFERENCE, load_model
 from capsight.cli.options import DeviceOption, DtypeOption, ModelOption, ProcessorOption
@@ -21,6 +22,7 @@ from capsight.evaluation import Item, reference_items
 from capsight.evaluation.asking import process, split_questions
 from capsight.model_fingerprint import model_fingerprint
 
+PICTURE = "head_map.png"
 REFERENCE_IMAGES = (2, 4, 6, 8)
 """Image counts of the reference task's calibration prompts."""
 
@@ -60,7 +62,7 @@ def calibrate(
 ) -> None:
     """Calibrate a head map for sparse prefill and write it, with a picture, to a folder."""
     check_options(criterion, unit, tolerance)
-    check_folder(out)
+    check_folder(out, FILE_NAME, PICTURE)
     options, ends = MaskOptions(sink_tokens=sink_tokens, own_window=own_window), _alpha(alpha)
     vlm, vlm_processor = load_model(model, dtype, device, processor)
     items = [item for item in _items(model, data, samples, held_out) if len(item.images) > 1]
@@ -79,7 +81,7 @@ def calibrate(
         fingerprint=model_fingerprint(vlm),
     )
     head_map.save_pretrained(out)
-    draw_head_map(head_map, out / "head_map.png")
+    draw_head_map(head_map, out / PICTURE)
     seconds = time.perf_counter() - began
     summary = f"{len(voting)} prompts voted, {len(measuring)} were held out, {seconds:.0f} s -> {out}"
     console().print(f"{summary}\n{_summary(head_map)}", soft_wrap=True)

@@ -41,11 +41,14 @@ def check_model(
     processor = load_reference_processor() if model == REFERENCE else load_processor(model)
     case = Case(tiny_model(config), _prompts(processor), ((size, size), (size * 3 // 2, size)))
     results = run_checks(case, check)
-    write_json(json, {"model": model, "model_type": config.model_type, "checks": list(map(asdict, results))})
     table = Table("check", "works", "seen", title=f"{model} ({config.model_type})")
     for result in results:
         table.add_row(result.name, Text(*_MARKS[result.passed]), result.detail)
-    console(json).print(table)
+    try:
+        checks = list(map(asdict, results))
+        write_json(json, {"model": model, "model_type": config.model_type, "checks": checks})
+    finally:
+        console(json).print(table)
     failed = [result.name for result in results if result.passed is False]
     if failed:
         raise CapsightError(f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}")

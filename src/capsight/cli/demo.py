@@ -40,7 +40,7 @@ def demo(
         raise OptionError("images and questions must be at least 1")
     chosen = None if decode is None else check_decode(decode)
     check_out(json)
-    check_out(png)
+    check_out(png, others=[json])
     capsule = chosen_capsule(None, REFERENCE, retained, bits, compression_ratio)
     out = console(json)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), transient=True, console=out) as progress:
@@ -59,9 +59,11 @@ def demo(
         if head_map is not None:
             asked.append(Asked("capsules + head map", capsule, head_map, ways[:1]))
         sides = ask_sides(model, processor, item, asked, lambda text: progress.update(task, description=text))
-    write_json(json, _figures(item, sides))
-    write(png, draw_demo(item, sides))
-    print_demo(out, item, sides)
+    try:
+        write_json(json, _figures(item, sides))
+        write(png, draw_demo(item, sides))
+    finally:
+        print_demo(out, item, sides)
     out.print(f"picture: {png}", soft_wrap=True)
 
 

@@ -65,7 +65,7 @@ def encapsulate(
     most = None if nbytes is None else parse_bytes(nbytes)
     if (quality, most, store) != (None, None, None):
         check_coder()
-    check_out(out, must_stay=True)
+    check_out(out, must_stay=True, others=image or ())
     paths = [*(image or ()), *(() if folder is None else pictures(folder))]
     if store is not None:
         check_folder(store)

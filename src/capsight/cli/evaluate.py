@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
+from functools import cache, reduce
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
+import transformers
 import typer
 from rich.progress import Progress
+from torch import Tensor
 
+from capsight import __version__
 from capsight.blindsight import HeadMap
 from capsight.cli.evaluate_tables import print_pairs, print_report
 from capsight.cli.fit import calibration_items
@@ -31,6 +35,9 @@ from capsight.errors import OptionError
 from capsight.evaluation import Item, Journal, evaluate, jsonl_items, paired, reference_items, summary
 from capsight.evaluation.asking import process
 from capsight.evaluation.metric import check_metric
+from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.cache_file import capsule_fingerprint
+from capsight.kvcapsule.fingerprint import tensors_fingerprint
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
 from capsight.model_fingerprint import model_fingerprint
 from capsight.reference.questions import TASKS
@@ -84,7 +91,9 @@ def evaluate_command(
     ] = 1,
 ) -> None:
     """Exact match, agreement and KL against the full cache, and KV bytes."""
-    check_out(json)
+    check_out(json, others=[data, calibration])
+    partial = None if json is None or not is_kept(json) else json.with_name(json.name + ".partial")
+    check_out(partial)
     if max_new_tokens < 1:
         raise OptionError(f"max-new-tokens is {max_new_tokens}; it must be at least 1")
     check_metric(metric)
@@ -92,14 +101,9 @@ def evaluate_command(
     fractions = shares(retained, compression_ratio)
     vlm, vlm_processor = load_model(model, dtype, device, processor)
     items, total = _items(model, data, images, samples, tasks)
-    methods = make_methods(
-        method or [],
-        fractions,
-        lambda: load_capsule(capsule, model),
-        lambda: calibration_prompts(vlm_processor, model, calibration),
-        vlm,
-        block_size,
-    )
+    prompts = cache(lambda: calibration_prompts(vlm_processor, model, calibration))
+    loaded = cache(lambda: load_capsule(capsule, model))
+    methods = make_methods(method or [], fractions, loaded, prompts, vlm, block_size)
     asked = {
         "model": model,
         "protocol": protocol,
@@ -115,14 +119,22 @@ def evaluate_command(
         "dtype": str(vlm.dtype).removeprefix("torch."),
     }
     journal = None
-    if json is not None and is_kept(json):
+    if partial is not None:
         settings = asked | {
             "fingerprint": model_fingerprint(vlm),
             "capsule": capsule,
             "calibration": None if calibration is None else str(calibration),
             "methods": {name: method.module_nbytes for name, method in methods.items()},
+            "processor": processor,
+            "versions": [__version__, transformers.__version__],
+            "learnt": {
+                name: capsule_fingerprint(m) for name, m in methods.items() if isinstance(m, KVCapsule)
+            },
+            "calibrated_on": _hash(prompts()) if prompts.cache_info().currsize else None,
+            "head_map_sha256": None if chosen is None else sha256(repr(asdict(chosen)).encode()).hexdigest(),
         }
-        journal = Journal(json.with_name(json.name + ".partial"), settings)
+        prompts.cache_clear()
+        journal = Journal(partial, settings)
         if journal.done:
             note(f"going on after {len(journal.done)} prompts")
     out = console(json)
@@ -145,11 +157,22 @@ def evaluate_command(
     if not report["full"]["questions"] + report["full"]["unscored"]:
         raise OptionError("there is no question to ask; take more samples, or other tasks")
     pairs = paired(results, method[0]) if method else []
-    write_json(json, asked | {"methods": report, "paired": pairs})
-    if journal is not None:
-        journal.remove()
-    print_report(out, report, f"{model}, protocol {protocol}", metric)
-    print_pairs(out, pairs)
+    try:
+        write_json(json, asked | {"methods": report, "paired": pairs})
+        if journal is not None:
+            journal.remove()
+    finally:
+        print_report(out, report, f"{model}, protocol {protocol}", metric)
+        print_pairs(out, pairs)
+
+
+def _hash(prompts: Iterable[Mapping[str, Any]]) -> str:
+    """Of processor outputs, which methods were fitted to."""
+
+    def and_of(before: str, prompt: Mapping[str, Any]) -> str:
+        return tensors_fingerprint({k: v for k, v in prompt.items() if isinstance(v, Tensor)}, before)
+
+    return reduce(and_of, prompts, "")
 
 
 def _items(

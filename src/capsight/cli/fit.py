@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
@@ -19,7 +18,9 @@ from capsight.errors import OptionError
 from capsight.evaluation import Item, jsonl_items, reference_items
 from capsight.evaluation.asking import process
 from capsight.kvcapsule import KVCapsule
+from capsight.kvcapsule.calibration.fit_journal import remove_journal
 from capsight.kvcapsule.calibration.processes import Processes, join_launched
+from capsight.kvcapsule.store import HEADER_FILE
 from capsight.pictures import open_image
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2"}
@@ -57,7 +58,7 @@ def fit(
     join_launched()
     processes = Processes.launched()
     with processes.together():
-        check_folder(out)
+        check_folder(out, HEADER_FILE)
         vlm, vlm_processor = load_model(model, dtype, device, processor)
         prompts = _Prompts(vlm_processor, calibration_items(model, data, samples))
     began = time.perf_counter()
@@ -74,7 +75,7 @@ def fit(
     if processes.rank:
         return
     capsule.save_pretrained(out)
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_journal(partial)
     console().print(
         f"{len(prompts)} prompts in {time.perf_counter() - began:.0f} s -> {out} "
         f"({human_bytes(capsule.module_nbytes)}, break-even at {capsule.break_even_tokens()} vision tokens)",

@@ -41,7 +41,7 @@ def inspect(
     json: JsonOption = None,
 ) -> None:
     """Show a capsule (codec, sizes, budget of the layers, break-even), a head map, or images at rest."""
-    check_out(json)
+    check_out(json, others=[Path(path)])
     facts: dict[str, Any]
     if is_rest_file(path):
         facts = file_facts(path)

@@ -49,7 +49,7 @@ def report(
     ),
 ) -> None:
     """Make one self-contained HTML page: what is gained, what it costs, and every figure behind it."""
-    check_out(out)
+    check_out(out, others=[*(evaluation or ()), bench, demo, errors, *(attention or ())])
     material = Material(
         evaluations=tuple(read(EvalFile, path) for path in evaluation or []),
         bench=None if bench is None else read(BenchFile, bench),

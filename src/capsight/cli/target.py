@@ -5,24 +5,29 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
+from capsight import files
 from capsight.errors import OptionError
-from capsight.files import replace_file
 
 STDOUT = Path("-")
 
 
-def check_out(path: Path | None, must_stay: bool = False) -> None:
+def check_out(path: Path | None, must_stay: bool = False, others: Iterable[Path | None] = ()) -> None:
     """Refuse a file that cannot be written, before the long work starts.
 
     Args:
         path: where to; None: nowhere.
         must_stay: whether it has to stay in a file.
+        others: what the command reads, or writes, beside it.
 
     Raises:
-        OptionError: its folder is missing, or it or its folder does not let itself be written.
+        OptionError: it is one of the others, its folder is missing, or it or its folder does not let itself
+            be written.
     """
+    if path is not None and any(other is not None and _same(path, other) for other in others):
+        raise OptionError(f"{path} is named twice, and one would be written over the other; name another")
     if path is None or (path == STDOUT and not must_stay):
         return
     try:
@@ -49,24 +54,23 @@ def is_kept(path: Path) -> bool:
     return path != STDOUT and (path.is_file() or not path.exists())
 
 
-def check_folder(path: Path) -> None:
+def check_folder(path: Path, *names: str) -> None:
     """Refuse a folder that cannot be made or written into, before the long work starts.
 
+    Args:
+        path: of the folder.
+        names: of the files that will be written there.
+
     Raises:
-        OptionError: it cannot.
+        OptionError: it cannot, or a name is that of a folder in it.
     """
     try:
-        nearest = path.resolve()
-        while not nearest.exists():
-            nearest = nearest.parent
-        if not nearest.is_dir():
-            raise OptionError(f"cannot write {path}: {nearest} is a file")
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OptionError:
-        raise
+        files.check_folder(path)
     except (OSError, ValueError, RuntimeError) as error:
         raise OptionError(f"cannot write {path}: {_reason(error)}") from error
+    for name in names:
+        if (path / name).exists():
+            check_out(path / name)
 
 
 def write(path: Path, data: bytes) -> None:
@@ -86,11 +90,21 @@ def write(path: Path, data: bytes) -> None:
         return
     try:
         if is_kept(path):
-            replace_file(path.resolve(), data)
+            files.replace_file(path.resolve(), data)
         else:
             path.write_bytes(data)
     except OSError as error:
         raise OptionError(f"cannot write {path}: {_reason(error)}") from error
+
+
+def _same(path: Path, other: Path) -> bool:
+    """Whether two paths are one file, which is there or would be made, or both the standard output."""
+    try:
+        if path == STDOUT or not is_kept(path):
+            return path == other == STDOUT
+        return path.resolve() == other.resolve() or os.path.samefile(path, other)
+    except (OSError, ValueError, RuntimeError):
+        return False  # one of them is not there
 
 
 def _reason(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import tee
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from capsight.blindsight import HeadMap
+from capsight.errors import OptionError
 from capsight.evaluation.asking import Answers
 from capsight.evaluation.items import Item
 from capsight.evaluation.journal import Journal
@@ -78,7 +79,7 @@ def evaluate(
 
     Raises:
         OptionError: the protocol or the metric is unknown, a method has a name that is taken, or `workers`
-            cannot be.
+            cannot be; the journal holds an item with other questions or methods.
         CapsightError: a method or the head map does not fit the model.
     """
     asking = Asking(model, processor, methods, protocol, head_map, max_new_tokens)
@@ -99,12 +100,27 @@ def evaluate(
     for item, record in _records(ask, items, done, workers):
         if journal is not None and item.name not in done:
             journal.add(record)
+        _check(record, item, results)
         for name, result in results.items():
             result.add(record, name)
         if on_item is not None:
             on_item(item, dict(answers))
         answers.clear()
     return results
+
+
+def _check(record: ItemRecord, item: Item, names: Collection[str]) -> None:
+    """Refuse what a journal holds of other questions, or without a method.
+
+    Raises:
+        OptionError: it does.
+    """
+    asked = len(item.images), [ask.task for ask in item.asks]
+    if (record.images, record.tasks) != asked or not set(names) <= record.methods.keys():
+        raise OptionError(
+            f"the journal holds {item.name} with other pictures, questions or methods than these; give it "
+            "settings with all that results depend on, and begin another"
+        )
 
 
 def _records(

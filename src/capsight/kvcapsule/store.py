@@ -57,18 +57,19 @@ def write_folder(folder: Path, kind: str, header: Mapping[str, Any], tensors: Ma
         raise CapsuleFileError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
-def read_folder(folder: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_folder(folder: Path, kind: str, what: str = "capsule") -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Header and tensors that `write_folder` wrote.
 
     Args:
         folder: where they lie.
         kind: what the folder must hold.
+        what: that is called in errors.
 
     Raises:
         CapsuleFileError: a file is missing, truncated, changed since it was written, of another kind
             or format version, or holds NaN or infinite numbers.
     """
-    header, name, data = _consistent(folder, kind)
+    header, name, data = _consistent(folder, kind, what)
     try:
         tensors = load(data)
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
@@ -93,19 +94,19 @@ def locate(source: str | os.PathLike[str], hub: HubOptions) -> Path:
     return folder_of(source, (HEADER_FILE, "capsule-*.safetensors"), "folder", hub)
 
 
-def _consistent(folder: Path, kind: str) -> tuple[dict[str, Any], str, bytes]:
+def _consistent(folder: Path, kind: str, what: str) -> tuple[dict[str, Any], str, bytes]:
     """The header, and the name and content of the tensors file that it names."""
-    header = read_header(folder / HEADER_FILE, kind, FORMAT_VERSION, "capsule")
+    header = read_header(folder / HEADER_FILE, kind, FORMAT_VERSION, what)
     name, checksum = header.get("tensors"), header.get("sha256")
     if not isinstance(name, str) or not _TENSORS_FILE.fullmatch(name):
         raise CapsuleFileError(
-            f"{folder / HEADER_FILE} does not name its tensors file; save the capsule again"
+            f"{folder / HEADER_FILE} does not name its tensors file; save the {what} again"
         )
     try:
-        data = read_bytes(folder / name, "capsule")
+        data = read_bytes(folder / name, what)
     except CapsuleFileError:
-        if read_header(folder / HEADER_FILE, kind, FORMAT_VERSION, "capsule") != header:
-            return _consistent(folder, kind)  # it was saved again meanwhile
+        if read_header(folder / HEADER_FILE, kind, FORMAT_VERSION, what) != header:
+            return _consistent(folder, kind, what)  # it was saved again meanwhile
         raise
     if hashlib.sha256(data).hexdigest() != checksum:
         raise CapsuleFileError(

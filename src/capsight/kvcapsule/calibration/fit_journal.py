@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from capsight.adapters import adapters_fingerprint
 from capsight.errors import CalibrationError, CapsuleFileError
+from capsight.files import check_folder
 from capsight.kvcapsule.calibration.processes import Processes
 from capsight.kvcapsule.calibration.statistics import Calibration
 from capsight.kvcapsule.codecs.moments import LayerMoments
@@ -39,7 +41,7 @@ class FitJournal:
         """Name the folder, and what is fitted.
 
         Raises:
-            CapsuleFileError: the folder holds something else, or is damaged.
+            CapsuleFileError: the folder holds something else, is damaged, or cannot be written.
             CalibrationError: it holds the fit of another model or block size.
         """
         subfolder = f"{processes.rank + 1}-of-{processes.count}" if processes.count > 1 else ""
@@ -49,7 +51,13 @@ class FitJournal:
         self._written, self._seen, self._chain = time.monotonic(), 0, ""
         self._header: dict[str, Any] = {"samples": 0}
         self.calibration = Calibration()
-        if (self._folder / HEADER_FILE).exists():
+        try:
+            check_folder(self._folder)
+            begun = (self._folder / HEADER_FILE).exists()
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            raise CapsuleFileError(f"cannot write {self._folder}: {reason}") from error
+        if begun:
             self._restore()
 
     def has(self, inputs: Mapping[str, Any]) -> bool:
@@ -87,7 +95,14 @@ class FitJournal:
             self._refuse("more samples")
 
     def _restore(self) -> None:
-        header, tensors = read_folder(self._folder, KIND)
+        try:
+            header, tensors = read_folder(self._folder, KIND, "fit in progress")
+        except CapsuleFileError as error:
+            reason, *_ = str(error).split(";")  # what to do is another thing here
+            raise CapsuleFileError(
+                f"{self._folder} holds no interrupted fit that can go on ({reason}); name another folder, or "
+                "remove it to fit anew"
+            ) from error
         for name, value in self._about.items():
             if header.get(name) != value:
                 self._refuse(f"another {name.replace('_', ' ')}")
@@ -104,6 +119,15 @@ class FitJournal:
             f"{self._folder} holds an interrupted fit of {what}; give the same ones to go on with it, or "
             "remove the folder to fit anew"
         )
+
+
+def remove_journal(folder: Path) -> None:
+    """Remove what journals of one or several processes left in a folder, and it, unless it holds more."""
+    with suppress(OSError):
+        for each in (*folder.glob("*-of-*"), folder):
+            for path in (*each.glob("capsule-*.safetensors"), *each.glob(".capsule*"), each / HEADER_FILE):
+                path.unlink(missing_ok=True)
+            each.rmdir()
 
 
 def _serialize(calibration: Calibration) -> tuple[dict[str, Any], dict[str, Tensor]]:
