@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from capsight.errors import CapsightError, OptionError
-from capsight.execution import has_amx
+from capsight.execution import has_amx, has_avx512_bf16
 from capsight.kvcapsule.attention.latents import LayerBasis, PackedLatents
 from capsight.kvcapsule.attention.native import centre, supports
 from capsight.kvcapsule.budget import check_share
@@ -89,7 +89,7 @@ class JointCodec(LayerCodec):
         self.rotary = Rotary(tensors["frequencies"], tensors["pairs"], bool(interleaved), scaling)
         self.layers_together = self.sharing = int(layers)
         self.share = retained
-        self._dtype = torch.bfloat16 if has_amx() else torch.float32
+        self._dtype = torch.bfloat16 if has_amx() or has_avx512_bf16() else torch.float32
         self.inverse: Tensor | None = None  # of `joint_coarse.least_squares`
         self.full_nbytes = 2 * self.mean.numel() * self.layers_together  # of a token in 16 bits
         self.levels = share_bits(self.lost[: len(self.axes) // GROUP], retained * self.full_nbytes)
