@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "products.h"
 #include "softmax.h"
 
 namespace capsight {
@@ -46,14 +47,15 @@ inline void write(const float* x, int64_t count, int32_t format, void* out, int6
 // Attention of up to MOST queries of one KV head over one chunk of its tokens: an online softmax.
 class Chunk {
  public:
-  // Queries [.., D] of a KV head from number `before` on.
-  Chunk(const Source& source, const float* query, int64_t before, int64_t count, int64_t channels, int64_t head)
+  // Queries [.., D] of a KV head from number `before` on, times a scaling; what it was if they were bfloat16, or 0.
+  Chunk(const Source& source, const float* query, int64_t before, int64_t count, int64_t channels, int64_t head, float scaling)
       : kernels(capsight::kernels(count - before, source.format)),
         taken(std::min<int64_t>(count - before, kernels.queries)),
         s(source), query(query + before * channels), before(before), channels(channels), head(head), each((channels + kernels.parts - 1) / kernels.parts),
-        vectors((each + W - 1) / W), width(kernels.parts * vectors * W), q(kernels.queries * width),
+        scaling(Best::pair == 2 && source.format == BF16 ? scaling : 0), line(this->scaling ? 2 * W : W),
+        vectors((each + line - 1) / line * line / W), width(kernels.parts * vectors * W), q(kernels.queries * width),
         out(kernels.queries * width) {
-    if (each % W) whole.resize(TILE * vectors * W * kernels.bytes);
+    if (each % line) whole.resize(TILE * vectors * W * kernels.bytes);
   }
 
   void attend(const Task& task) {
@@ -69,7 +71,7 @@ class Chunk {
         if (now != group) take_group(group = now);
         int here = s.group ? std::min<int64_t>(count - done, (now + 1) * s.group - start - first - done) : count;
         bool all = here == count;
-        kernels.dots(tile(s.keys, at + done * s.token_stride, here, s.values + at + done * s.token_stride), q.data(), all ? p : part);
+        dots(tile(s.keys, at + done * s.token_stride, here, s.values + at + done * s.token_stride), all ? p : part);
         for (int64_t c = 0; c < taken && !all; c++) std::copy_n(part + c * TILE, here, p + c * TILE + done);
         adjust(p, first + done, done, here);
         done += here;
@@ -80,7 +82,7 @@ class Chunk {
         multiply(&out[c * width], width, keep);
       }
       if (s.value_step) spread(p, first, count);
-      kernels.sums(tile(s.values, at, count, s.keys + at + TILE * s.token_stride), p, out.data());
+      sums(tile(s.values, at, count, s.keys + at + TILE * s.token_stride), p);
     }
   }
 
@@ -100,8 +102,11 @@ class Chunk {
   const int64_t taken;
   const Source& s;
   const float* query;  // [taken, D], scaled
-  const int64_t before, channels, head, each, vectors, width;
-  Floats q, out;  // [queries, width]
+  const int64_t before, channels, head, each;
+  const float scaling;  // of scores of products of pairs, or 0
+  const int64_t line, vectors, width;
+  Floats q, out;          // [queries, width]
+  Numbers<Best> pairs;    // [queries, width], not scaled: as they were given
   std::vector<char> whole;    // a tile whose parts are filled up to full vectors
   Softmax run;
   float lowest[MOST] = {};      // sum of p * low
@@ -115,10 +120,34 @@ class Chunk {
     if (kernels.parts == 2) std::copy_n(from + each, channels - each, to + vectors * W);
   }
 
+  void dots(const Tile& d, float* p) {
+    if (!scaling) return kernels.dots(d, q.data(), p);
+    auto by = scores_of<Best>(taken);
+    alignas(64) float none[W] = {};
+    vf found[W * MOST];
+    for (int first = 0; first < d.count; first += W) {
+      int here = std::min(W, d.count - first);
+      for (int t = first; t < first + here; t++) fetch(d, t);
+      by.plain((const Best::T*)(d.tokens + first * d.stride), d.stride / int(sizeof(Best::T)), width, here, pairs.data(), nullptr, found);
+      std::fill(found + here * taken, found + W * taken, vf{});
+      by.add(found, none, 0, p + first);
+    }
+    for (int64_t c = 0; c < taken; c++)
+      for (int t = 0; t < TILE; t += W) put(p + c * TILE + t, get<vf>(p + c * TILE + t) * scaling);
+  }
+
+  void sums(const Tile& d, const float* p) {
+    if (!scaling) return kernels.sums(d, p, out.data());
+    alignas(64) Best::T shares[MOST * TILE];
+    round_to<Best>(p, taken * TILE, shares);
+    for (int t = 0; t < d.count; t++) fetch(d, t);
+    gather_of<Best>(taken).sums((const Best::T*)d.tokens, d.stride / int(sizeof(Best::T)), width, d.count, shares, width, out.data());
+  }
+
   Tile tile(const char* of, int64_t at, int count, const char* next) {
     const char* tokens = of + at;
     int64_t stride = s.token_stride;
-    if (each % W) {
+    if (each % line) {
       stride = vectors * W * kernels.bytes;
       for (int t = 0; t < count; t++)
         std::memcpy(&whole[t * stride], tokens + t * s.token_stride, each * kernels.bytes);
@@ -132,7 +161,10 @@ class Chunk {
     if (!s.size && !s.key_low) {
       for (int64_t c = 0; c < taken; c++) copy(query + c * channels, &q[c * width]);
       std::fill_n(mean, MOST, 0.f);
-      return;
+      if (!scaling) return;
+      for (float& x : q) x /= scaling;
+      pairs.resize(q.size());
+      return round_to<Best>(q.data(), q.size(), pairs.data());
     }
     std::vector<float> size(channels, 1.f), middle(channels), x(channels);
     if (s.size) read(s.size, s.group_format, at, channels, size.data());
@@ -173,9 +205,10 @@ class Chunk {
   }
 };
 
-inline void attend(const Task& task, const float* query, int64_t count, int64_t channels, int64_t head, float* out) {
+inline void attend(
+    const Task& task, const float* query, int64_t count, int64_t channels, int64_t head, float scaling, float* out) {
   for (int64_t done = 0; done < count;) {
-    Chunk chunk(*task.source, query, done, count, channels, head);
+    Chunk chunk(*task.source, query, done, count, channels, head, scaling);
     chunk.attend(task);
     done += chunk.results(out + done * (channels + 2));
   }

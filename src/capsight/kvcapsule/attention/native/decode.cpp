@@ -32,7 +32,7 @@ extern "C" void capsight_decode(
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < done; i++) {
       const Task& t = tasks[i];
-      attend(t, &scaled[t.piece * own], count, channels, t.piece % heads, &parts[i * part]);
+      attend(t, &scaled[t.piece * own], count, channels, t.piece % heads, format == BF16 ? scaling : 0, &parts[i * part]);
     }
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < pieces * count; row++) {

@@ -105,7 +105,7 @@ extern "C" void capsight_joint(
     for (int64_t i = 0; i < all; i++) {
       if (i >= many) {
         const Task& t = near[i - many];
-        attend(t, &scaled[t.piece * own], count, channels, t.piece % heads, &near_parts[(i - many) * narrow]);
+        attend(t, &scaled[t.piece * own], count, channels, t.piece % heads, format == BF16 ? scaling : 0, &near_parts[(i - many) * narrow]);
         continue;
       }
       layer.attend(far[i], &scaled[far[i].row * heads * own], count, &parts[i * heads * wide]);

@@ -122,9 +122,8 @@ class JointChunk {
   // Opens coordinates from one on, up to `block`; how many.
   int64_t opened(int64_t first, int64_t tokens, int64_t from, int64_t block) {
     int64_t own = std::min(block, rank - from);
-    room.z.resize((tokens + 1) * own), room.scales.resize(own / GROUP + W);
+    room.z.resize(tokens * own), room.scales.resize(own / GROUP + W);
     open<N>(s.latents, s.tokens, first, tokens, from, own, room.scales.data(), room.z.data());
-    std::fill_n(&room.z[tokens * own], own, 0);
     return own;
   }
 
@@ -166,7 +165,7 @@ class JointChunk {
         for (int64_t c = 0; first && c < taken; c++)
           more[c * W + lane + t] = lines[0].constant[time * taken + c] + lines[1].constant[height * taken + c] + of_columns.constant[g.columns[t] * taken + c];
       }
-      by.placed(&room.z[g.first * own], own, g.count, line, columns, found + lane * taken);
+      by.placed(&room.z[g.first * own], own, own, g.count, line, columns, found + lane * taken);
       if (last % W == 0 || &g == &groups.back()) {
         float* to = p + g.first / TILE * wide + g.first % TILE / W * W;
         by.add(found, first ? more : to, first ? W : TILE, to);
@@ -182,11 +181,10 @@ class JointChunk {
 
   void gather(int64_t tokens, int64_t tiles, int64_t own, const typename N::T* shares, float* to) {
     for (int64_t c = 0; c < all;) {
-      int64_t left = all - c, queries = MOST == 8 && left >= 8 ? 8 : MOST == 8 && left >= 5 ? 7 : left >= 3 ? 4 : left;
-      auto by = queries == 8 ? gathered<N, MOST> : queries == 7 ? gathered<N, MOST - 1> : queries == 4 ? gathered<N, 4> : queries == 2 ? gathered<N, 2> : gathered<N, 1>;
+      auto by = gather_of<N>(all - c);
       for (int64_t i = 0; i < tiles; i++)
-        by(&room.z[i * TILE * own], own, std::min<int64_t>(TILE, tokens - i * TILE), shares + i * wide + c * TILE, rank, to + c * rank);
-      c += queries;
+        by.sums(&room.z[i * TILE * own], own, own, std::min<int64_t>(TILE, tokens - i * TILE), shares + i * wide + c * TILE, rank, to + c * rank);
+      c += by.queries;
     }
   }
 };
