@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from capsight.errors import OptionError, UnsupportedModelError
-from capsight.serving.checkpoint import Served
+from capsight import KVCapsule
+from capsight.errors import CapsuleFileError, OptionError, UnsupportedModelError
+from capsight.reference import load_reference_vlm, reference_path
+from capsight.serving.checkpoint import Served, carried
+from capsight.serving.export import export_checkpoint
 from capsight.serving.vllm import plugin, settings
 
 
@@ -33,7 +37,7 @@ def engine(entry=None, additional=None, **changes):
         },
     }
     whole = {"additional_config": additional or {}, "speculative_config": None, "kv_transfer_config": None}
-    whole |= {"use_v2_model_runner": False}
+    whole |= {"use_v2_model_runner": False, "lora_config": None}
     for name, value in changes.items():
         part, _, option = name.partition("__")
         (parts[part] if option else whole)[option or part] = value
@@ -69,6 +73,7 @@ def test_a_later_version():
         ({"speculative_config": object()}, "speculative"),
         ({"kv_transfer_config": object()}, "connectors"),
         ({"cache_config__cache_dtype": "fp8"}, "quantised KV cache"),
+        ({"lora_config": object()}, "LoRA"),
         ({"model_config__use_mla": True}, "MLA"),
         ({"model_config__is_hybrid": True}, "hybrid"),
         ({"model_config__hf_text_config": SimpleNamespace(sliding_window=4096)}, "sliding windows"),
@@ -100,3 +105,26 @@ def test_another_vllm_is_left_as_it_is(monkeypatch, caplog):
         plugin.register()
         plugin.register()
     assert "exported checkpoints cannot be served" in caplog.text
+
+
+def test_an_engine_serves_with_what_was_exported_and_nothing_else(tmp_path):
+    def folder(name, **entry):
+        model = SimpleNamespace(model=str(name), revision=None)
+        return carried(model, Served(**{"capsule": None, "head_map": None, "retained": None} | entry))
+
+    out, capsule = tmp_path / "model", KVCapsule.from_pretrained("reference")
+    export_checkpoint(reference_path(), out, load_reference_vlm()[0], capsule=capsule)
+    assert folder(out, capsule="capsule", retained=0.02) == str(out)
+    assert folder("anywhere", retained=0.4) == "anywhere"
+    with pytest.raises(CapsuleFileError, match="exported without 'head_map'"):
+        folder(out, head_map="head_map")
+    with pytest.raises(CapsuleFileError, match=r"exported without '\.\./capsule'"):
+        folder(out, capsule="../capsule")
+    with pytest.raises(CapsuleFileError, match="no exported checkpoint"):
+        folder(reference_path(), capsule="capsule")
+    changed = shutil.copytree(out, tmp_path / "changed")
+    capsule.with_retained(0.01).save_pretrained(
+        changed / "capsule"
+    )  # sound, but not what was exported
+    with pytest.raises(CapsuleFileError, match="export the checkpoint again"):
+        folder(changed, capsule="capsule")

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from pydantic import Field
 
 from capsight.errors import CapsuleFileError, UnsupportedModelError
 from capsight.files import checked, read_bytes, read_header
+from capsight.hub import folder_of
 
 MANIFEST, KIND, VERSION = "capsight.json", "capsight.checkpoint", 1
 KEY = "capsight"
@@ -69,18 +71,54 @@ def served(folder: Path, whole: bool = False) -> Served:
         CapsuleFileError: it is no such folder, or a file is missing or was changed since.
         UnsupportedModelError: another version of capsight wrote it.
     """
-    if not (folder / MANIFEST).is_file():
-        raise CapsuleFileError(
-            f"{folder} is no exported checkpoint (it has no {MANIFEST}); make one with `capsight export`"
-        )
-    listed = read_header(folder / MANIFEST, KIND, VERSION, "checkpoint")["files"]
-    for name, known in listed.items():
+    for name, known in _listed(folder).items():
         _check(folder / name, known, whole or not name.endswith(".safetensors"))
     entry = json.loads(read_bytes(folder / "config.json", "checkpoint")).get(KEY)
     served = checked(Served, json.dumps(entry), folder / "config.json", "export the checkpoint again")
     if served.version != VERSION:
         raise UnsupportedModelError(f"{folder} is of version {served.version}; this capsight reads {VERSION}")
     return served
+
+
+def carried(model_config: Any, entry: Served) -> str:
+    """The folder of an exported checkpoint, whose capsule and head map are those that it was exported with.
+
+    Args:
+        model_config: vLLM's, of which `model` is the folder, or a repository of the Hugging Face hub, and
+            `revision` the repository's.
+        entry: what is served, which an engine may have been told otherwise than the checkpoint says.
+
+    Raises:
+        CapsuleFileError: it is no such folder, was exported without them, or they were changed since.
+    """
+    return _carried(model_config.model, model_config.revision, entry)
+
+
+@lru_cache(maxsize=8)
+def _carried(source: str, revision: str | None, entry: Served) -> str:
+    parts = [part for part in (entry.capsule, entry.head_map) if part is not None]
+    if not parts:
+        return source
+    wanted = [MANIFEST, *(f"{part}/*" for part in parts)]
+    folder = folder_of(source, wanted, "exported checkpoint", {"revision": revision})
+    listed = _listed(folder)
+    for part in parts:
+        files = [name for name in listed if name.startswith(f"{part}/")]
+        if not files:
+            raise CapsuleFileError(f"{folder} was exported without {part!r}; export it again with that")
+        for name in files:
+            _check(folder / name, listed[name], True)
+    return str(folder)
+
+
+def _listed(folder: Path) -> dict[str, Any]:
+    """Size and SHA-256 of each file."""
+    if not (folder / MANIFEST).is_file():
+        raise CapsuleFileError(
+            f"{folder} is no exported checkpoint (it has no {MANIFEST}); make one with `capsight export`"
+        )
+    files: dict[str, Any] = read_header(folder / MANIFEST, KIND, VERSION, "checkpoint")["files"]
+    return files
 
 
 def _check(path: Path, known: Mapping[str, Any], whole: bool) -> None:

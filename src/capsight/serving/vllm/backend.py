@@ -37,7 +37,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from capsight.kvcapsule.codecs import JointCodec
-from capsight.serving.checkpoint import Served
+from capsight.serving.checkpoint import Served, carried
 from capsight.serving.plan import Latents, Slots
 from capsight.serving.select import select_tokens
 from capsight.serving.vllm.blindsight import SparsePrefill, SparseRequest, dense_rest, sparse_requests
@@ -140,8 +140,9 @@ class CapsightImpl(CPUAttentionBackendImpl):
             check_engine(config)
             CapsightBackend.capsules = _capsules(config, served)
             if served.head_map is not None:
+                folder = carried(config.model_config, served)
                 share = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-                self.prefill = SparsePrefill.load(config.model_config.model, served.head_map, *share)
+                self.prefill = SparsePrefill.load(folder, served.head_map, *share)
 
     def forward(
         self,
@@ -238,8 +239,7 @@ def _capsules(config: Any, served: Served) -> Callable[[FullAttentionSpec], Slot
     if served.retained == 1 or (served.retained, served.capsule) == (None, None):
         return None
     if served.capsule is None:
-        slots = Slots(served.retained or 1)
-        return lambda spec: slots
+        return lambda spec: Slots(served.retained or 1)
     codecs = _codecs(config, served)
     sizes = len(codecs), codecs[0].levels.nbytes
     return lambda spec: Latents(*sizes, 2 * spec.num_kv_heads * spec.head_size * spec.dtype.itemsize)
@@ -247,4 +247,4 @@ def _capsules(config: Any, served: Served) -> Callable[[FullAttentionSpec], Slot
 
 def _codecs(config: Any, served: Served) -> tuple[JointCodec, ...]:
     """The codecs of all layers."""
-    return load_codecs(config.model_config.model, served.capsule or "", served.retained)
+    return load_codecs(carried(config.model_config, served), served.capsule or "", served.retained)

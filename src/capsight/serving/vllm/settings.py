@@ -108,6 +108,10 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str], ...] = (
         lambda c: c.cache_config.cache_dtype not in ("auto", "float32"),
         "a quantised KV cache, or one of another dtype; leave out kv_cache_dtype",
     ),
+    (
+        lambda c: c.lora_config is not None,
+        "LoRA adapters, for which capsules and head maps were not made; merge the adapter and export that",
+    ),
     (lambda c: c.model_config.use_mla, "models of multi-head latent attention (MLA)"),
     (lambda c: getattr(_text(c), "sliding_window", None) is not None, "models with sliding windows"),
     (lambda c: c.model_config.is_hybrid, "hybrid models, some layers of which keep a state"),
