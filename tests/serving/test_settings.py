@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from capsight import KVCapsule
-from capsight.errors import CapsuleFileError, OptionError, UnsupportedModelError
+from capsight.errors import CapsuleFileError, UnsupportedModelError
 from capsight.reference import load_reference_vlm, reference_path
 from capsight.serving.checkpoint import Served, carried
 from capsight.serving.export import export_checkpoint
@@ -53,11 +53,21 @@ def test_what_is_read():
 
 
 @pytest.mark.parametrize(
-    "entry", [{"retained": 0}, {"retained": 1.5}, {"retained": "much"}, {"kept": 1}, 3, "x"]
+    ("entry", "says"),
+    [
+        ({"retained": 0}, "retained is 0, expected greater than 0"),
+        ({"retained": 1.5}, "retained is 1.5, expected less than or equal to 1"),
+        ({"retained": "much"}, "retained is 'much'"),
+        ({"kept": 1}, "kept is 1"),
+        (3, "is 3"),
+        ("x", "is 'x'"),
+    ],
 )
-def test_entries_that_say_nothing_sensible(entry):
-    with pytest.raises(OptionError, match="export the checkpoint again"):
+def test_entries_that_say_nothing_sensible(entry, says):
+    with pytest.raises(CapsuleFileError, match="; export the checkpoint again") as error:
         settings.served_by(engine(entry))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_later_version():
@@ -123,8 +133,6 @@ def test_an_engine_serves_with_what_was_exported_and_nothing_else(tmp_path):
     with pytest.raises(CapsuleFileError, match="no exported checkpoint"):
         folder(reference_path(), capsule="capsule")
     changed = shutil.copytree(out, tmp_path / "changed")
-    capsule.with_retained(0.01).save_pretrained(
-        changed / "capsule"
-    )  # sound, but not what was exported
+    capsule.with_retained(0.01).save_pretrained(changed / "capsule")  # sound, but not what was exported
     with pytest.raises(CapsuleFileError, match="export the checkpoint again"):
         folder(changed, capsule="capsule")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from capsight.errors import OptionError, UnsupportedModelError
+from capsight.errors import UnsupportedModelError
+from capsight.files import checked
 from capsight.serving.checkpoint import KEY, VERSION, Served
 
 NEEDED = {
@@ -27,8 +28,6 @@ NEEDED = {
 }
 """What the plugin takes from vLLM, by module."""
 
-_SERVED: TypeAdapter[Served] = TypeAdapter(Served)
-
 
 def served_by(vllm_config: Any) -> Served | None:
     """What an engine's config says under `capsight`; None: it is no affair of ours.
@@ -37,7 +36,7 @@ def served_by(vllm_config: Any) -> Served | None:
     ways.
 
     Raises:
-        OptionError: the entry is not what `capsight export` writes.
+        CapsuleFileError: the entry is not what `capsight export` writes.
         UnsupportedModelError: a newer capsight wrote it.
     """
     given = vllm_config.additional_config
@@ -46,15 +45,11 @@ def served_by(vllm_config: Any) -> Served | None:
         entry = getattr(vllm_config.model_config.hf_config, KEY, None)
     if entry is None:
         return None
-    try:
-        known = {"capsule": None, "head_map": None, "retained": None, "version": VERSION}
-        if set(entry) - set(known):
-            raise ValueError(f"it knows nothing of {min(set(entry) - set(known))}")
-        served = _SERVED.validate_python(known | dict(entry))
-    except (ValidationError, TypeError, ValueError) as error:
-        raise OptionError(
-            f"the entry {KEY!r} of the engine's config cannot be read ({error}); export the checkpoint again"
-        ) from error
+    known = {"capsule": None, "head_map": None, "retained": None, "version": VERSION}
+    text = json.dumps(known | entry if isinstance(entry, dict) else entry)
+    served = checked(
+        Served, text, Path(f"entry {KEY!r} of the engine's config"), "export the checkpoint again"
+    )
     if served.version != VERSION:
         raise UnsupportedModelError(
             f"the checkpoint is of version {served.version}; this capsight reads {VERSION}"
