@@ -97,7 +97,7 @@ _REFUSED: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (lambda c: c.speculative_config is not None, "speculative decoding; leave out speculative_config"),
     (
         lambda c: c.kv_transfer_config is not None,
-        "KV connectors or KV offloading; leave out kv_transfer_config",
+        "KV connectors or KV offloading; leave out kv_transfer_config and kv_offloading_size",
     ),
     (
         lambda c: c.cache_config.cache_dtype not in ("auto", "float32"),
