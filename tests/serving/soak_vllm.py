@@ -12,9 +12,11 @@ import json
 import random
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import typer
 
+from capsight import KVCapsule
 from capsight.reference import load_reference_vlm, reference_path, split_prompt
 from capsight.serving.export import export_checkpoint
 from serving.drive_vllm import drive
@@ -45,14 +47,22 @@ def questions(processor, folder, count, rng):
 
 
 def main(
-    requests: int = 500, tokens: int = 64, blocks: int = 15, retained: float = 0.4, seed: int = 0
+    requests: int = 500,
+    tokens: int = 64,
+    blocks: int = 15,
+    retained: float = 0.4,
+    latents: bool = False,
+    seed: int = 0,
 ) -> None:
-    """Ask everything twice, with room and without."""
+    """Ask everything twice, with room and without; slots, or latents of the shipped capsule."""
     rng = random.Random(seed)
     model, processor = load_reference_vlm()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        export_checkpoint(reference_path(), folder / "model", model, retained=retained)
+        kept: dict[str, Any] = {"retained": retained}
+        if latents:
+            kept = {"capsule": KVCapsule.from_pretrained("reference")}
+        export_checkpoint(reference_path(), folder / "model", model, **kept)
         asked = questions(processor, folder, requests, rng)
         given_up = sorted(rng.sample(range(requests), requests // 25))
         options = {"tokens": tokens, "timeout": 7200, "max_model_len": (blocks - 1) * 32}

@@ -8,6 +8,8 @@ import shlex
 import pytest
 
 from capsight.cli import serve
+from capsight.errors import OptionError
+from capsight.serving.checkpoint import Served
 from capsight.serving.export import export_checkpoint
 from cli.test_cli import run
 from tiny import qwen2_vl
@@ -40,6 +42,8 @@ def test_what_it_refuses(monkeypatch, capsys, tmp_path, folder):
     code, _, err = run(monkeypatch, capsys, "serve", tmp_path)
     assert code == 2
     assert "capsight export" in err
+    with pytest.raises(OptionError, match="a capsule is served by one process"):
+        serve.vllm_command(folder, Served("capsule", None, None), "localhost", 8000, "name", None, 2)
     assert run(monkeypatch, capsys, "serve", folder, "--port", 0)[0] == 2
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     code, _, err = run(monkeypatch, capsys, "serve", folder)

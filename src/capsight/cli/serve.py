@@ -63,7 +63,15 @@ def vllm_command(
         name: of the model, for clients.
         images: most images in a request; None: any number.
         tensor_parallel: processes that share the heads of each layer.
+
+    Raises:
+        OptionError: the checkpoint carries a capsule, and several processes are asked for.
     """
+    if entry.capsule is not None and tensor_parallel > 1:
+        raise OptionError(
+            "a latent needs all heads of a layer, so a capsule is served by one process; leave out "
+            "--tensor-parallel, or export with --retained alone"
+        )
     limits = {"video": 0} if images is None else {"image": images, "video": 0}
     command = [sys.executable, "-m", _SERVER, "--model", str(folder)]
     command += ["--host", host, "--port", str(port), "--served-model-name", name]
