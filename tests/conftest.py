@@ -1,4 +1,4 @@
-"""Which examples hypothesis tries (a busy machine fails none), and how many threads tests have."""
+"""Which examples hypothesis tries (a busy machine fails none), threads, and the models that tests share."""
 
 import os
 from collections.abc import Iterator
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+
+from tiny import changed
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples in every run
 settings.register_profile("search", print_blob=True, deadline=None)  # new ones
@@ -18,3 +20,10 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shared_models() -> Iterator[None]:
+    """Tests leave the tiny models, which all of them share, as they are; else others fail, in some orders."""
+    yield
+    assert not changed()

@@ -133,7 +133,7 @@ def lose_the_second(rank, folder):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    FAMILIES["qwen2_5_vl"]().model.save_pretrained(folder / "model")
+    FAMILIES["qwen2_5_vl"]().save(folder / "model")
     codes = in_two(folder, save_all, spread_over_both, fail_in_the_second, command_line, lose_the_second)
     said = [(folder / f"said-{rank}").read_text() for rank in range(2)]
     assert codes == [0, 9], said

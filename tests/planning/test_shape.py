@@ -53,6 +53,14 @@ def test_parameters(vlm):
     assert ModelShape.of(vlm.config).parameters == sum(p.numel() for p in vlm.model.parameters())
 
 
+def test_a_config_stays_as_it_is(vlm):
+    config = copy.deepcopy(vlm.config)
+    config.dtype = "bfloat16"  # as a checkpoint's; those in it need not say one
+    before = config.to_dict()
+    ModelShape.of(config)
+    assert config.to_dict() == before
+
+
 def test_parameters_of_the_reference_model():
     from capsight.reference import load_reference_vlm
 

@@ -47,15 +47,31 @@ _BUILD: dict[str, tuple[str, ...]] = {
 """Module, function and arguments."""
 
 
+_AS_BUILT: dict[str, tuple[TinyVLM, list[str]]] = {}
+
+
 @cache
 def _built(name: str) -> TinyVLM:
     module, function, *arguments = _BUILD[name]
     try:
-        return getattr(import_module(f"tiny.{module}"), function)(*arguments)
+        vlm = getattr(import_module(f"tiny.{module}"), function)(*arguments)
     except ImportError as error:
         if Version(transformers.__version__) >= COMPLETE:
             raise
         pytest.skip(f"transformers {transformers.__version__} has no {name} without torchvision: {error}")
+    _AS_BUILT[name] = vlm, vlm.state()
+    return vlm
+
+
+def changed() -> dict[str, list[str]]:
+    """What has become of shared models since they were built, or since this was called; nothing should."""
+    found = {}
+    for name, (vlm, before) in _AS_BUILT.items():
+        now = vlm.state()
+        if now != before:
+            found[name] = sorted(set(now) ^ set(before))
+            _AS_BUILT[name] = vlm, now
+    return found
 
 
 FAMILIES: dict[str, Callable[[], TinyVLM]] = {name: partial(_built, name) for name in _BUILD}
@@ -77,4 +93,4 @@ def in_turn(names: str, options: Sequence[Any], families: Sequence[str] = KINDS)
     return pytest.mark.parametrize(f"vlm,{names}", cases, indirect=["vlm"])
 
 
-__all__ = ["CACHES", "COMPLETE", "FAMILIES", "KINDS", "TinyVLM", "clip", "in_turn", "picture"]
+__all__ = ["CACHES", "COMPLETE", "FAMILIES", "KINDS", "TinyVLM", "changed", "clip", "in_turn", "picture"]

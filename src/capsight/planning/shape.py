@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ class ModelShape:
         check_planned(config)
         try:
             with torch.device("meta"):
-                model = AutoModelForImageTextToText.from_config(config)
+                # transformers writes what dtype the model has into the config, and into those in it
+                model = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
         except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as error:
             reason = str(error).strip().splitlines()[0]
             raise OptionError(f"the config does not make a {config.model_type} model: {reason}") from error
