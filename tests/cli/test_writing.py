@@ -194,6 +194,21 @@ def test_tables_are_printed_where_the_figures_cannot_be_written(monkeypatch, cap
     assert "full" in out
 
 
+def test_an_interrupted_eval_goes_on_with_the_same_pictures_alone(monkeypatch, capsys, tmp_path):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    (tmp_path / "q.jsonl").write_text('{"images": ["a.png"], "question": "how many?", "answer": "1"}\n')
+    asked = ("eval", "--data", tmp_path / "q.jsonl", "--max-new-tokens", 2, "--json", tmp_path / "e.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_module, "summary", stopped)
+        assert run(monkeypatch, capsys, *asked)[0] == 130
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "a.png")
+    code, _, err = run(monkeypatch, capsys, *asked)
+    assert (code, "other settings (pictures)" in err) == (2, True)
+
+
 def test_json_is_there_before_the_tables(monkeypatch, capsys, tmp_path):
     def fails(*_):
         raise BrokenPipeError(32, "Broken pipe")

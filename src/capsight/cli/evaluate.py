@@ -125,6 +125,7 @@ def evaluate_command(
             "capsule": capsule,
             "calibration": None if calibration is None else str(calibration),
             "methods": {name: method.module_nbytes for name, method in methods.items()},
+            "pictures": None if data is None else _pictures(items),
             "processor": processor,
             "versions": [__version__, transformers.__version__],
             "learnt": {
@@ -166,6 +167,15 @@ def evaluate_command(
         print_pairs(out, pairs)
 
 
+def _pictures(items: Iterable[Item]) -> str:
+    """A hash of the pictures of a user's questions."""
+    digest = sha256()
+    for item in items:
+        for image in item.images:
+            digest.update(f"{image.size}".encode() + image.tobytes())
+    return digest.hexdigest()
+
+
 def _hash(prompts: Iterable[Mapping[str, Any]]) -> str:
     """Of processor outputs, which methods were fitted to."""
 
@@ -183,7 +193,7 @@ def _items(
         raise OptionError(f"samples is {samples}; it must be at least 1")
     if data is not None:
         rows = list(islice(jsonl_items(data), samples))
-        return _only(tasks, sorted({ask.task for item in rows for ask in item.asks}), rows), len(rows)
+        return list(_only(tasks, sorted({ask.task for item in rows for ask in item.asks}), rows)), len(rows)
     if model != REFERENCE:
         raise OptionError("name the questions with --data: the built-in task is the reference VLM's")
     try:
