@@ -85,10 +85,18 @@ def own_precision(device: torch.device) -> AbstractContextManager[object]:
 
 
 def has_amx() -> bool:
-    """Whether the CPU has AMX: matrix products in bfloat16 are then several times faster than in float32."""
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+    """Whether the CPU has AMX: matrix products in bfloat16 are then several times faster than in float32.
+
+    Not where torch is told to use less of it (`ATEN_CPU_CAPABILITY=avx2`).
+    """
+    return _has("_is_amx_tile_supported")
 
 
 def has_avx512_bf16() -> bool:
-    """Whether the CPU has AVX512_BF16, which adds up products of bfloat16 two by two."""
-    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    """Whether the CPU has AVX512_BF16, which adds up products of bfloat16 two by two; likewise."""
+    return _has("_is_avx512_bf16_supported")
+
+
+def _has(name: str) -> bool:
+    told = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return told and bool(getattr(torch.cpu, name, lambda: False)())

@@ -28,8 +28,6 @@ DEFAULTS = {
     "mm_processor_cache_gb": 0,
     "disable_log_stats": False,
 }
-IN_BFLOAT16 = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-"""Functions of `torch.cpu`: whether this processor multiplies in bfloat16."""
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -38,6 +36,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
+    "ATEN_CPU_CAPABILITY": "avx2",  # in all processes of an engine; see `vllm_cases.float32`
 }
 
 
@@ -60,12 +59,8 @@ def in_process(module, folder: Path, job, environment=None, timeout=900):
 
 
 def engine_of(job):
-    """The engine that a job asks for; over latents it computes in float32, see `vllm_cases.float32`."""
-    import torch
+    """The engine that a job asks for."""
     from vllm import LLM
-
-    for name in IN_BFLOAT16:
-        setattr(torch.cpu, name, lambda: False)
 
     return LLM(model=job["model"], **(DEFAULTS | job["engine"]))
 
@@ -83,16 +78,19 @@ def prompt(text, files):
     return {"prompt": text} | ({"multi_modal_data": data} if files else {})
 
 
-def assert_same_answer(answer, tokens, right, end):
-    """An answer of a model that was not trained to go on past `end` is transformers', and so is what follows.
+def assert_same_answer(answer, tokens, right, end, beyond=1e-3):
+    """An answer of a model that was not trained to go on past `end` is transformers'.
 
-    Log-probabilities of a few uncertain words past the end move more when sums are rounded otherwise.
+    Log-probabilities of a few uncertain words past the end may differ by `beyond`: of latents, one number in
+    ten thousand is rounded to the next of its codes.
     """
     assert answer["tokens"] == tokens
     gaps = [abs(a - b) for a, b in zip(answer["logprobs"], right, strict=True)]
     answered = tokens.index(end) + 1 if end in tokens else len(tokens)
     assert max(gaps[:answered]) <= 1e-4
-    assert max(gaps) <= 1e-3
+    gaps.sort()
+    assert gaps[-1] <= beyond
+    assert gaps[len(gaps) * 9 // 10] <= 1e-3
 
 
 def logprobs(output):

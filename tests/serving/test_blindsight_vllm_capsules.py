@@ -57,9 +57,9 @@ def made(root, method, counts, **kept):
     return root / "model", requests, right
 
 
-def check(found, right):
+def check(found, right, beyond=1e-3):
     for (answer,), (tokens, logprobs) in zip(found["answers"], right, strict=True):
-        assert_same_answer(answer, tokens, logprobs, 4)
+        assert_same_answer(answer, tokens, logprobs, 4, beyond)
 
 
 def test_whole_prompts_and_again_from_the_prefix_cache(tmp_path, job):
@@ -89,7 +89,7 @@ def test_latents_in_an_engine_of_its_own_process_again_from_the_prefix_cache(tmp
     chunks = {"max_num_batched_tokens": 160, "environment": alone}
     rounds = ask(tmp_path, folder, prompts, 2, TOKENS, True, **chunks)
     for answered in rounds:
-        check({"answers": [[one] for one in answered]}, right)
+        check({"answers": [[one] for one in answered]}, right, beyond=0.02)
     assert rounds[1][0]["cached"] > rounds[0][0]["cached"]
 
 

@@ -85,7 +85,7 @@ def test_prompts_of_all_shapes_whose_long_answers_are_read_again(tmp_path, vlm, 
         mm_processor_cache_gb=1,
     )
     assert found["seen"]["preempted"] > 0, found["seen"]
-    check(found, right * 2)
+    check(found, right * 2, kind.beyond)
 
 
 def test_a_clip_and_a_picture(tmp_path, vlm, exported):
@@ -110,7 +110,7 @@ def test_a_clip_and_a_picture(tmp_path, vlm, exported):
     np.save(file, clip)
     job, limits = [(text, [picture, file], 1)], {"image": 1, "video": 1}
     found = drive(tmp_path, exported, job, TOKENS, limit_mm_per_prompt=limits)
-    check(found, [right])
+    check(found, [right], kept("latents").beyond)
 
 
 def test_qwen2_vl(tmp_path):
@@ -142,5 +142,5 @@ def test_qwen2_vl(tmp_path):
     for one, (tokens, logprobs) in zip(found, right, strict=True):
         assert one["tokens"] == tokens[:16]
         gaps = [abs(a - b) for a, b in zip(one["logprobs"], logprobs, strict=False)]
-        assert max(gaps) <= 1e-3
+        assert max(gaps) <= kind.beyond
         assert gaps[0] <= 1e-4
