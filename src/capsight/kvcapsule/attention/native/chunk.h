@@ -127,8 +127,8 @@ class Chunk {
     vf found[W * MOST];
     for (int first = 0; first < d.count; first += W) {
       int here = std::min(W, d.count - first);
-      for (int t = first; t < first + here; t++) fetch(d, t);
-      by.plain((const Best::T*)(d.tokens + first * d.stride), d.stride / int(sizeof(Best::T)), width, here, pairs.data(), nullptr, found);
+      auto at = [&](const char* of) { return (const Best::T*)(of + first * d.stride); };
+      by.plain(at(d.tokens), d.stride / int(sizeof(Best::T)), width, here, pairs.data(), nullptr, found, at(d.next));
       std::fill(found + here * taken, found + W * taken, vf{});
       by.add(found, none, 0, p + first);
     }
@@ -140,8 +140,8 @@ class Chunk {
     if (!scaling) return kernels.sums(d, p, out.data());
     alignas(64) Best::T shares[MOST * TILE];
     round_to<Best>(p, taken * TILE, shares);
-    for (int t = 0; t < d.count; t++) fetch(d, t);
-    gather_of<Best>(taken).sums((const Best::T*)d.tokens, d.stride / int(sizeof(Best::T)), width, d.count, shares, width, out.data());
+    gather_of<Best>(taken).sums(
+        (const Best::T*)d.tokens, d.stride / int(sizeof(Best::T)), width, d.count, shares, width, out.data(), (const Best::T*)d.next);
   }
 
   Tile tile(const char* of, int64_t at, int count, const char* next) {
@@ -214,7 +214,7 @@ inline void attend(
   }
 }
 
-constexpr int64_t CHUNK = 512;
+constexpr int64_t CHUNK = 1024;
 
 // The pieces of all sources, cut up: piece after piece, and where the tasks of each end.
 inline std::vector<Task> tasks_of(

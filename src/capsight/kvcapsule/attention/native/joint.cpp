@@ -19,7 +19,11 @@ struct Stretch {
 };
 std::vector<Stretch> stretches(const Joint& s, int64_t batch, int64_t threads, std::vector<int64_t>& ends) {
   std::vector<Stretch> found;
-  int64_t least = threads > 1 ? std::max(JOINT_CHUNK, std::min(4 * JOINT_CHUNK, s.tokens / threads / 4)) : s.tokens;
+  int64_t least = s.tokens;
+  if (threads > 1) {  // every thread gets as many, up to four, unless they would be small
+    int64_t share = (s.tokens + threads - 1) / threads, parts = std::clamp<int64_t>(share / JOINT_CHUNK, 1, 4);
+    least = std::clamp((share + parts - 1) / parts, JOINT_CHUNK, 4 * JOINT_CHUNK);
+  }
   for (int64_t row = 0; row < batch; row++) {
     int64_t end = s.starts[row] + s.counts[row];
     for (int64_t first = s.starts[row], next; first < end; first = next) {

@@ -165,7 +165,7 @@ class JointChunk {
         for (int64_t c = 0; first && c < taken; c++)
           more[c * W + lane + t] = lines[0].constant[time * taken + c] + lines[1].constant[height * taken + c] + of_columns.constant[g.columns[t] * taken + c];
       }
-      by.placed(&room.z[g.first * own], own, own, g.count, line, columns, found + lane * taken);
+      by.placed(&room.z[g.first * own], own, own, g.count, line, columns, found + lane * taken, nullptr);
       if (last % W == 0 || &g == &groups.back()) {
         float* to = p + g.first / TILE * wide + g.first % TILE / W * W;
         by.add(found, first ? more : to, first ? W : TILE, to);
@@ -183,7 +183,7 @@ class JointChunk {
     for (int64_t c = 0; c < all;) {
       auto by = gather_of<N>(all - c);
       for (int64_t i = 0; i < tiles; i++)
-        by.sums(&room.z[i * TILE * own], own, own, std::min<int64_t>(TILE, tokens - i * TILE), shares + i * wide + c * TILE, rank, to + c * rank);
+        by.sums(&room.z[i * TILE * own], own, own, std::min<int64_t>(TILE, tokens - i * TILE), shares + i * wide + c * TILE, rank, to + c * rank, nullptr);
       c += by.queries;
     }
   }

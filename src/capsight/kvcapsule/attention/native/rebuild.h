@@ -26,7 +26,7 @@ class Rebuilt {
         }
       for (int t = 0; t < count; t += W) {
         int own = std::min(W, count - t);
-        by.plain(z + t * rank, rank, rank, own, some.data(), nullptr, found);
+        by.plain(z + t * rank, rank, rank, own, some.data(), nullptr, found, nullptr);
         for (int rest = own * MOST; rest < W * MOST; rest++) found[rest] = vf{};
         by.add(found, none, 0, &keys[i * TILE + t]);
       }

@@ -63,7 +63,8 @@ INLINE void some_sums(const Tile& d, const float* p, int i, float* out) {
     for (int n = 0; n < N; n++)
       for (int part = 0; part < S::parts; part++) sum[c][n][part] = get<vf>(at(c, n, part));
   for (int t = 0; t < d.count; t++) {
-    if (i == 0) fetch(d, t);
+    for (int at = i * W * S::bytes + 63 & ~63; at < (i + N) * W * S::bytes && at < d.lines * 64; at += 64)
+      __builtin_prefetch(d.next + t * d.stride + at, 0, 2);
     vf x[N][S::parts];
     for (int n = 0; n < N; n++) S::load(d.tokens + t * d.stride + (i + n) * W * S::bytes, x[n]);
     for (int c = 0; c < C; c++) {
