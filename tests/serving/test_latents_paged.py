@@ -16,6 +16,7 @@ from capsight.serving.vllm import latent_steps
 from capsight.serving.vllm.latent_steps import Placed, latent_step
 from capsight.serving.vllm.latents import LatentMemory, pieces, write_bytes
 from capsight.serving.vllm.paged import read_blocks, read_tokens
+from serving.vllm_cases import float32  # noqa: F401
 
 SIZE, BLOCKS, QUERIES = 16, 64, 8
 RANGES = (
