@@ -153,6 +153,8 @@ def main(
     variants.append(Variant(f"joint {joint.retained:.2g}", joint))
     most = max(few, key=float)
     variants.append(Variant(f"heads {most}{GRAPH}", capsule.with_retained(float(most))))
+    least = capsule.with_retained(min(map(float, few))).with_bits(4)
+    variants.append(Variant(f"heads-int4 {min(few, key=float)}{GRAPH}", least))
     variants.append(Variant(f"joint {joint.retained:.2g}{GRAPH}", joint))
     size, began, rows = sum(p.numel() for p in model.parameters()), time.perf_counter(), []
     for count in tokens.split(","):

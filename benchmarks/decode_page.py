@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import decode_reference
 from decode_joint import HEADS, cells
 from page_parts import GENERATED, human_bytes, machine, speed, table
 from stock_caches import COMPILED
@@ -119,21 +120,17 @@ def _joint(report: Report) -> list[str]:
 def _reference(report: Report) -> list[str]:
     """Of the reference VLM."""
     where = report["machine"]
-    heads = ["cache", "batch", "ms a step", "tokens/s against the fastest stock cache"]
-    rows = [
-        [row["cache"], str(row["batch"]), f"{row['ms_a_token']:.2f}", speed(row["speed"])]
-        for row in report["rows"]
-    ]
     return [
         "## The reference VLM",
         "",
-        "Prompts of eight images, about 800 tokens a row, float32; medians, all taking turns. *compiled* "
+        "Prompts of eight images, about 800 tokens a row, float32; all taking turns, round by round in "
+        "another order; medians of the ratios in a round, and between which half of them are. *compiled* "
         "runs its steps in a graph of `torch.compile`; *quanto-int4* is transformers' `QuantizedCache`. "
         "Measured on "
         f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}. "
         "`python benchmarks/decode_reference.py` measures it.",
         "",
-        *table(heads, rows),
+        *table(decode_reference.HEADS, decode_reference.cells(report["rows"])),
         "",
     ]
 

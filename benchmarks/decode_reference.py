@@ -2,22 +2,25 @@
 
     python benchmarks/decode_reference.py
 
-The baselines are transformers' own caches (`stock_caches.py`) and quanto's; all take turns, the median step
-counts, and speed is a ratio to the fastest stock cache of the same run.
+The baselines are transformers' own caches (`stock_caches.py`) and quanto's. All take turns, round by round in
+another order; a machine that others use is faster in one minute than in the next, so what counts is the ratio
+of steps in the same round, and of those the median over rounds.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import time
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Annotated, Any
 
 import torch
 import typer
 from attention_measuring import machine
+from page_parts import speed, table
 from rich.console import Console
 from stock_caches import GRAPH, STOCK, options_of, stock_cache
 from torch import Tensor
@@ -30,6 +33,7 @@ from capsight.evaluation.bench import batch_inputs
 
 RESULT = Path(__file__).parent / "results" / "decode_reference.json"
 NEW = 33
+HEADS = ["cache", "batch", "ms a step", "tokens/s against the fastest stock cache", "half of the rounds"]
 
 
 class Ticks(LogitsProcessor):
@@ -50,14 +54,19 @@ class Ticks(LogitsProcessor):
         return [after - before for before, after in pairwise(self.times[1:])]
 
 
-def measured(model: Any, processor: Any, methods: dict[str, Any], batch: int, runs: int) -> Any:
+def measured(
+    model: Any, processor: Any, methods: dict[str, Any], batch: int, rounds: int
+) -> list[dict[str, Any]]:
     """Rows of the table for one batch size."""
     inputs = batch_inputs(processor, list(reference_items("test", 8, batch)))
     room = inputs["input_ids"].shape[1] + NEW + 1
     asked = {**inputs, "max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
-    found: dict[str, list[float]] = {name: [] for name in (*STOCK, *methods)}
-    for run in range(1 + runs):
-        for name in found:
+    steps: list[dict[str, float]] = []
+    order = [*STOCK, *methods]
+    for _ in range(1 + rounds):
+        random.Random(len(steps)).shuffle(order)
+        steps.append({})
+        for name in order:
             ticks = Ticks()
             options = {**asked, **options_of(name), "logits_processor": LogitsProcessorList([ticks])}
             if name in STOCK:
@@ -65,16 +74,41 @@ def measured(model: Any, processor: Any, methods: dict[str, Any], batch: int, ru
             else:
                 with enable(model, capsule=methods[name]) as fast:
                     fast.generate(**options)
-            found[name] += ticks.steps if run else []
-    medians = {name: median(values) for name, values in found.items()}
-    best = min(medians[name] for name in STOCK)
+            steps[-1][name] = median(ticks.steps)
+    del steps[0]  # warms up
+    medians = {name: median(each[name] for each in steps) for name in (*STOCK, *methods)}
+    best = min(STOCK, key=lambda name: medians[name])
+    rows = []
+    for name, seconds in medians.items():
+        low, middle, high = quantiles((each[best] / each[name] for each in steps), n=4)
+        rows.append(
+            {
+                "cache": name,
+                "batch": batch,
+                "ms_a_token": 1e3 * seconds,
+                "speed": middle,
+                "quartiles": [low, high],
+            }
+        )
+    return rows
+
+
+def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The table."""
     return [
-        {"cache": n, "batch": batch, "ms_a_token": 1e3 * s, "speed": best / s} for n, s in medians.items()
+        [
+            row["cache"],
+            str(row["batch"]),
+            f"{row['ms_a_token']:.2f}",
+            speed(row["speed"]),
+            " to ".join(map(speed, row["quartiles"])),
+        ]
+        for row in rows
     ]
 
 
 def main(
-    runs: Annotated[int, typer.Option(help="Timed runs of each; the median step counts.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Timed rounds; the median ratio counts.")] = 9,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
     batches: Annotated[str, typer.Option(help="Rows, comma-separated.")] = "1,8",
     json_file: Annotated[Path, typer.Option("--json", help="Write the numbers here.")] = RESULT,
@@ -97,12 +131,10 @@ def main(
     rows = [
         row
         for batch in map(int, batches.split(","))
-        for row in measured(model, processor, methods, batch, runs)
+        for row in measured(model, processor, methods, batch, rounds)
     ]
     json_file.write_text(json.dumps({"machine": machine("cpu"), "rows": rows}, indent=1) + "\n")
-    lines = ["| cache | batch | ms a step | tokens/s, x the fastest stock cache |", "|---|--:|--:|--:|"]
-    lines += [f"| {r['cache']} | {r['batch']} | {r['ms_a_token']:.2f} | {r['speed']:.2f} |" for r in rows]
-    Console().print("\n".join(lines), soft_wrap=True, highlight=False)
+    Console().print("\n".join(table(HEADS, cells(rows))), soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":
