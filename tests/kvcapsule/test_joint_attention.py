@@ -94,6 +94,32 @@ def test_nothing_has_to_be_rebuilt(level):
 
 
 @pytest.mark.skipif(bool(missing()), reason="no C++ compiler")
+def test_what_was_planned_for_other_places_is_not_taken():
+    g = torch.Generator().manual_seed(0)
+    levels, heads, size = Levels(32, 32, 64), 2, 32
+    axes = torch.randint(-127, 128, (2, heads, size, levels.rank), generator=g, dtype=torch.int8)
+    steps = torch.full((levels.rank,), levels.rank**-0.5 / 73)
+    mean = torch.randn(2, heads, size, generator=g)
+    basis = LayerBasis(axes[0], steps, mean[0], axes[1], steps, mean[1])
+    turns = torch.arange(3).repeat_interleave(torch.tensor([4, 6, 6]))
+    rotary = Rotary(1e4 ** -(torch.arange(16).double() / 16), turns, False, 1.0)
+    grid = torch.stack(torch.meshgrid(*map(torch.arange, (2, 6, 9)), indexing="ij")).flatten(1)
+    packed = pack(torch.randn(grid.shape[1], levels.rank, generator=g), levels)
+    query = 4 * torch.randn(1, 4, 1, size, generator=g)
+    counts = torch.tensor([grid.shape[1]])
+    spots = [grid**power * apart for apart in range(1, 11) for power in (1, 2)]
+    layouts = [LatentTokens(counts * 0, counts, places, rotary) for places in spots]
+    layouts += [replace(of, positions=of.positions.flip(1).contiguous()) for of in layouts]
+    opened, read, close = as_read(packed, levels, basis, build.best_level())
+    for tokens in layouts * 2:  # more than a thread keeps plans for
+        found = JointTokens(PackedLatents(*packed, levels.counts, POINTS), tokens, basis)
+        expected = plain_joint_attention(query.double(), opened, tokens, read, 0.2)[0]
+        for _ in range(2):
+            out = found.attend(query, Sources(()), 0.2)[0]
+            torch.testing.assert_close(out.double(), expected, atol=close, rtol=close)
+
+
+@pytest.mark.skipif(bool(missing()), reason="no C++ compiler")
 @settings(max_examples=30)
 @given(problems(), st.integers(0, 200), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_exact_tokens_are_attended_to_in_the_same_call(problem, most, dtype):

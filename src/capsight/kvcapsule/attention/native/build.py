@@ -33,7 +33,17 @@ INTERFACE = 7
 UNITS = ("centre.cpp", "decode.cpp", "joint.cpp", "pack.cpp")
 HEADERS = (
     *("amx.h", "amx_fold.h", "amx_nodes.h", "amx_open.h", "chunk.h", "fold.h", "joint.h", "joint_chunk.h"),
-    *("latents.h", "nodes.h", "numbers.h", "products.h", "rebuild.h", "softmax.h", "tile.h", "vectors.h"),
+    *(
+        "latents.h",
+        "nodes.h",
+        "numbers.h",
+        "plan.h",
+        "products.h",
+        "rebuild.h",
+        "softmax.h",
+        "tile.h",
+        "vectors.h",
+    ),
 )
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-w")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")

@@ -46,18 +46,15 @@ void folds(
 // Queries of one KV head, turned back by places of one axis, seen through its channels, as O has numbers.
 template <class N, class O>
 struct Folded {
-  Nodes nodes;
   Numbers<O> u;     // [places, C, coordinates]
   Floats constant;  // [places, C]
 
-  int slot(int32_t place) const { return nodes.slot[place - nodes.lowest]; }
-
   // Of queries [C, D], for `count` coordinates from one on.
-  void fold(const Joint& s, int axis, const float* query, int64_t taken, int64_t head, int64_t from, int64_t count) {
+  void fold(const Joint& s, const Nodes& nodes, int axis, const float* query, int64_t taken, int64_t head, int64_t from, int64_t count) {
     const int64_t width = s.widths[axis], padded = s.padded(axis), many = nodes.at.size(), all = nodes.places.size();
     u.resize(all * taken * count);
     if (!width) return std::fill(u.begin(), u.end(), 0), constant.assign(all * taken, 0.f);
-    weigh(s, axis, query, taken, head, from == 0);
+    weigh(s, nodes, axis, query, taken, head, from == 0);
     const bool through = many < all;
     const int64_t rows = many * taken, steps = (width + N::pair - 1) / N::pair;
     part.resize(steps * BLOCK * N::width), folded.resize(rows * PANEL);
@@ -92,7 +89,7 @@ struct Folded {
   Floats folded;                            // [nodes, C, PANEL]
 
   // What channels count for each node, and the constants of all places.
-  void weigh(const Joint& s, int axis, const float* query, int64_t taken, int64_t head, bool constants) {
+  void weigh(const Joint& s, const Nodes& nodes, int axis, const float* query, int64_t taken, int64_t head, bool constants) {
     const int64_t width = s.widths[axis], padded = s.padded(axis), many = nodes.at.size(), all = nodes.places.size(), rows = many * taken;
     weights.resize(rows * padded + GROUP);
     asked.assign(taken * padded + GROUP, 0.f), turned.assign(taken * padded + GROUP, 0.f);

@@ -1,12 +1,12 @@
 // A chunk of one row's latents, attended by queries that are seen through the basis, or by keys that are rebuilt.
 #pragma once
+#include "plan.h"
 #include "rebuild.h"
 #include "softmax.h"
 
 namespace capsight {
 
 constexpr int64_t COORDINATES = 256;  // that a stretch of tokens is opened in at a time, or twice as many for few queries
-constexpr int64_t AT_HAND = 1 << 19;  // bytes of opened latents, or of folded queries, that caches hold
 
 // What a chunk needs room for, kept for the next one of the same thread.
 template <class N>
@@ -26,19 +26,19 @@ class JointChunk {
   // Queries [H, C, D], scaled.
   JointChunk(const Joint& s, const float* query, int64_t heads, int64_t count)
       : s(s), rank(s.latents.rank()), count(count), all(heads * count), wide((all + MOST) * TILE), query(query),
-        out((all + MOST) * rank), run((all + MOST - 1) / MOST), keys(s) {
-    for (int axis = 0; axis < 3; axis++) seen[axis].assign(s.sizes[axis], -1);
-  }
+        out((all + MOST) * rank), run((all + MOST - 1) / MOST), keys(s) {}
 
   void attend(int64_t start, int64_t tokens) {
-    const bool rebuild = better_rebuilt(start, tokens);
     const int64_t most = count <= MOST / 2 ? 2 * COORDINATES : COORDINATES, blocks = (rank + most - 1) / most;
-    const int64_t block = rebuild ? rank : (rank / GROUP + blocks - 1) / blocks * GROUP;
-    for (int64_t first = start, end = start + tokens, here; first < end; first += here) {
-      here = rebuild ? std::min<int64_t>(TILE, end - first) : stretch(first, end, block);
+    int64_t block = (rank / GROUP + blocks - 1) / blocks * GROUP;
+    const Plan& plan = Plan::of(s, start, tokens, {count, block, sizeof(typename N::T), N::pair});
+    const bool rebuild = plan.rebuild;
+    const Part* part = plan.parts.data();
+    if (rebuild) block = rank;
+    for (int64_t first = start, end = start + tokens, here; first < end; first += here, part++) {
+      here = rebuild ? std::min<int64_t>(TILE, end - first) : part->count;
       int64_t tiles = (here + TILE - 1) / TILE, last = (rank - 1) / block * block;
       room.p.resize(tiles * wide);
-      if (!rebuild) list_groups(first, here);
       for (int64_t from = 0; from < rank; from += block) {
         int64_t own = opened(first, here, from, block);
         for (int64_t row = 0; row < all;) {  // queries of one head
@@ -48,9 +48,9 @@ class JointChunk {
             if (row % count == 0) keys.make(room.z.data(), first, here, head);
             keys.score(asked, taken, &room.p[row * TILE]);
           } else {
-            for (int axis = 0; axis < 2; axis++) lines[axis].fold(s, axis, asked, taken, head, from, own);
-            of_columns.fold(s, 2, asked, taken, head, from, own);
-            score(taken, own, from == 0, &room.p[row * TILE]);
+            for (int axis = 0; axis < 2; axis++) lines[axis].fold(s, part->nodes[axis], axis, asked, taken, head, from, own);
+            of_columns.fold(s, part->nodes[2], 2, asked, taken, head, from, own);
+            score(part->groups, taken, own, from == 0, &room.p[row * TILE]);
           }
           row += taken;
         }
@@ -74,50 +74,15 @@ class JointChunk {
   }
 
  private:
-  // Tokens that share a line: places on the first two axes, and W of them at most that end where lanes do.
-  struct Group {
-    int first, count, time, height, columns[W];
-  };
   const Joint& s;
   const int64_t rank, count, all, wide;
   const float* query;
   Floats out;  // [H C, R]
   std::vector<Softmax> run;
   Rebuilt<N> keys;
-  std::vector<Group> groups;
-  std::vector<int64_t> seen[3];  // of each place, the stretch that had it last
-  int64_t stretches = 0;
   Room<N>& room = room_of<N>;
   Folded<N, Single> (&lines)[2] = room.lines;
   Folded<N, N>& of_columns = room.columns;
-
-  int32_t place(int axis, int64_t token) const { return s.places[axis * s.tokens + token]; }
-  bool is_new(int axis, int64_t token) {
-    int64_t& last = seen[axis][place(axis, token)];
-    return last != stretches && (last = stretches, true);
-  }
-
-  bool better_rebuilt(int64_t start, int64_t tokens) {
-    int64_t folded = 0;
-    for (int axis = 0; axis < 3; axis++)
-      for (int64_t t = start; t < start + tokens; t++) folded += is_new(axis, t) * s.widths[axis];
-    stretches++;
-    return (folded + 2 * tokens) * count > tokens * s.channels;
-  }
-
-  // How many of the next tokens are taken together.
-  int64_t stretch(int64_t first, int64_t end, int64_t block) {
-    const int64_t each = block * sizeof(typename N::T), most = std::max<int64_t>(TILE, AT_HAND / each);
-    int64_t t = first, places = 0;
-    for (bool done = false; t < end && t - first < most && !done; t++) {
-      for (int axis = 0; axis < 3; axis++) places += is_new(axis, t);
-      bool image = t + 1 < end && place(0, t + 1) != place(0, t);
-      done = t - first >= TILE && ((image && t - first >= most / 2) || places * std::min<int64_t>(count, MOST) * each > AT_HAND);
-    }
-    stretches++;
-    for (int axis = 0; axis < 3; axis++) (axis < 2 ? lines[axis].nodes : of_columns.nodes).save(s, axis, first, t - first, N::pair);
-    return t - first;
-  }
 
   // Opens coordinates from one on, up to `block`; how many.
   int64_t opened(int64_t first, int64_t tokens, int64_t from, int64_t block) {
@@ -127,19 +92,8 @@ class JointChunk {
     return own;
   }
 
-  void list_groups(int64_t first, int64_t tokens) {
-    groups.clear();
-    for (int t = 0; t < tokens; t++) {
-      int time = lines[0].slot(place(0, first + t)), height = lines[1].slot(place(1, first + t));
-      if (t % W == 0 || groups.back().time != time || groups.back().height != height)
-        groups.push_back({t, 0, time, height, {}});
-      Group& own = groups.back();
-      own.columns[own.count++] = of_columns.slot(place(2, first + t));
-    }
-  }
-
-  // Scores of queries of one head over a stretch, in some coordinates: p [tiles, .., TILE].
-  void score(int64_t taken, int64_t own, bool first, float* p) {
+  // Scores of queries of one head over a part, in some coordinates: p [tiles, .., TILE].
+  void score(const std::vector<Group>& groups, int64_t taken, int64_t own, bool first, float* p) {
     auto by = scores_of<N>(taken);
     int64_t size = taken * own;
     vf found[W * MOST];
