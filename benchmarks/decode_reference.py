@@ -85,6 +85,7 @@ def measured(
             {
                 "cache": name,
                 "batch": batch,
+                "rounds": rounds,
                 "ms_a_token": 1e3 * seconds,
                 "speed": middle,
                 "quartiles": [low, high],

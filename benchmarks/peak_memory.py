@@ -119,6 +119,7 @@ def main(
     if one:
         print(json.dumps(measured(one, batch, images, threads)))
         return
+    torch.set_num_threads(threads)  # for `machine`
     given = "--batch", str(batch), "--images", str(images), "--threads", str(threads)
     own = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
     rows = []

@@ -1,15 +1,18 @@
-"""Tables of speed and memory, from the JSON of `capsight bench`, encode_cost.py and prefill_attention.py."""
+"""Tables of speed and memory, from the JSON of `capsight bench` and the scripts beside."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import peak_memory
 from page_parts import GENERATED, human_bytes, machine, table
 
 Report = dict[str, Any]
 
 
-def page(bench: Report | None, prefill: Report | None, encode: Report | None = None) -> str:
+def page(
+    bench: Report | None, prefill: Report | None, encode: Report | None = None, peak: Report | None = None
+) -> str:
     """The whole page, of what there is."""
     lines = [GENERATED, "", "# Speed and memory", "", "`make bench` makes this page.", ""]
     if bench is not None:
@@ -29,6 +32,8 @@ def page(bench: Report | None, prefill: Report | None, encode: Report | None = N
             lines += ["## Calibration", "", "Fitting once, model loaded.", "", *_calibration(bench), ""]
     if encode is not None:
         lines += ["## Making capsules", "", *_encode(encode), ""]
+    if peak is not None:
+        lines += ["## Peak memory", "", *_peak(peak), ""]
     if prefill is not None:
         lines += ["## Prefill attention", "", *_prefill(prefill), ""]
     return "\n".join(lines)
@@ -79,6 +84,18 @@ def _encode(encode: Report) -> list[str]:
     ]
     heads = ["model", "batch", "tokens", "first token", "full cache", "capsules", "added"]
     return [lead, "", *table(heads, rows)]
+
+
+def _peak(peak: Report) -> list[str]:
+    setup = peak["setup"]
+    lead = (
+        f"Resident memory of the process while {setup['new_tokens']} tokens are generated for "
+        f"{setup['batch']} rows of {setup['images']} images on the reference VLM, beyond what was resident "
+        "before. The vision tower runs before there is a cache, and here takes the most; *prefill and "
+        "decoding* is the peak from the first text layer on, *held at the end* what stays with the cache. "
+        f"{machine(peak['machine'])} `python benchmarks/peak_memory.py` measures it."
+    )
+    return [lead, "", *table(peak_memory.HEADS, peak_memory.cells(peak["rows"]))]
 
 
 def _prefill(prefill: Report) -> list[str]:

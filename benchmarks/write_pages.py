@@ -50,7 +50,7 @@ def main(root: Path = ROOT) -> None:
         write("accuracy-more", accuracy_page.page(more, "More prompts", MORE_PROMPTS, "make accuracy-more"))
     if (bits := load(results, "bits.json")) is not None:
         write("bits", accuracy_page.page(bits, "Stored bits", BITS))
-    speed = [load(results, f"{name}.json") for name in ("bench", "prefill", "encode_cost")]
+    speed = [load(results, f"{name}.json") for name in ("bench", "prefill", "encode_cost", "peak_memory")]
     if any(report is not None for report in speed):
         write("speed", speed_page.page(*speed))
     decode = [load(results, f"decode_{name}.json") for name in ("attention", "model", "joint", "reference")]

@@ -16,6 +16,7 @@ from benchmarks.made_up import (
     decode_reference,
     demo,
     maps,
+    peak_memory,
     prefill,
     tables_are_square,
     ttft,
@@ -64,7 +65,13 @@ def test_the_summary_names_the_best_other_method_and_the_smallest_cache(root):
 
 def test_everything(root):
     readme = write(
-        root, accuracy=accuracy(), bench=bench(), prefill=prefill(), prefill_longest=prefill(), demo=demo()
+        root,
+        accuracy=accuracy(),
+        bench=bench(),
+        prefill=prefill(),
+        prefill_longest=prefill(),
+        demo=demo(),
+        peak_memory=peak_memory(),
     )
     assert "old" not in readme
     assert readme.startswith("a\n<!-- summary: made -->\n<!-- /summary -->\n<!-- numbers: made -->\n")
@@ -82,6 +89,7 @@ def test_everything(root):
     speed = (root / "docs" / "benchmarks" / "speed.md").read_text()
     assert "| `heads 0.4` | 4 | 2 | 250 ms (1.25) | 10.0 ms |" in speed
     assert "largest batch in 64.0 MB" in speed
+    assert "| joint 0.05 | 9.0 MB | 7.0 MB | 0 B |" in speed
     assert "3.00x" in speed
     assert all(tables_are_square(text) for text in (readme, page, speed))
 
@@ -108,7 +116,7 @@ def test_pages_of_what_is_run_by_hand(root):
     assert "| 8192 | 1 | heads 0.4 | 7.50 | 25 % faster | equal | 44.0 MB |" in found["decode"]
     assert "medians of 3 runs of 8 steps" in found["decode"]
     assert "| 8192 | 8 | 512 | 2.00 ms | 4.00 ms | 50 % slower |" in found["decode"]
-    assert "| joint 0.05 | 8 | 12.50 | 25 % faster |" in found["decode"]
+    assert "| joint 0.05 | 8 | 12.50 | 25 % faster | 20 % faster to 30 % faster |" in found["decode"]
     assert all(tables_are_square(text) for text in found.values())
 
 
