@@ -35,7 +35,8 @@ def test_demo_writes_table_json_and_picture(monkeypatch, capsys, tmp_path):
     assert "smaller" in out
     figures = json.loads((tmp_path / "demo.json").read_text())
     full, ours = figures["sides"].values()
-    assert full["kv_bytes"] > ours["kv_bytes"] > 0
+    assert full["kv_bytes"] > figures["heads"]["kv_bytes"] > ours["kv_bytes"] > 0
+    assert len(figures["heads"]["answers"]) == 3
     assert len(figures["questions"]) == len(full["answers"]) == 3
     assert "decode, latent" not in out  # the shipped capsule rebuilds nothing: there is one way
     assert not {"latent", "materialise"} & set(ours)

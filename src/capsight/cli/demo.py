@@ -1,7 +1,8 @@
-"""`capsight demo`: questions about six images, answered from the full cache, capsules, and a head map."""
+"""`capsight demo`: questions about six images, answered from the full cache and from capsules."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from capsight.cli.output import console, write_json
 from capsight.cli.target import check_out, write
 from capsight.errors import OptionError
 from capsight.evaluation import Ask, Item, exact_match
+from capsight.kvcapsule import KVCapsule
 from capsight.reference import split_prompt
 from capsight.runtime import DECODES, check_decode
 
@@ -55,28 +57,32 @@ def demo(
             Asked("full cache"),
             Asked(f"capsules, {capsule.retained:.0%} retained{stored}", capsule, decodes=ways),
         ]
+        more = {}
         head_map = reference_head_map()
         if head_map is not None:
-            asked.append(Asked("capsules + head map", capsule, head_map, ways[:1]))
+            more["with_head_map"] = Asked("capsules + head map", capsule, head_map, ways[:1])
+        heads = KVCapsule.from_pretrained("reference-heads")
+        more["heads"] = Asked(f"heads, {heads.retained:.0%} retained", heads, decodes=DECODES[1:])
+        asked += more.values()
         sides = ask_sides(model, processor, item, asked, lambda text: progress.update(task, description=text))
     try:
-        write_json(json, _figures(item, sides))
+        write_json(json, _figures(item, sides, [*more]))
         write(png, draw_demo(item, sides))
     finally:
         print_demo(out, item, sides)
     out.print(f"picture: {png}", soft_wrap=True)
 
 
-def _figures(item: Item, sides: list[Side]) -> dict[str, Any]:
-    """The full cache and capsules under "sides"; capsules after sparse prefill, if any, on their own."""
+def _figures(item: Item, sides: list[Side], more: Sequence[str]) -> dict[str, Any]:
+    """The full cache and capsules under "sides"; what else was asked under the names in `more`."""
     figures: dict[str, Any] = {
         "images": len(item.images),
         "questions": [{"question": a.question, "answer": a.answer, "task": a.task} for a in item.asks],
         "sides": {side.name: _side_figures(item, side) for side in sides[:2]},
     }
-    for side in sides[2:]:
+    for name, side in zip(more, sides[2:], strict=True):
         saved = {"attention_flops_saved": side.flops.attention_saved, "prefill_flops_saved": side.flops.saved}
-        figures["with_head_map"] = {"name": side.name} | _side_figures(item, side) | saved
+        figures[name] = {"name": side.name} | _side_figures(item, side) | saved
     return figures
 
 

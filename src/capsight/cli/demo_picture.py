@@ -43,12 +43,12 @@ def draw_demo(item: Item, sides: Sequence[Side]) -> bytes:
         [ask.question, ask.answer, *(side.answers.texts[i] for side in sides)]
         for i, ask in enumerate(item.asks)
     ]
-    table = _table(middle.subplots(), cells, ["question", "right answer", *names], [0.3, 0.13])
+    table = _table(middle.subplots(), cells, ["question", "right answer", *names], [0.23, 0.1])
     for i, ask in enumerate(item.asks, 1):
         for column, side in enumerate(sides, 2):
             right = exact_match(side.answers.texts[i - 1], ask.answer)
             table[i, column].get_text().set_color("#1a7f37" if right else "#cf222e")
-    _table(bottom.subplots(), [[name, *row] for name, row in costs.items()], ["", *names], [0.43])
+    _table(bottom.subplots(), [[name, *row] for name, row in costs.items()], ["", *names], [0.33])
     data = BytesIO()
     figure.savefig(data, format="png", dpi=130)
     return data.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from capsight.blindsight import PrefillFlops
@@ -26,7 +26,7 @@ def print_demo(console: Console, item: Item, sides: Sequence[Side]) -> None:
     for i, ask in enumerate(item.asks):
         answers.add_row(ask.question, ask.answer, *(_verdict(s.answers.texts[i], ask) for s in sides))
     console.print(answers)
-    costs = Table("", *(side.name for side in sides))
+    costs = Table(Column("", no_wrap=True), *(side.name for side in sides))
     for name, cells in side_costs(sides).items():
         costs.add_row(name, *cells)
     console.print(costs)
