@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -102,21 +103,25 @@ def test_what_was_planned_for_other_places_is_not_taken():
     mean = torch.randn(2, heads, size, generator=g)
     basis = LayerBasis(axes[0], steps, mean[0], axes[1], steps, mean[1])
     turns = torch.arange(3).repeat_interleave(torch.tensor([4, 6, 6]))
-    rotary = Rotary(1e4 ** -(torch.arange(16).double() / 16), turns, False, 1.0)
+    speeds = 1e4 ** -(torch.arange(16).double() / 16)
+    rotaries = [Rotary(fastest * speeds, turns, False, 1.0) for fastest in (1e-3, 1.0)]
     grid = torch.stack(torch.meshgrid(*map(torch.arange, (2, 6, 9)), indexing="ij")).flatten(1)
     packed = pack(torch.randn(grid.shape[1], levels.rank, generator=g), levels)
     query = 4 * torch.randn(1, 4, 1, size, generator=g)
     counts = torch.tensor([grid.shape[1]])
     spots = [grid**power * apart for apart in range(1, 11) for power in (1, 2)]
-    layouts = [LatentTokens(counts * 0, counts, places, rotary) for places in spots]
+    layouts = [LatentTokens(counts * 0, counts, *of) for of in product(spots, rotaries)]
     layouts += [replace(of, positions=of.positions.flip(1).contiguous()) for of in layouts]
-    opened, read, close = as_read(packed, levels, basis, build.best_level())
-    for tokens in layouts * 2:  # more than a thread keeps plans for
-        found = JointTokens(PackedLatents(*packed, levels.counts, POINTS), tokens, basis)
-        expected = plain_joint_attention(query.double(), opened, tokens, read, 0.2)[0]
-        for _ in range(2):
-            out = found.attend(query, Sources(()), 0.2)[0]
-            torch.testing.assert_close(out.double(), expected, atol=close, rtol=close)
+    here = [*build.LEVELS][[*build.LEVELS].index(build.best_level()) :]
+    for level in (*here, *reversed(here)):  # each has plans of its own
+        opened, read, close = as_read(packed, levels, basis, level)
+        for tokens in layouts[:3] if level != here[0] else layouts * 2:  # more than a thread keeps plans for
+            found = JointTokens(PackedLatents(*packed, levels.counts, POINTS), tokens, basis)
+            expected = plain_joint_attention(query.double(), opened, tokens, read, 0.2)[0]
+            for _ in range(2):
+                with mock.patch.object(joint, "library", return_value=build.library(level)):
+                    out = found.attend(query, Sources(()), 0.2)[0]
+                torch.testing.assert_close(out.double(), expected, atol=close, rtol=close)
 
 
 @pytest.mark.skipif(bool(missing()), reason="no C++ compiler")

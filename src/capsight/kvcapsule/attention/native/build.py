@@ -45,7 +45,7 @@ HEADERS = (
         "vectors.h",
     ),
 )
-FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-w")
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 _BF16 = (*_AVX512, "-mavx512bf16")
 LEVELS = {

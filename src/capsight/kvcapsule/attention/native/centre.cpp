@@ -5,7 +5,7 @@ using namespace capsight;
 
 // Of keys and values [T, H, D] to out [T, 2, H, D] in one of the formats, and its sum of squares. Pairs of channels
 // are turned by cosines and sines [T, pairs]; mean is [2, H, D], weight [2].
-extern "C" void capsight_centre(
+EXPORT void capsight_centre(
     const void* keys, const void* values, int32_t format, int64_t tokens, int64_t heads, int64_t channels,
     const float* cosines, const float* sines, int64_t pairs, int32_t interleaved, const float* mean, const float* weight,
     int64_t threads, void* out, int32_t to, double* energy) {

@@ -16,7 +16,7 @@ constexpr int64_t FEW = 1 << 16;  // numbers that are not worth a second thread
 using namespace capsight;
 
 // Attention of queries [B, H, C, D] to out, likewise, and float lse [B, H, C]; 0 and -inf where nothing is seen.
-extern "C" void capsight_decode(
+EXPORT void capsight_decode(
     const void* query, int32_t format, int64_t batch, int64_t heads, int64_t count, int64_t channels,
     const Source* sources, int64_t source_count, float scaling, int64_t threads, void* out, float* lse) {
   int64_t pieces = batch * heads, own = count * channels, part = count * (channels + 2), tokens = 0;
@@ -45,7 +45,7 @@ extern "C" void capsight_decode(
 }
 
 // Puts a new token of every row and KV head, keys and values [B, H, D], behind those of a source; counts grow.
-extern "C" void capsight_append(
+EXPORT void capsight_append(
     const Source* to, const char* keys, const char* values, int64_t batch, int64_t heads, int64_t bytes) {
   for (int64_t piece = 0; piece < batch * heads; piece++) {
     int64_t token = to->starts[piece] + const_cast<int64_t*>(to->counts)[piece]++;
@@ -55,4 +55,4 @@ extern "C" void capsight_append(
   }
 }
 
-extern "C" int32_t capsight_interface() { return 7; }
+EXPORT int32_t capsight_interface() { return 7; }

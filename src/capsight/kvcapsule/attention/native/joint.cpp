@@ -90,7 +90,7 @@ void values_of(const Joint& s, const float* latents, int64_t count, int64_t head
 using namespace capsight;
 
 // Attention of queries [B, H, C, D] to out, likewise, and float lse [B, H, C]; 0 and -inf where nothing is seen.
-extern "C" void capsight_joint(
+EXPORT void capsight_joint(
     const Joint* given, const void* query, int32_t format, int64_t batch, int64_t heads, int64_t count,
     const Source* sources, int64_t source_count, float scaling, int64_t threads, void* out, float* lse) {
   const Joint& s = *given;

@@ -34,7 +34,7 @@ INLINE void pack(const float* x, float middle, uint8_t* to, uint16_t* scale) {
 using namespace capsight;
 
 // Latents [T, R] to codes [T, width] and scales [T, R / GROUP]; `stride` numbers from one token to the next.
-extern "C" void capsight_pack(
+EXPORT void capsight_pack(
     const float* x, int64_t stride, int64_t tokens, const int64_t* counts, float middle, int64_t threads, uint8_t* codes,
     uint16_t* scales) {
   int64_t eight = counts[0], four = counts[1], two = counts[2], width = eight + four / 2 + two / 4;

@@ -17,6 +17,8 @@
 #define LANES 4
 #endif
 #define INLINE inline __attribute__((always_inline))
+// All else is hidden: what several levels name alike, a process that loads them would share.
+#define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace capsight {
 
