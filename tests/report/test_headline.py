@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from capsight.report import BenchFile, DemoFile, EvalFile, read
+from capsight.report import BenchFile, DemoFile, EvalFile, read, sections
 from capsight.report.headline import chosen_row, headline
 from report import samples
 
@@ -81,3 +81,9 @@ def test_demo_and_bench_alone(tmp_path):
     assert "1.08x the decode speed" in headline(None, bench, None, "heads").sentence
     assert bench.names() == ["full", "heads 0.4", "heads 0.4 latent"]
     assert headline(None, bench, None, "magic") is None
+
+
+def test_one_image_is_no_images(tmp_path):
+    demo = read(DemoFile, samples.write(tmp_path, "d", samples.demo_json() | {"images": 1}))
+    assert "1 image the" in headline(None, None, demo, "heads").sentence
+    assert "1 image that" in sections.demo(demo).lead

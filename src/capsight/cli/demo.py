@@ -62,7 +62,7 @@ def demo(
         if head_map is not None:
             more["with_head_map"] = Asked("capsules + head map", capsule, head_map, ways[:1])
         heads = KVCapsule.from_pretrained("reference-heads")
-        more["heads"] = Asked(f"heads, {heads.retained:.0%} retained", heads, decodes=DECODES[1:])
+        more["heads"] = Asked(f"heads, {heads.retained:.0%} retained", heads, decodes=(chosen or "latent",))
         asked += more.values()
         sides = ask_sides(model, processor, item, asked, lambda text: progress.update(task, description=text))
     try:

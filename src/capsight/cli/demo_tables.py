@@ -22,7 +22,8 @@ def print_demo(console: Console, item: Item, sides: Sequence[Side]) -> None:
         item: images and questions.
         sides: the full cache first; the others are compared with it.
     """
-    answers = Table("question", "right answer", *(s.name for s in sides), title=f"{len(item.images)} images")
+    title = f"{len(item.images)} image{'s' * (len(item.images) != 1)}"
+    answers = Table("question", "right answer", *(s.name for s in sides), title=title)
     for i, ask in enumerate(item.asks):
         answers.add_row(ask.question, ask.answer, *(_verdict(s.answers.texts[i], ask) for s in sides))
     console.print(answers)
@@ -52,11 +53,11 @@ def side_costs(sides: Sequence[Side]) -> dict[str, list[str]]:
     for side in others:
         nbytes, total = side.answers.nbytes.kv, side.answers.nbytes.kv + side.module_nbytes
         slower, speed = side.timing.ttft_s / full.timing.ttft_s, side.timing.tokens_per_s
-        rows["KV cache"].append(f"{human_bytes(nbytes)} ({kv / nbytes:.2f}x smaller)")
-        rows["with modules"].append(f"{human_bytes(total)} ({kv / total:.2f}x smaller)")
-        rows["prefill"].append(f"{_total(side.flops) / 1e9:.2f} GFLOP ({0 - side.flops.saved:.0%})")
-        attention, less = side.flops.attention / 1e9, 0 - side.flops.attention_saved
-        rows["of it attention"].append(f"{attention:.2f} GFLOP ({less:.0%})")
+        rows["KV cache"].append(_beside(nbytes, kv))
+        rows["with modules"].append(_beside(total, kv))
+        saved, less = round(100 * side.flops.saved), round(100 * side.flops.attention_saved)
+        rows["prefill"].append(f"{_total(side.flops) / 1e9:.2f} GFLOP ({-saved}%)")
+        rows["of it attention"].append(f"{side.flops.attention / 1e9:.2f} GFLOP ({-less}%)")
         rows["first token"].append(f"{side.timing.ttft_s * 1e3:.0f} ms ({slower:.2f}x)")
         rows["decode"].append(f"{speed:.0f} tok/s ({speed / full.timing.tokens_per_s:.2f}x)")
     return rows | _other_costs(sides)
@@ -76,11 +77,18 @@ def _other_costs(sides: Sequence[Side]) -> dict[str, list[str]]:
             other_speed = other.timing.tokens_per_s
             cells = (
                 f"{other_speed:.0f} tok/s ({other_speed / speed:.2f}x)",
-                f"{human_bytes(other.kv_bytes)} ({kv / other.kv_bytes:.2f}x smaller)",
+                _beside(other.kv_bytes, kv),
             )
         for row, cell in zip(rows.values(), cells, strict=True):
             row.append(cell)
     return rows
+
+
+def _beside(nbytes: int, full: int) -> str:
+    """Bytes, and how many times as few or as many as of the full cache."""
+    more = nbytes > full
+    times = nbytes / full if more else full / nbytes
+    return f"{human_bytes(nbytes)} ({times:.2f}x {'larger' if more else 'smaller'})"
 
 
 def _total(flops: PrefillFlops) -> int:

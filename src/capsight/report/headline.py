@@ -109,9 +109,9 @@ def _from_eval(full: MethodRow, row: MethodRow, speed: Speed | None) -> Headline
 def _from_demo(demo: DemoFile) -> Headline:
     (full, ours), asked = demo.both, len(demo.questions)
     smaller = full.kv_bytes / ours.kv_bytes
-    speed = _demo_ratios(demo)
+    speed, images = _demo_ratios(demo), f"{demo.images} image{'s' * (demo.images != 1)}"
     sentence = (
-        f"On one prompt of {demo.images} images the KV cache is {smaller:.1f}x smaller and "
+        f"On one prompt of {images} the KV cache is {smaller:.1f}x smaller and "
         f"{sum(ours.right)} of {asked} answers are right, against {sum(full.right)} with the full cache, at "
         f"{speed.decode:.2f}x the decode speed and {speed.ttft:.2f}x the time to the first token."
     )

@@ -148,6 +148,6 @@ def demo(file: DemoFile) -> Section:
     return Section(
         "demo",
         "One prompt, question by question",
-        f"{file.images} images that nobody trained on, asked with both caches.",
+        f"{file.images} image{'s' * (file.images != 1)} that nobody trained on, asked with both caches.",
         body,
     )
