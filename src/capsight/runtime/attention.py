@@ -47,7 +47,7 @@ def capsight_attention(
         UnsupportedModelError: scores are capped or have sinks, or the model changes keys or values between
             its cache and its attention, and capsules are to be read as they are.
     """
-    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise UnsupportedModelError(
             f"{type(module).__name__} caps its scores or has sinks, which capsight's attention knows nothing "
             "of; leave the model its own"

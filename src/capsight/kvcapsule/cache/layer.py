@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ class CapsuleLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.codec.to(key_states.device)
             self.dtype = key_states.dtype  # transformers 5.24 no longer sets it
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             if self.placement is None:
                 self._store(key_states, value_states)
                 return key_states, value_states
@@ -206,10 +207,9 @@ class CapsuleLayer(DynamicLayer):
         Raises:
             CapsightError: that would cut a capsule.
         """
-        removed = abs(tokens_to_remove)
-        if not removed or self.placement is None or self._tail is None or self._packed is None:
+        if not tokens_to_remove or self.placement is None or self._tail is None or self._packed is None:
             return
-        self.check_crop(removed)
+        self.check_crop(removed := abs(tokens_to_remove))
         remaining, settled = max(self.get_seq_length() - removed, 0), self.placement.settled
         if remaining >= settled:
             self._tail = self._tail[:, :, : remaining - settled].clone()

@@ -74,8 +74,7 @@ class LayerTokens:
             values: likewise.
             held: tokens of the tail.
         """
-        size = keys.shape[0], *keys.shape[2:]
-        if size != (self.room.shape[1], 1, self.room.shape[4]) or held >= self.room.shape[2]:
+        if keys.shape != self._one or held >= self.room.shape[2]:
             return False
         if not keys.dtype == values.dtype == self.room.dtype or not supports(keys):
             return False
@@ -151,6 +150,12 @@ class LayerTokens:
         if self._counted != held:
             self._tail.counts.fill_(held)
             self._counted = held
+
+    @cached_property
+    def _one(self) -> torch.Size:
+        """Of one new token of every row: `[B, H, 1, D]`."""
+        batch, _, heads, head_dim = self.room.shape[1:]
+        return torch.Size((batch, heads, 1, head_dim))
 
     @cached_property
     def _exact(self) -> Sources:

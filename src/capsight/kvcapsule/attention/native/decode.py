@@ -15,8 +15,9 @@ Attended = tuple[Tensor, Tensor]
 
 def supports(query: Tensor) -> bool:
     """Whether `decode_attention` runs natively for such queries; compiles at the first call that may."""
-    wanted = query.requires_grad and torch.is_grad_enabled()
-    return query.device.type == "cpu" and query.dtype in FORMATS and not wanted and not missing()
+    if not query.is_cpu or query.dtype not in FORMATS or (query.requires_grad and torch.is_grad_enabled()):
+        return False
+    return not missing()
 
 
 def decode_attention(query: Tensor, sources: Sequence[Source] | Sources, scaling: float) -> Attended:
