@@ -70,6 +70,19 @@ def test_pixels_are_told_apart_by_row(name):
         assert torch.equal(value, alone[key]), key
 
 
+def test_only_pixels_that_lie_apart_are_copied():
+    qwen = FAMILIES["qwen2_5_vl"]()
+    inputs = qwen.inputs([([qwen.picture(seed) for seed in (1, 2, 3)], "a"), ([qwen.picture(4)], "bb")])
+    layout, pixels = build_layout(inputs, qwen.config), inputs["pixel_values"]
+    sizes = inputs["image_grid_thw"].prod(1).tolist()
+    parts = dict(zip([(0, 0), (0, 1), (0, 2), (1, 0)], pixels.split(sizes), strict=True))
+    for wanted in ([(0, 1)], [(0, 2), (1, 0)], [(0, 0), (0, 2)], [(0, 0), (1, 0)], [*parts], []):
+        found = select_images(inputs, layout, set(wanted)).get("pixel_values", pixels[:0])
+        assert torch.equal(found, torch.cat([pixels[:0], *(parts[key] for key in wanted)]))
+        together = wanted != [(0, 0), (0, 2)] and wanted != [(0, 0), (1, 0)]
+        assert (found.untyped_storage().data_ptr() == pixels.untyped_storage().data_ptr()) == together
+
+
 def test_frames_that_are_not_there():
     vlm = FAMILIES["gemma4"]()
     inputs = dict(clips(vlm)) | {"num_frames_per_video": torch.tensor([4, 4, 5])}

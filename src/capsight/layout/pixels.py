@@ -74,10 +74,10 @@ def select_images(
         grids = inputs.get(f"{kind}_grid_thw")
         owners = keys[kind]
         if name.startswith("pixel_values") and grids is not None:
-            patches = [int(np.prod([int(n) for n in grid])) for grid in grids]
-            if sum(patches) != len(value):
+            patches = np.asarray(grids.cpu() if isinstance(grids, Tensor) else grids).prod(-1)
+            if patches.sum() != len(value):
                 raise LayoutError(
-                    f"{name} has {len(value)} patches, {kind}_grid_thw speaks of {sum(patches)}; pass the "
+                    f"{name} has {len(value)} patches, {kind}_grid_thw speaks of {patches.sum()}; pass the "
                     "processor's outputs as they are"
                 )
             picked = np.repeat(_chosen(owners, wanted, name, len(grids)), patches)
@@ -112,7 +112,11 @@ def _chosen(
 
 
 def _pick(value: Any, picked: NDArray[np.bool_]) -> Any:
+    """Of a tensor a view, where all that is picked lies side by side."""
     if isinstance(value, Tensor):
+        first, count = int(picked.argmax()), int(picked.sum())
+        if picked[first : first + count].all():
+            return value[first : first + count]
         return value[torch.from_numpy(picked).to(value.device)]
     return [entry for entry, use in zip(value, picked, strict=True) if use]
 
