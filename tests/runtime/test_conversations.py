@@ -12,6 +12,7 @@ import torch
 import capsight
 from capsight.cache_argument import CACHE
 from capsight.errors import CapsightError, LayoutError, ModelMismatchError, OptionError
+from capsight.kvcapsule.cache import conversation
 from tiny import CACHES, FAMILIES, clip, in_turn
 
 from .conftest import few, fitted
@@ -204,6 +205,19 @@ def test_no_cache_is_refused(vlm):
         for options in ({"use_cache": False}, {"generation_config": config}):
             with pytest.raises(OptionError, match="use_cache"):
                 fast.generate(**inputs, **options)
+
+
+def test_each_image_is_looked_at_once(qwen, monkeypatch):
+    seen = []
+    real = conversation.pixels_fingerprint
+    monkeypatch.setattr(conversation, "pixels_fingerprint", lambda pixels: seen.append(1) or real(pixels))
+    inputs = mixed_batch(qwen)
+    with capsight.enable(qwen.model, capsule=fitted("qwen2_5_vl", 0.4)) as fast:
+        fast.generate(**inputs, max_new_tokens=2)
+        assert len(seen) == len(inputs["image_grid_thw"])
+        assert len([image for row in fast.cache.conversation.images for image in row]) == len(seen)
+        fast.encapsulate(**inputs)
+        assert len(seen) == 2 * len(inputs["image_grid_thw"])
 
 
 def test_a_model_that_was_told_to_cache_nothing_caches_all_the_same(qwen):

@@ -19,6 +19,7 @@ from capsight.execution import inputs_device
 from capsight.kvcapsule import CacheMethod, CapsuleCache
 from capsight.kvcapsule.cache.conversation import Conversation
 from capsight.kvcapsule.rest import CapsuleStore
+from capsight.layout import PromptLayout, build_layout
 from capsight.model_fingerprint import model_fingerprint, same_model
 from capsight.runtime.caches import is_empty_stock, is_stock
 from capsight.runtime.calls import calling
@@ -93,7 +94,7 @@ class EnabledModel:
         """The dtype of the model's weights."""
         return self.model.dtype
 
-    def new_cache(self, inputs: Mapping[str, Any]) -> Any:
+    def new_cache(self, inputs: Mapping[str, Any] | PromptLayout) -> Any:
         """An empty cache of the capsule in use for a batch of prompts; None without a capsule."""
         if self.capsule is None:
             return None
@@ -103,14 +104,20 @@ class EnabledModel:
             cache.adapters = adapters_fingerprint(self.model)
         return cache
 
-    def cache_for(self, cache: Any, inputs: Mapping[str, Any]) -> Any:
+    def cache_for(self, cache: Any, inputs: Mapping[str, Any], knows: bool = True) -> Any:
         """The cache of a call that was given `cache`: a new one in place of none or of an empty stock one.
+
+        Args:
+            cache: what was given.
+            inputs: processor outputs.
+            knows: whether a new one knows its conversation; else the caller tells it.
 
         Raises:
             ModelMismatchError: the cache that was given belongs to another model, or to other adapters.
         """
         if cache is None or (self.capsule is not None and is_empty_stock(cache)):
-            return self.new_cache(inputs)
+            known = knows or self.capsule is None
+            return self.new_cache(inputs if known else build_layout(inputs, self.model.config))
         if self.capsule is not None and is_stock(cache) and not hasattr(cache, "conversation"):
             warnings.warn(
                 f"this call runs on the {type(cache).__name__} that was given, not on capsules", stacklevel=3

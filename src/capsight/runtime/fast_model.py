@@ -66,7 +66,7 @@ class FastModel(EnabledModel):
         cache = the_cache(past_key_values, cache)
         if self.store is not None and (cache is None or is_empty_stock(cache)):
             cache, inputs = images_first(self, inputs)
-        cache = self.cache_for(cache, inputs)
+        cache = self.cache_for(cache, inputs, knows=False)
         if cache is None:
             cache = DynamicCache(config=self.model.config) if inputs.get("use_cache") is not False else None
         with in_use(cache):

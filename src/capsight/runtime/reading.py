@@ -33,7 +33,7 @@ def read_images(fast: Any, cache: Any, head: Mapping[str, Any]) -> Any:
     Returns:
         The cache, which has read them.
     """
-    cache = fast.cache_for(cache, head)
+    cache = fast.cache_for(cache, head, knows=False)
     if cache is None:
         cache = DynamicCache(config=fast.model.config)
     seen = cache.get_seq_length()
