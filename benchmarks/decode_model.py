@@ -21,6 +21,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from attention_measuring import layout_of, machine
+from option_kinds import fractions, integers, one_of
 from page_parts import table
 from rich.console import Console
 from stock_caches import GRAPH, STOCK, options_of, stock_cache
@@ -130,15 +131,20 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main(
-    tokens: Annotated[str, typer.Option(help="Vision tokens of a row, comma-separated.")] = "8192",
-    batches: Annotated[str, typer.Option(help="Rows, comma-separated.")] = "1,8",
-    retained: Annotated[str, typer.Option(help="Retained fractions, comma-separated.")] = "0.4,0.15",
-    new: Annotated[int, typer.Option(help="Tokens decoded in a run.")] = 9,
-    runs: Annotated[int, typer.Option(help="Timed runs of each; the median counts.")] = 3,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    tokens: Annotated[
+        Any, typer.Option(parser=integers(IMAGE), help="Vision tokens of a row, comma-separated.")
+    ] = "8192",
+    batches: Annotated[Any, typer.Option(parser=integers(), help="Rows, comma-separated.")] = "1,8",
+    retained: Annotated[
+        Any, typer.Option(parser=fractions, help="Retained fractions, comma-separated.")
+    ] = "0.4,0.15",
+    new: Annotated[int, typer.Option(min=2, help="Tokens decoded in a run.")] = 9,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs of each; the median counts.")] = 3,
+    dtype: Annotated[str, typer.Option(parser=one_of("float32", "bfloat16"))] = "bfloat16",
     json_file: Annotated[Path, typer.Option("--json", help="Write the numbers here.")] = RESULT,
 ) -> None:
     """Measure and print a table in markdown."""
+    json_file.parent.mkdir(parents=True, exist_ok=True)
     reference, processor = load_reference_vlm()
     model = large_model(reference.config, getattr(torch, dtype))
     item = prompt(4, 0)
@@ -146,23 +152,20 @@ def main(
     capsule, joint = (
         KVCapsule.fit(model, None, [sample], codec=c, progress=False) for c in ("heads", "joint")
     )
-    few = retained.split(",")
     variants = [*map(Variant, STOCK), Variant("quanto-int4", QuantoInt4())]
-    variants += [Variant(f"heads {r}", capsule.with_retained(float(r))) for r in few]
-    variants += [Variant(f"heads-int4 {r}", capsule.with_retained(float(r)).with_bits(4)) for r in few]
+    variants += [Variant(f"heads {r:g}", capsule.with_retained(r)) for r in retained]
+    variants += [Variant(f"heads-int4 {r:g}", capsule.with_retained(r).with_bits(4)) for r in retained]
     variants.append(Variant(f"joint {joint.retained:.2g}", joint))
-    most = max(few, key=float)
-    variants.append(Variant(f"heads {most}{GRAPH}", capsule.with_retained(float(most))))
-    least = capsule.with_retained(min(map(float, few))).with_bits(4)
-    variants.append(Variant(f"heads-int4 {min(few, key=float)}{GRAPH}", least))
+    least, most = min(retained), max(retained)
+    variants.append(Variant(f"heads {most:g}{GRAPH}", capsule.with_retained(most)))
+    variants.append(Variant(f"heads-int4 {least:g}{GRAPH}", capsule.with_retained(least).with_bits(4)))
     variants.append(Variant(f"joint {joint.retained:.2g}{GRAPH}", joint))
     size, began, rows = sum(p.numel() for p in model.parameters()), time.perf_counter(), []
-    for count in tokens.split(","):
-        for batch in batches.split(","):
-            rows += tokens_per_second(model, variants, int(count), int(batch), new, runs)
+    for count in tokens:
+        for batch in batches:
+            rows += tokens_per_second(model, variants, count, batch, new, runs)
             print(f"{count} tokens, batch {batch}: {time.perf_counter() - began:.0f} s so far", flush=True)
     setup = {"parameters": size, "dtype": dtype, "new_tokens": new, "runs": runs, "image_tokens": IMAGE}
-    json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(
         json.dumps({"machine": machine("cpu"), "setup": setup, "rows": rows}, indent=1) + "\n"
     )

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from attention_measuring import machine
+from option_kinds import integers
 from page_parts import speed, table
 from rich.console import Console
 from stock_caches import GRAPH, STOCK, options_of, stock_cache
@@ -109,12 +110,13 @@ def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(help="Timed rounds; the median ratio counts.")] = 9,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-    batches: Annotated[str, typer.Option(help="Rows, comma-separated.")] = "1,8",
+    rounds: Annotated[int, typer.Option(min=2, help="Timed rounds; the median ratio counts.")] = 9,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    batches: Annotated[Any, typer.Option(parser=integers(), help="Rows, comma-separated.")] = "1,8",
     json_file: Annotated[Path, typer.Option("--json", help="Write the numbers here.")] = RESULT,
 ) -> None:
     """Measure and print a table in markdown."""
+    json_file.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     model, processor = load_reference_vlm()
     joint, heads = (KVCapsule.from_pretrained(name) for name in ("reference", "reference-heads"))
@@ -129,11 +131,7 @@ def main(
         "heads-int8 0.4": heads.with_bits(8),
         "heads-int4 0.15": heads.with_retained(0.15).with_bits(4),
     }
-    rows = [
-        row
-        for batch in map(int, batches.split(","))
-        for row in measured(model, processor, methods, batch, rounds)
-    ]
+    rows = [row for batch in batches for row in measured(model, processor, methods, batch, rounds)]
     json_file.write_text(json.dumps({"machine": machine("cpu"), "rows": rows}, indent=1) + "\n")
     Console().print("\n".join(table(HEADS, cells(rows))), soft_wrap=True, highlight=False)
 

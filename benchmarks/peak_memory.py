@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from attention_measuring import machine
+from option_kinds import one_of
 from page_parts import human_bytes, table
 from rich.console import Console
 from stock_caches import stock_cache
@@ -66,9 +67,10 @@ def measured(name: str, batch: int, images: int, threads: int) -> dict[str, Any]
     model.get_decoder().layers[0].register_forward_pre_hook(text_begins)
 
     def generate() -> Any:
-        with enable(model, capsule=method_of(name)) as fast:
-            cache = None if method_of(name) else {"past_key_values": stock_cache(name, model.config, room)}
-            return fast.generate(**asked, **(cache or {}), return_dict_in_generate=True).past_key_values
+        method = method_of(name)
+        stock = {} if method else {"past_key_values": stock_cache(name, model.config, room)}
+        with enable(model, capsule=method) as fast:
+            return fast.generate(**asked, **stock, return_dict_in_generate=True).past_key_values
 
     generate()
     _settle()
@@ -109,16 +111,21 @@ def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def main(
-    batch: Annotated[int, typer.Option(help="Rows.")] = 8,
-    images: Annotated[int, typer.Option(help="Images of a row.")] = 8,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
-    one: Annotated[str, typer.Option(help="Measure this cache, here, and print JSON.")] = "",
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
+    images: Annotated[int, typer.Option(min=1, help="Images of a row.")] = 8,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+    one: Annotated[
+        str | None, typer.Option(parser=one_of(*CACHES), help="Measure this cache, here, and print JSON.")
+    ] = None,
     json_file: Annotated[Path, typer.Option("--json", help="Write the numbers here.")] = RESULT,
 ) -> None:
     """Measure and print a table in markdown."""
-    if one:
+    if not (_PROCESS / "clear_refs").exists():
+        raise typer.BadParameter("resident memory is counted on Linux only")
+    if one is not None:
         print(json.dumps(measured(one, batch, images, threads)))
         return
+    json_file.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)  # for `machine`
     given = "--batch", str(batch), "--images", str(images), "--threads", str(threads)
     own = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
