@@ -5,19 +5,13 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from PIL import Image
 
-from capsight.blindsight import Category, HeadMap, PrefillFlops
+from capsight.blindsight import Category, HeadMap
 from capsight.cli import bench, demo, demo_sides
 from capsight.cli.app import main
-from capsight.cli.demo_sides import Side
-from capsight.cli.demo_tables import side_costs
 from capsight.cli.output import parse_bytes
 from capsight.errors import OptionError
-from capsight.evaluation import Answers
-from capsight.evaluation.cache_bytes import CacheBytes
-from capsight.evaluation.timing import Timing
 from capsight.kvcapsule import KVCapsule
 from capsight.reference import load_reference_vlm
 
@@ -76,18 +70,6 @@ def test_all_sides_of_the_demo_decode_as_asked(monkeypatch, capsys, tmp_path, de
     arguments = "--images", 1, "--questions", 1, "--decode", decode, "--png", tmp_path / "demo.png"
     _, _, err = run(monkeypatch, capsys, "demo", *arguments)
     assert str([(decode,)] * 3) in " ".join(err.split())
-
-
-@pytest.mark.parametrize(("modules", "words"), [(60, "100 B (1.00x smaller)"), (210, "250 B (2.50x larger)")])
-def test_what_takes_more_than_the_full_cache_is_called_larger(modules, words):
-    def side(nbytes, modules, saved):
-        answers = Answers((), torch.empty(0), CacheBytes(nbytes, nbytes, 0))
-        return Side("", answers, Timing(1.0, 1.0), modules, PrefillFlops(1000 - saved, 1000, 1000))
-
-    rows = side_costs([side(100, 0, 0), side(40, modules, 1)])
-    assert rows["KV cache"][1] == "40 B (2.50x smaller)"
-    assert rows["with modules"][1] == words
-    assert all("(0%)" in rows[name][1] for name in ("prefill", "of it attention"))
 
 
 def test_generate(monkeypatch, capsys, tmp_path):

@@ -18,6 +18,8 @@ from capsight.evaluation import Item, exact_match
 _COLUMNS = 4
 _ROW = 0.32
 """Inches that a row of a table is high."""
+_PAD = 0.03
+"""Left of a cell's text, as a part of the cell's width."""
 
 
 def draw_demo(item: Item, sides: Sequence[Side]) -> bytes:
@@ -43,7 +45,7 @@ def draw_demo(item: Item, sides: Sequence[Side]) -> bytes:
         [ask.question, ask.answer, *(side.answers.texts[i] for side in sides)]
         for i, ask in enumerate(item.asks)
     ]
-    table = _table(middle.subplots(), cells, ["question", "right answer", *names], [0.23, 0.1])
+    table = _table(middle.subplots(), cells, ["question", "right answer", *names], [0.29, 0.1])
     for i, ask in enumerate(item.asks, 1):
         for column, side in enumerate(sides, 2):
             right = exact_match(side.answers.texts[i - 1], ask.answer)
@@ -69,4 +71,6 @@ def _table(axis: Axes, cells: list[list[str]], heads: list[str], widths: list[fl
     table.auto_set_font_size(False)
     table.set_fontsize(9)
     table.scale(1, 1.35)
+    for cell in table.get_celld().values():
+        cell.PAD = _PAD
     return table
