@@ -1,12 +1,14 @@
 // How a chunk of one row's tokens is attended to: which are taken together, and through which places they are seen.
 // No layer and no query changes it, so a thread keeps what it has planned for the next step over the same tokens.
 #pragma once
-#include <memory>
+#include <deque>
 
 #include "nodes.h"
 
 namespace capsight {
 
+constexpr size_t PLANS = 64;          // that a thread keeps, if they are not of more tokens than that
+constexpr int64_t PLANNED = 1 << 18;
 constexpr int64_t AT_HAND = 1 << 19;  // bytes of opened latents, or of folded queries, that caches hold
 
 // What a plan is made for beside the places.
@@ -53,19 +55,17 @@ class Plan {
 
   // That of a thread for these tokens: an earlier one, where these have the same places.
   static const Plan& of(const Joint& s, int64_t start, int64_t tokens, const Asked& asked) {
-    static thread_local std::vector<std::unique_ptr<Plan>> known;
-    static thread_local size_t oldest = 0;
-    for (auto& plan : known)
-      if (plan->asked == asked && plan->fits(s, start, tokens)) return *plan;
-    auto made = std::make_unique<Plan>(s, start, tokens, asked);
-    if (known.size() < KEPT) return known.push_back(std::move(made)), *known.back();
-    auto& place = known[oldest++ % KEPT];
-    place = std::move(made);
-    return *place;
+    static thread_local std::deque<Plan> known;  // the oldest first
+    int64_t held = tokens;
+    for (const Plan& plan : known) {
+      if (plan.asked == asked && plan.fits(s, start, tokens)) return plan;
+      held += plan.axes[0].places.size();
+    }
+    for (; !known.empty() && (known.size() >= PLANS || held > PLANNED); known.pop_front()) held -= known.front().axes[0].places.size();
+    return known.emplace_back(s, start, tokens, asked);
   }
 
  private:
-  static constexpr size_t KEPT = 32;
   const Asked asked;
   const int64_t channels;
   // All else that it depends on, for each axis.
