@@ -57,7 +57,7 @@ def demo():
         "module_bytes": 10,
         "latent": side | {"kv_bytes": 70, "tokens_per_s": 12.0},
     }
-    return {"sides": {"full cache": side, "capsules": ours}}
+    return {"sides": {"full cache": side, "capsules": ours}, "heads": side | {"tokens_per_s": 11.0}}
 
 
 def maps(**facts):
