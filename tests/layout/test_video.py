@@ -81,6 +81,8 @@ def test_only_pixels_that_lie_apart_are_copied():
         assert torch.equal(found, torch.cat([pixels[:0], *(parts[key] for key in wanted)]))
         together = wanted != [(0, 0), (0, 2)] and wanted != [(0, 0), (1, 0)]
         assert (found.untyped_storage().data_ptr() == pixels.untyped_storage().data_ptr()) == together
+    text = build_layout({"input_ids": torch.full((1, 3), 5)}, qwen.config)
+    assert select_images({"pixel_values": pixels[:0], "image_grid_thw": []}, text, set()) == {}
 
 
 def test_frames_that_are_not_there():

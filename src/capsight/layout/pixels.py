@@ -74,7 +74,8 @@ def select_images(
         grids = inputs.get(f"{kind}_grid_thw")
         owners = keys[kind]
         if name.startswith("pixel_values") and grids is not None:
-            patches = np.asarray(grids.cpu() if isinstance(grids, Tensor) else grids).prod(-1)
+            sizes = np.asarray(grids.cpu() if isinstance(grids, Tensor) else grids, dtype=np.int64)
+            patches = sizes.reshape(-1, 3).prod(-1)
             if patches.sum() != len(value):
                 raise LayoutError(
                     f"{name} has {len(value)} patches, {kind}_grid_thw speaks of {patches.sum()}; pass the "
@@ -114,9 +115,9 @@ def _chosen(
 def _pick(value: Any, picked: NDArray[np.bool_]) -> Any:
     """Of a tensor a view, where all that is picked lies side by side."""
     if isinstance(value, Tensor):
-        first, count = int(picked.argmax()), int(picked.sum())
-        if picked[first : first + count].all():
-            return value[first : first + count]
+        where = np.flatnonzero(picked)
+        if not len(where) or where[-1] - where[0] < len(where):
+            return value[where[0] : where[-1] + 1] if len(where) else value[:0]
         return value[torch.from_numpy(picked).to(value.device)]
     return [entry for entry, use in zip(value, picked, strict=True) if use]
 
