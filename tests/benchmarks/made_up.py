@@ -52,12 +52,13 @@ def prefill():
 
 def demo():
     side = {"kv_bytes": 100, "module_bytes": 0, "ttft_s": 1.0, "tokens_per_s": 10.0}
+    side |= {"ttft_ratio": 1.0, "speed_ratio": 1.0}
     ours = side | {
         "kv_bytes": 40,
         "module_bytes": 10,
         "latent": side | {"kv_bytes": 70, "tokens_per_s": 12.0},
     }
-    return {"sides": {"full cache": side, "capsules": ours}, "heads": side | {"tokens_per_s": 11.0}}
+    return {"sides": {"full cache": side, "capsules": ours}, "heads": side | {"speed_ratio": 1.1}}
 
 
 def maps(**facts):

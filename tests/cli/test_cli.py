@@ -28,7 +28,7 @@ def run(monkeypatch, capsys, *arguments):
 
 
 def test_demo_writes_table_json_and_picture(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(demo_sides, "RUNS", 1)
+    monkeypatch.setattr(demo_sides, "ROUNDS", 1)
     code, out, _ = run(
         monkeypatch, capsys, "demo", "--images", 3, "--questions", 3,
         "--json", tmp_path / "demo.json", "--png", tmp_path / "demo.png",
@@ -46,7 +46,7 @@ def test_demo_writes_table_json_and_picture(monkeypatch, capsys, tmp_path):
 
 
 def test_demo_times_both_ways_where_there_are_two(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(demo_sides, "RUNS", 1)
+    monkeypatch.setattr(demo_sides, "ROUNDS", 1)
     capsule = KVCapsule.from_pretrained("reference-heads").with_codec("adaptive")
     monkeypatch.setattr(demo, "chosen_capsule", lambda *_: capsule)
     code, out, _ = run(

@@ -21,9 +21,9 @@ def test_text_fits_into_the_cells_of_the_picture(monkeypatch):
     monkeypatch.setattr(demo_picture, "_table", lambda *of: tables.append(made(*of)) or tables[-1])
     longest = Ask("Which has the larger total, image 10 or image 11?", "image 10", "total")
     answers = Answers(("image 10",), torch.empty(0), CacheBytes(987_600, 987_600, 0))
-    names = "full cache", "capsules, 5% retained", "capsules + head map", "heads, 41% retained"
+    names = "full cache", "heads, 41% retained", "joint, 5% retained, 8 bits", "joint + head map"
     flops = PrefillFlops(10**10, 10**11, 10**11)
-    sides = [Side(name, answers, Timing(9.999, 9999.0), 10**6, flops) for name in names]
+    sides = [Side(name, answers, Timing(9.999, 9999.0), Timing(1.0, 1.0), 10**6, flops) for name in names]
     draw_demo(Item("a", (Image.new("RGB", (9, 9)),), (longest,)), sides)
     assert len(tables) == 2
     tables[0].get_figure(root=True).draw_without_rendering()
@@ -36,7 +36,7 @@ def test_text_fits_into_the_cells_of_the_picture(monkeypatch):
 def test_what_takes_more_than_the_full_cache_is_called_larger(modules, words):
     def side(nbytes, modules, saved):
         answers = Answers((), torch.empty(0), CacheBytes(nbytes, nbytes, 0))
-        return Side("", answers, Timing(1.0, 1.0), modules, PrefillFlops(1000 - saved, 1000, 1000))
+        return Side("", answers, *[Timing(1.0, 1.0)] * 2, modules, PrefillFlops(1000 - saved, 1000, 1000))
 
     rows = side_costs([side(100, 0, 0), side(40, modules, 1)])
     assert rows["KV cache"][1] == "40 B (2.50x smaller)"

@@ -222,3 +222,12 @@ def test_several_layers_at_once_with_counts_of_their_own():
     together = HeadsCodec.encode_layers(codecs, [keys] * 3, [values] * 3, runs(2, 3))
     for one, payload in zip(codecs, together, strict=True):
         assert equal(payload, one.encode_runs(keys, values, runs(2, 3)))
+
+
+@pytest.mark.parametrize("kept", [1, 7, 8])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_tokens_are_hidden_where_there_is_a_bias(kept, bits):
+    fitted = codec("heads", kept, 2, 8, 4)
+    made = fitted if bits is None else QuantisedCodec(fitted, bits)
+    payload = made.encode_runs(*pair(3), runs(3))
+    assert made.hides(payload) is (made.bias(payload) is not None) is (kept < 8)

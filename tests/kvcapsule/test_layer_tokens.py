@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from copy import deepcopy
 from unittest import mock
 
@@ -83,6 +84,56 @@ def test_a_copy_goes_its_own_way(vlm):
         second = go_on(cache, ids, 4)
         for a, b in zip(first.logits, second.logits, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("codec", ["heads", "joint"])
+@pytest.mark.parametrize("vlm", ["qwen2_5_vl"], indirect=True)
+def test_all_layers_of_a_step_but_the_first_only_grow(vlm, codec):
+    """What a step's first layer found is not looked into again, and the answers are the same."""
+    inputs, made, found = batch(vlm), fitted(vlm, 0.5, codec=codec), []
+    for grows in (True, False):
+        asked = mock.patch.object(
+            layer.CapsuleLayer, "update", autospec=True, side_effect=layer.CapsuleLayer.update
+        )
+        stuck = nullcontext() if grows else mock.patch.object(layer.CapsuleLayer, "grow", return_value=False)
+        with capsight.enable(vlm.model, capsule=made) as fast, stuck:
+            cache = fast.encapsulate(**inputs)
+            with asked as updated:
+                options = {"max_new_tokens": 9, "min_new_tokens": 9, **GREEDY}
+                found.append(fast.generate(past_key_values=cache, **inputs, **options))
+        layers = len(cache.capsule_layers)
+        assert layers > 1
+        found_calls = updated.call_count
+        if (
+            grows
+        ):  # the question, the first step, which finds no tokens left before, and the first layer of others
+            assert found_calls <= 3 * layers + 9
+        else:
+            assert found_calls >= 8 * layers
+    assert all(map(torch.equal, found[0].logits, found[1].logits))
+
+
+@pytest.mark.parametrize("vlm", ["qwen2_5_vl"], indirect=True)
+def test_a_layer_that_was_left_before_is_not_when_it_may_not_be(vlm):
+    """`update` by hand, in and out of `leaving_capsules` within one step."""
+    inputs, made = batch(vlm), fitted(vlm, 0.5, codec="joint")
+    with capsight.enable(vlm.model, capsule=made) as fast:
+        cache = fast.encapsulate(**inputs)
+    cache.honours_key_bias = True
+    first, second, *_ = cache.capsule_layers
+    rows, heads, size = len(inputs["input_ids"]), *cache.layers[first]._packed.shape[2:]
+
+    def update(index):
+        new = torch.randn(rows, heads, 1, size, generator=torch.Generator().manual_seed(index))
+        keys, _ = cache.update(new, new, index)
+        cache.take_latent()
+        return keys.shape[2]
+
+    with cache.leaving_capsules():
+        for _ in range(2):
+            assert [update(index) for index in cache.capsule_layers] == [1] * len(cache.capsule_layers)
+        assert update(first) == 1
+    assert update(second) == cache.layers[second].get_seq_length() > 1
 
 
 def test_the_tail_is_appended_to_in_place():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +10,7 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from capsight.cli.demo_picture import draw_demo
-from capsight.cli.demo_sides import Asked, Side, ask_sides
+from capsight.cli.demo_sides import Asked, Side, ask_sides, times
 from capsight.cli.demo_tables import print_demo
 from capsight.cli.models import REFERENCE, load_model, reference_head_map
 from capsight.cli.options import BitsOption, CompressionOption, JsonOption, RetainedOption, chosen_capsule
@@ -52,35 +52,38 @@ def demo(
         prompt = split_prompt("test", sample, images, questions)
         asks = tuple(Ask(q.text, q.answer, q.task) for q in prompt.questions)
         item = Item("demo", tuple(s.image for s in prompt.scenes), asks)
-        stored = "" if capsule.info.bits is None else f", {capsule.info.bits} bits"
-        asked = [
-            Asked("full cache"),
-            Asked(f"capsules, {capsule.retained:.0%} retained{stored}", capsule, decodes=ways),
-        ]
-        more = {}
+        codec, stored = capsule.info.codec, "" if capsule.info.bits is None else f", {capsule.info.bits} bits"
+        heads = KVCapsule.from_pretrained("reference-heads")
+        asked = {  # fast decoding first, then small caches
+            "full": Asked("full cache"),
+            "heads": Asked(f"heads, {heads.retained:.0%} retained", heads, decodes=(chosen or "latent",)),
+            "default": Asked(f"{codec}, {capsule.retained:.0%} retained{stored}", capsule, decodes=ways),
+        }
         head_map = reference_head_map()
         if head_map is not None:
-            more["with_head_map"] = Asked("capsules + head map", capsule, head_map, ways[:1])
-        heads = KVCapsule.from_pretrained("reference-heads")
-        more["heads"] = Asked(f"heads, {heads.retained:.0%} retained", heads, decodes=(chosen or "latent",))
-        asked += more.values()
-        sides = ask_sides(model, processor, item, asked, lambda text: progress.update(task, description=text))
+            asked["with_head_map"] = Asked(f"{codec} + head map", capsule, head_map, ways[:1])
+        found = ask_sides(
+            model, processor, item, [*asked.values()], lambda text: progress.update(task, description=text)
+        )
+    sides = dict(zip(asked, found, strict=True))
     try:
-        write_json(json, _figures(item, sides, [*more]))
-        write(png, draw_demo(item, sides))
+        write_json(json, _figures(item, sides))
+        write(png, draw_demo(item, found))
     finally:
-        print_demo(out, item, sides)
+        print_demo(out, item, found)
     out.print(f"picture: {png}", soft_wrap=True)
 
 
-def _figures(item: Item, sides: list[Side], more: Sequence[str]) -> dict[str, Any]:
-    """The full cache and capsules under "sides"; what else was asked under the names in `more`."""
+def _figures(item: Item, sides: Mapping[str, Side]) -> dict[str, Any]:
+    """The full cache and the default under "sides"; what else was asked under its name."""
     figures: dict[str, Any] = {
         "images": len(item.images),
         "questions": [{"question": a.question, "answer": a.answer, "task": a.task} for a in item.asks],
-        "sides": {side.name: _side_figures(item, side) for side in sides[:2]},
+        "sides": {sides[name].name: _side_figures(item, sides[name]) for name in ("full", "default")},
     }
-    for name, side in zip(more, sides[2:], strict=True):
+    for name, side in sides.items():
+        if name in ("full", "default"):
+            continue
         saved = {"attention_flops_saved": side.flops.attention_saved, "prefill_flops_saved": side.flops.saved}
         figures[name] = {"name": side.name} | _side_figures(item, side) | saved
     return figures
@@ -93,7 +96,6 @@ def _side_figures(item: Item, side: Side) -> dict[str, Any]:
         "right": right,
         "kv_bytes": side.answers.nbytes.kv,
         "module_bytes": side.module_nbytes,
-        "ttft_s": side.timing.ttft_s,
-        "tokens_per_s": side.timing.tokens_per_s,
+        **times(side.timing, side.ratios),
     }
     return figures if side.other is None else figures | {side.other.decode: side.other.to_dict()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +14,13 @@ from capsight.blindsight import HeadMap, PrefillFlops, prefill_flops
 from capsight.evaluation import Answers, Item, ask_item
 from capsight.evaluation.asking import process
 from capsight.evaluation.cache_bytes import CacheBytes
-from capsight.evaluation.timing import Timing, medians, time_once
+from capsight.evaluation.timing import Timing, medians, ratios, time_together
 from capsight.kvcapsule import KVCapsule
 from capsight.layout import build_layout
 from capsight.runtime import Decode, enable
 
-NEW_TOKENS, RUNS = 32, 6
-"""Tokens of a timed generation, and how many count after one that warms up; every other goes backwards."""
+NEW_TOKENS, ROUNDS = 32, 8
+"""Tokens of a timed generation, and how many rounds count after one that warms up."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,16 +48,17 @@ class OtherDecode:
         decode: its name.
         kv_bytes: of the cache after the images; capsules may be stored in another way for it.
         timing: time to first token and decode speed.
+        ratios: of both to the full cache, see `Side`.
     """
 
     decode: Decode
     kv_bytes: int
     timing: Timing
+    ratios: Timing
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
-        timing = self.timing
-        return {"kv_bytes": self.kv_bytes, "ttft_s": timing.ttft_s, "tokens_per_s": timing.tokens_per_s}
+        return {"kv_bytes": self.kv_bytes} | times(self.timing, self.ratios)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ class Side:
         name: heading of its column.
         answers: in the order of the questions.
         timing: time to first token and decode speed.
+        ratios: of both to those of the full cache in the same round, the median over all rounds: a machine
+            that others use is faster in one second than in the next.
         module_nbytes: of the capsule, if it has one.
         flops: of the language model's prefill.
         other: a second way to decode, where it was timed.
@@ -74,6 +79,7 @@ class Side:
     name: str
     answers: Answers
     timing: Timing
+    ratios: Timing
     module_nbytes: int
     flops: PrefillFlops
     other: OtherDecode | None = None
@@ -100,22 +106,32 @@ def ask_sides(
     inputs = process(processor, item, [item.asks[0].question])
     on_step("timing all of them in turns")
     timed = [(side, decode) for side in asked for decode in side.decodes]
-    runs: list[list[Timing]] = [[] for _ in timed]
-    for run in range(1 + RUNS):
-        for (side, decode), samples in list(zip(timed, runs, strict=True))[:: (-1) ** run]:
-            with _enabled(model, side, decode) as fast:
-                samples.append(time_once(fast, inputs, NEW_TOKENS))
-    timings = {key: medians(samples[1:]) for key, samples in zip(timed, runs, strict=True)}
+    with ExitStack() as stack:  # each has a model of its own: one that is enabled for others has hooks
+        every = [stack.enter_context(_enabled(deepcopy(model), *key)) for key in timed]
+        full, *_ = found = time_together(every, inputs, NEW_TOKENS, ROUNDS)
+    timings = {
+        key: (medians(runs), medians(ratios(runs, full))) for key, runs in zip(timed, found, strict=True)
+    }
     layout, text = build_layout(inputs, model.config), model.config.get_text_config()
     dense = HeadMap.all_dense(text.num_hidden_layers, text.num_attention_heads)
     sides = []
     for side, said in zip(asked, answers, strict=True):
         first, *rest = ((decode, timings[side, decode]) for decode in side.decodes)
-        others = [OtherDecode(way, _nbytes(model, inputs, side, way), timing) for way, timing in rest]
+        others = [OtherDecode(way, _nbytes(model, inputs, side, way), *timing) for way, timing in rest]
         modules = 0 if side.capsule is None else side.capsule.module_nbytes
         flops = prefill_flops(model, layout, side.head_map or dense)
-        sides.append(Side(side.name, said, first[1], modules, flops, next(iter(others), None)))
+        sides.append(Side(side.name, said, *first[1], modules, flops, next(iter(others), None)))
     return sides
+
+
+def times(timing: Timing, ratios: Timing) -> dict[str, float]:
+    """What JSON says of them."""
+    return {
+        "ttft_s": timing.ttft_s,
+        "tokens_per_s": timing.tokens_per_s,
+        "ttft_ratio": ratios.ttft_s,
+        "speed_ratio": ratios.tokens_per_s,
+    }
 
 
 def _enabled(model: Any, side: Asked, decode: Decode) -> Any:

@@ -12,6 +12,7 @@ from capsight.blindsight import PrefillFlops
 from capsight.cli.demo_sides import Side
 from capsight.cli.output import human_bytes
 from capsight.evaluation import Ask, Item, exact_match
+from capsight.evaluation.timing import Timing
 
 
 def print_demo(console: Console, item: Item, sides: Sequence[Side]) -> None:
@@ -52,14 +53,13 @@ def side_costs(sides: Sequence[Side]) -> dict[str, list[str]]:
     }
     for side in others:
         nbytes, total = side.answers.nbytes.kv, side.answers.nbytes.kv + side.module_nbytes
-        slower, speed = side.timing.ttft_s / full.timing.ttft_s, side.timing.tokens_per_s
         rows["KV cache"].append(_beside(nbytes, kv))
         rows["with modules"].append(_beside(total, kv))
         saved, less = round(100 * side.flops.saved), round(100 * side.flops.attention_saved)
         rows["prefill"].append(f"{_total(side.flops) / 1e9:.2f} GFLOP ({-saved}%)")
         rows["of it attention"].append(f"{side.flops.attention / 1e9:.2f} GFLOP ({-less}%)")
-        rows["first token"].append(f"{side.timing.ttft_s * 1e3:.0f} ms ({slower:.2f}x)")
-        rows["decode"].append(f"{speed:.0f} tok/s ({speed / full.timing.tokens_per_s:.2f}x)")
+        rows["first token"].append(f"{side.timing.ttft_s * 1e3:.0f} ms ({side.ratios.ttft_s:.2f}x)")
+        rows["decode"].append(_speed(side.timing, side.ratios))
     return rows | _other_costs(sides)
 
 
@@ -69,19 +69,19 @@ def _other_costs(sides: Sequence[Side]) -> dict[str, list[str]]:
     names = [other.decode for other in others if other is not None]
     if not names:
         return {}
-    kv, speed = full.answers.nbytes.kv, full.timing.tokens_per_s
+    kv = full.answers.nbytes.kv
     rows: dict[str, list[str]] = {f"decode, {names[0]}": [], "its KV cache": []}
     for other in others:
         cells = ("", "")
         if other is not None:
-            other_speed = other.timing.tokens_per_s
-            cells = (
-                f"{other_speed:.0f} tok/s ({other_speed / speed:.2f}x)",
-                _beside(other.kv_bytes, kv),
-            )
+            cells = _speed(other.timing, other.ratios), _beside(other.kv_bytes, kv)
         for row, cell in zip(rows.values(), cells, strict=True):
             row.append(cell)
     return rows
+
+
+def _speed(timing: Timing, ratios: Timing) -> str:
+    return f"{timing.tokens_per_s:.0f} tok/s ({ratios.tokens_per_s:.2f}x)"
 
 
 def _beside(nbytes: int, full: int) -> str:

@@ -113,7 +113,9 @@ def _from_demo(demo: DemoFile) -> Headline:
     sentence = (
         f"On one prompt of {images} the KV cache is {smaller:.1f}x smaller and "
         f"{sum(ours.right)} of {asked} answers are right, against {sum(full.right)} with the full cache, at "
-        f"{speed.decode:.2f}x the decode speed and {speed.ttft:.2f}x the time to the first token."
+        f"{speed.decode:.2f}x the decode speed and {speed.ttft:.2f}x the time to the first token. "
+        f"`heads` keeps {100 * demo.heads.kv_bytes / full.kv_bytes:.0f}% of the bytes and decodes at "
+        f"{demo.heads.speed_ratio:.2f}x."
     )
     tiles = (
         Tile(f"{smaller:.1f}x", "smaller KV cache", "one prompt"),
@@ -142,8 +144,8 @@ def _bench_ratios(bench: BenchFile, method: str, row: MethodRow | None) -> Speed
 
 
 def _demo_ratios(demo: DemoFile) -> Speed:
-    full, ours = demo.both
-    return Speed(ours.tokens_per_s / full.tokens_per_s, ours.ttft_s / full.ttft_s, "the demo")
+    _, ours = demo.both
+    return Speed(ours.speed_ratio, ours.ttft_ratio, "the demo")
 
 
 def _gains_and_costs(gains: list[str], costs: list[str], speed: Speed | None) -> str:

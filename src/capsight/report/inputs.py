@@ -134,11 +134,15 @@ class BenchFile:
 
 @dataclass(frozen=True)
 class DemoCost:
-    """Bytes of the KV cache after the images, seconds to the first token, and decode speed."""
+    """Bytes of the KV cache after the images, seconds to the first token, decode speed, and ratios of both to
+    those of the full cache in the same rounds.
+    """
 
     kv_bytes: Size
     ttft_s: Positive
     tokens_per_s: Positive
+    ttft_ratio: Positive
+    speed_ratio: Positive
 
 
 @dataclass(frozen=True)
@@ -176,18 +180,20 @@ class DemoFile:
         images: how many the prompt has.
         questions: what was asked.
         sides: name -> side: the full cache, then capsules.
+        heads: capsules that decode fast, under their own name.
         machine: what it ran on.
     """
 
     images: Count
     questions: tuple[Asked, ...]
     sides: Annotated[dict[str, DemoSide], Field(min_length=2, max_length=2)]
+    heads: DemoSide
     machine: dict[str, Any]
 
     def __post_init__(self) -> None:
         """Check that everything was answered."""
         count = len(self.questions)
-        for name, side in self.sides.items():
+        for name, side in {**self.sides, "heads": self.heads}.items():
             if not len(side.answers) == len(side.right) == count:
                 raise ValueError(f"side {name!r} does not have an answer for each of the {count} questions")
 

@@ -120,13 +120,13 @@ def speed(file: BenchFile) -> Iterator[Section]:
 
 
 def demo(file: DemoFile) -> Section:
-    """The questions and both sides' answers."""
+    """The questions, and every side's answers and costs."""
 
     def verdict(answer: str, right: bool) -> str:
         mark, kind = ("✓", "good") if right else ("✗", "bad")
         return f'<span class="{kind}">{mark}</span> {escape(answer)}'
 
-    sides = file.both
+    sides = *file.both, file.heads
     rows = [
         [escape(asked.question), escape(asked.answer), *(verdict(s.answers[i], s.right[i]) for s in sides)]
         for i, asked in enumerate(file.questions)
@@ -138,8 +138,8 @@ def demo(file: DemoFile) -> Section:
             escape(name),
             human_bytes(cost.kv_bytes),
             human_bytes(modules) if modules else "",
-            f"{cost.ttft_s * 1e3:,.0f} ms",
-            f"{cost.tokens_per_s:,.0f}",
+            f"{cost.ttft_s * 1e3:,.0f} ms ({cost.ttft_ratio:.2f}x)",
+            f"{cost.tokens_per_s:,.0f} ({cost.speed_ratio:.2f}x)",
         ]
         for name, modules, cost in entries
     ]
@@ -148,6 +148,6 @@ def demo(file: DemoFile) -> Section:
     return Section(
         "demo",
         "One prompt, question by question",
-        f"{file.images} image{'s' * (file.images != 1)} that nobody trained on, asked with both caches.",
+        f"{file.images} image{'s' * (file.images != 1)} that nobody trained on, asked with each cache.",
         body,
     )

@@ -10,7 +10,7 @@ through the values' basis last. Derived for this package; the sums are exact.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from capsight.kvcapsule.attention.latents import LatentTokens, LayerBasis, PackedLatents
 from capsight.kvcapsule.attention.native.build import library
+from capsight.kvcapsule.attention.native.decode import room_for
 from capsight.kvcapsule.attention.native.source import FORMATS, Sources
 
 
@@ -56,9 +57,19 @@ class JointTokens:
             `[B, Hq, Q, D]` in the dtype of `query`, and float32 `[B, Hq, Q]`, the log of the normaliser.
         """
         query = query.contiguous()
-        batch, query_heads, count, _ = query.shape
-        heads = self.basis.key_mean.shape[0]
         out, lse = torch.empty_like(query), torch.empty(query.shape[:3], dtype=torch.float32)
+        self._call(query, exact, scaling, out, lse)
+        return out, lse
+
+    def attended(self, query: Tensor, exact: Sources, scaling: float) -> Tensor:
+        """`attend` as models take it, `[B, Q, Hq, D]`, and without the normaliser."""
+        out, by_token = room_for(query)
+        self._call(query.contiguous(), exact, scaling, out, None)
+        return by_token
+
+    def _call(self, query: Tensor, exact: Sources, scaling: float, out: Tensor, lse: Tensor | None) -> None:
+        batch, query_heads, count = query.shape[:3]
+        heads = self.basis.key_mean.shape[0]
         library().capsight_joint(
             self._native[0],
             query.data_ptr(),
@@ -71,46 +82,45 @@ class JointTokens:
             scaling,
             torch.get_num_threads(),
             out.data_ptr(),
-            lse.data_ptr(),
+            None if lse is None else lse.data_ptr(),
         )
-        return out, lse
 
     @cached_property
-    def _native(self) -> tuple[Any, tuple[Tensor, ...]]:
+    def _native(self) -> tuple[Any, tuple[Any, ...]]:
         """This as native code has it, and what has to live as long."""
         latents, basis = self.latents, self.basis
-        size = basis.key_mean.shape[1]
-        places, order, cosines, sines = self.tokens.native(size)
         codes, scales = latents.codes.contiguous(), latents.scales.contiguous()
-        turning, pairs = self.tokens.turning, self.tokens.pairs
-        frequencies = [turning.frequencies[of_axis].abs().double() for of_axis in pairs]
-        made = _Joint(
-            codes=codes.data_ptr(),
-            scales=scales.data_ptr(),
-            width=codes.shape[1],
-            counts_of_bits=(ctypes.c_int64 * 3)(*latents.counts),
-            points=(ctypes.c_float * 2)(*latents.points),
-            starts=self.tokens.starts.data_ptr(),
-            counts=self.tokens.counts.data_ptr(),
+        made = _Joint.from_buffer_copy(_tables(self.tokens, basis.key_mean.shape[1]))
+        made.codes, made.scales, made.width = codes.data_ptr(), scales.data_ptr(), codes.shape[1]
+        made.counts_of_bits[:], made.points[:] = latents.counts, latents.points
+        for name in _OF_LAYER:
+            setattr(made, name, getattr(basis, name).data_ptr())
+        return ctypes.byref(made), (codes, scales, self.tokens.native(basis.key_mean.shape[1]))
+
+
+_OF_LAYER = tuple(f"{kind}_{name}" for name in ("axes", "steps", "mean") for kind in ("key", "value"))
+
+
+def _tables(tokens: LatentTokens, size: int) -> _Joint:
+    """What all layers have alike, for `size` channels; made once, and valid as long as `tokens` are."""
+    if "_joint" not in tokens.__dict__ or tokens.__dict__["_joint"].channels != size:
+        (places, order, cosines, sines), frequencies = tokens.native(size), tokens.frequencies
+        tokens.__dict__["_joint"] = _Joint(
+            starts=tokens.starts.data_ptr(),
+            counts=tokens.counts.data_ptr(),
             places=places.data_ptr(),
             tokens=places.shape[1],
-            sizes=(ctypes.c_int64 * 3)(*map(len, cosines)),
+            sizes=_three(ctypes.c_int64, map(len, cosines)),
             order=_addresses(order),
-            pairs=(ctypes.c_int64 * 3)(*map(len, pairs)),
-            widths=(ctypes.c_int64 * 3)(*map(len, order)),
+            pairs=_three(ctypes.c_int64, map(len, frequencies)),
+            widths=_three(ctypes.c_int64, map(len, order)),
             cosines=_addresses(cosines),
             sines=_addresses(sines),
-            key_axes=basis.key_axes.data_ptr(),
-            value_axes=basis.value_axes.data_ptr(),
-            key_steps=basis.key_steps.data_ptr(),
-            value_steps=basis.value_steps.data_ptr(),
-            key_mean=basis.key_mean.data_ptr(),
-            value_mean=basis.value_mean.data_ptr(),
             channels=size,
-            spots=_addresses(self.tokens.tables[3]),
+            spots=_addresses(tokens.tables[3]),
             frequencies=_addresses(frequencies),
         )
-        return ctypes.byref(made), (codes, scales, *frequencies)
+    return tokens.__dict__["_joint"]
 
 
 class _Joint(ctypes.Structure):
@@ -132,16 +142,16 @@ class _Joint(ctypes.Structure):
         ("widths", ctypes.c_int64 * 3),
         ("cosines", ctypes.c_void_p * 3),
         ("sines", ctypes.c_void_p * 3),
-        *(
-            (f"{kind}_{name}", ctypes.c_void_p)
-            for name in ("axes", "steps", "mean")
-            for kind in ("key", "value")
-        ),
+        *((name, ctypes.c_void_p) for name in _OF_LAYER),
         ("channels", ctypes.c_int64),
         ("spots", ctypes.c_void_p * 3),
         ("frequencies", ctypes.c_void_p * 3),
     )
 
 
+def _three(kind: Any, numbers: Iterable[int]) -> Any:
+    return (kind * 3)(*numbers)
+
+
 def _addresses(tensors: Sequence[Tensor]) -> Any:
-    return (ctypes.c_void_p * 3)(*(x.data_ptr() for x in tensors))
+    return _three(ctypes.c_void_p, (x.data_ptr() for x in tensors))

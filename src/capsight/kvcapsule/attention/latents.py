@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -54,6 +54,10 @@ class LatentTokens:
     positions: Tensor
     turning: Turning
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without addresses: a copy lies elsewhere."""
+        return {name: value for name, value in self.__dict__.items() if name != "_joint"}
+
     def channels(self, size: int) -> list[Tensor]:
         """The channels of each axis, of `size` in all, int64: first halves of pairs, second halves, then,
         on the first axis, all that are not turned.
@@ -69,6 +73,11 @@ class LatentTokens:
         sizes = self.turning.frequencies.abs()
         own = [(self.turning.axes == axis).nonzero().flatten() for axis in range(3)]
         return [pairs[sizes[pairs].argsort(descending=True, stable=True)] for pairs in own]
+
+    @cached_property
+    def frequencies(self) -> list[Tensor]:
+        """Of `pairs`, without their signs: float64."""
+        return [self.turning.frequencies[pairs].abs().double() for pairs in self.pairs]
 
     @cached_property
     def tables(self) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:

@@ -45,6 +45,12 @@ _LEAST = 16
 """Tokens that there is room for at least, when a buffer has to grow; a long one grows by an eighth."""
 
 
+def room_for_tail(keys: Tensor) -> Tensor:
+    """An empty buffer `[2, B, R, H, D]` for tokens like `[B, H, Q, D]`."""
+    batch, heads, _, size = keys.shape
+    return keys.new_empty(2, batch, _LEAST, heads, size)
+
+
 def appended(room: Tensor, held: int, keys: Tensor, values: Tensor) -> Tensor:
     """A buffer `[2, B, R, H, D]` with `[B, H, Q, D]` new tokens behind the `held` ones of `room`.
 

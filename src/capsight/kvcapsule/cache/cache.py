@@ -57,6 +57,7 @@ class CapsuleCache(LayeredCache):
         super().__init__(codecs, layout, config)
         self._leaves: tuple[int | None] | None = None  # tokens from which on capsules may be left, if told
         self._reader = Reader(config)
+        self._leaving = False  # whether the step that is open leaves capsules, as far as it has come
         self.honours_key_bias = False
         self.steps: Steps | None = None
 
@@ -90,6 +91,13 @@ class CapsuleCache(LayeredCache):
         if self.steps is not None and torch.compiler.is_compiling():
             return self.steps.hand_over(key_states, value_states, layer_idx)
         layer = self.layers[layer_idx]
+        if self._open and self._leaving and isinstance(layer, CapsuleLayer):
+            self._reader.check_read()
+            if key_states.shape[2] == 1 and layer.grow(key_states, value_states):
+                self._open = layer_idx < self._last
+                self._reader.expect(layer.codec.name)
+                hand_over(key_states, value_states, self)
+                return key_states, value_states
         if not self._open:
             self._reader.look()
             self._fit_batch(key_states.shape[0])
@@ -116,6 +124,7 @@ class CapsuleCache(LayeredCache):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if not self.honours_key_bias or self._ledger.left is not None:
             self._reader.expect(layer.codec.name if hides or self._ledger.left is not None else "")
+        self._leaving = self._ledger.left is not None
         hand_over(keys, values, self)
         return keys, values
 
@@ -172,11 +181,11 @@ class CapsuleCache(LayeredCache):
         Args:
             after: tokens per row that the cache has to hold before it does; None: it never does.
         """
-        before, self._leaves = self._leaves, (after,)
+        before, self._leaves, self._leaving = self._leaves, (after,), False
         try:
             yield
         finally:
-            self._leaves, self._ledger.left = before, None
+            self._leaves, self._ledger.left, self._leaving = before, None, False
 
     def watch(self, config: PreTrainedConfig) -> None:
         """Say that the model with this config goes on with the cache, be it another copy of the first one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Self
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from capsight.kvcapsule.attention import latent_attention
 from capsight.kvcapsule.attention.joint import JointTokens
 from capsight.kvcapsule.attention.latents import LatentTokens
-from capsight.kvcapsule.attention.native import Source, Sources, append, decode_attention, supports
+from capsight.kvcapsule.attention.native import Source, Sources, append, attended, supports
 from capsight.kvcapsule.cache.buffers import Scratch
 from capsight.kvcapsule.cache.exact_rows import ExactRows
 from capsight.kvcapsule.codecs import BlockCodec, Payload
@@ -140,10 +140,10 @@ class LayerTokens:
         """Native attention `[B, Q, Hq, D]` over everything, the exact tokens under a bias."""
         if self.places is not None:
             exact = self._exact if bias is None else Sources(self._biased(bias))
-            return self._joint.attend(query, exact, scaling)[0].transpose(1, 2)
+            return self._joint.attended(query, exact, scaling)
         assert self._kept is not None
         sources = self._all if bias is None else Sources((self._kept, *self._biased(bias)))
-        return decode_attention(query, sources, scaling)[0].transpose(1, 2)
+        return attended(query, sources, scaling)
 
     def _count(self, held: int) -> None:
         """Have `_tail` say that there are `held` tokens."""
@@ -182,8 +182,7 @@ class LayerTokens:
 
     @cached_property
     def _tail(self) -> Source:
-        batch, size, heads = self.room.shape[1:4]
-        starts = (torch.arange(batch) * size)[:, None].expand(-1, heads).contiguous()
+        starts = _starts(*self.room.shape[1:4])
         keys, values = self.room.flatten(1, 2)  # [B * R, H, D]
         return Source(keys, values, starts, torch.zeros_like(starts))
 
@@ -202,3 +201,9 @@ class LayerTokens:
             replace(self._packed, bias=bias, bias_starts=of_packed.contiguous(), bias_stride=stride),
             replace(self._tail, bias=bias, bias_starts=(first + width).contiguous(), bias_stride=stride),
         )
+
+
+@lru_cache
+def _starts(batch: int, size: int, heads: int) -> Tensor:
+    """Where rows of `size` tokens start, for each head: int64 `[B, H]`."""
+    return (torch.arange(batch) * size)[:, None].expand(-1, heads).contiguous()

@@ -135,6 +135,10 @@ class HeadsCodec(LearntCodec):
         keep = payload.mask(self.block_size)
         return torch.zeros(keep.shape, device=keep.device).masked_fill(~keep, -torch.inf)
 
+    def hides(self, payload: Payload) -> bool:
+        """Whether tokens are missing; said without making the bias."""
+        return self.kept < self.block_size
+
     def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> int:
         """Bytes of one block's capsule, on average: kept tokens, their positions, and their numbers."""
         position, count = index_dtype(self.block_size).itemsize, index_dtype(self.block_size + 1).itemsize

@@ -127,6 +127,10 @@ class QuantisedCodec(BlockCodec):
         """That of the inner codec, which follows from positions alone."""
         return self.inner.bias(payload)
 
+    def hides(self, payload: Payload) -> bool:
+        """Whether the inner codec does."""
+        return self.inner.hides(payload)
+
     def payload_nbytes(self, heads: int, head_dim: int, itemsize: int) -> float:
         """Bytes of one block's capsule, for H heads of size D and steps of `itemsize` bytes."""
         kept = self.inner.kept

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from capsight.kvcapsule.attention.native.build import NativeBuildError, missing
 from capsight.kvcapsule.attention.native.centre import centre
-from capsight.kvcapsule.attention.native.decode import append, decode_attention, supports
+from capsight.kvcapsule.attention.native.decode import append, attended, decode_attention, room_for, supports
 from capsight.kvcapsule.attention.native.pack import pack
 from capsight.kvcapsule.attention.native.source import Source, Sources, Steps
 
@@ -18,9 +18,11 @@ __all__ = [
     "Sources",
     "Steps",
     "append",
+    "attended",
     "centre",
     "decode_attention",
     "missing",
     "pack",
+    "room_for",
     "supports",
 ]

@@ -29,7 +29,7 @@ from capsight.execution import has_amx, has_avx512_bf16
 SWITCH = "CAPSIGHT_NATIVE"
 """Environment variable: 0 keeps attention with torch, 1 makes it an error if native code cannot be used."""
 
-INTERFACE = 7
+INTERFACE = 8
 UNITS = ("centre.cpp", "decode.cpp", "joint.cpp", "pack.cpp")
 HEADERS = (
     *("amx.h", "amx_fold.h", "amx_nodes.h", "amx_open.h", "chunk.h", "fold.h", "joint.h", "joint_chunk.h"),

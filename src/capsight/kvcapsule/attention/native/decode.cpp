@@ -15,7 +15,7 @@ constexpr int64_t FEW = 1 << 16;  // numbers that are not worth a second thread
 
 using namespace capsight;
 
-// Attention of queries [B, H, C, D] to out, likewise, and float lse [B, H, C]; 0 and -inf where nothing is seen.
+// Attention of queries [B, H, C, D] to out, likewise, and float lse [B, H, C], unless null; 0 and -inf where nothing is seen.
 EXPORT void capsight_decode(
     const void* query, int32_t format, int64_t batch, int64_t heads, int64_t count, int64_t channels,
     const Source* sources, int64_t source_count, float scaling, int64_t threads, void* out, float* lse) {
@@ -23,7 +23,7 @@ EXPORT void capsight_decode(
   std::vector<int64_t> ends;  // [B, H]
   auto tasks = tasks_of(sources, source_count, pieces, ends);
   for (const Task& t : tasks) tokens += t.count;
-  std::vector<float> parts(tasks.size() * part), scaled(pieces * own);
+  Floats parts(tasks.size() * part), scaled(pieces * own);
   read(query, format, 0, pieces * own, scaled.data());
   for (float& x : scaled) x *= scaling;
   int64_t done = tasks.size();
@@ -38,7 +38,8 @@ EXPORT void capsight_decode(
     for (int64_t row = 0; row < pieces * count; row++) {
       int64_t piece = row / count, c = row % count, first = piece ? ends[piece - 1] : 0;
       float* sum = &scaled[row * channels];
-      lse[row] = add_up(&parts[first * part + c * (channels + 2)], ends[piece] - first, part, channels, sum);
+      float total = add_up(&parts[first * part + c * (channels + 2)], ends[piece] - first, part, channels, sum);
+      if (lse) lse[row] = total;
       write(sum, channels, format, out, row * channels);
     }
   }
@@ -55,4 +56,4 @@ EXPORT void capsight_append(
   }
 }
 
-EXPORT int32_t capsight_interface() { return 7; }
+EXPORT int32_t capsight_interface() { return 8; }

@@ -45,6 +45,25 @@ def decode_attention(query: Tensor, sources: Sequence[Source] | Sources, scaling
     return _run(query, together, scaling)
 
 
+def attended(query: Tensor, sources: Sources, scaling: float) -> Tensor:
+    """`decode_attention` as models take it, `[B, Q, Hq, D]`, and without the normaliser."""
+    if torch.compiler.is_compiling():
+        return decode_attention(query, sources, scaling)[0].transpose(1, 2)
+    out, by_token = room_for(query)
+    _call(query.contiguous(), sources, scaling, out, None)
+    return by_token
+
+
+def room_for(query: Tensor) -> tuple[Tensor, Tensor]:
+    """What native code writes `[B, Hq, Q, D]` to, contiguous, and the same as `[B, Q, Hq, D]`."""
+    batch, heads, count, size = query.shape
+    if count == 1:
+        out = torch.empty((batch, 1, heads, size), dtype=query.dtype)
+        return out, out
+    out = torch.empty((batch, heads, count, size), dtype=query.dtype)
+    return out, out.transpose(1, 2)
+
+
 def append(source: Source, keys: Tensor, values: Tensor) -> None:
     """Put a new token of every row and KV head behind those of a source, where `supports` them.
 
@@ -61,9 +80,15 @@ def append(source: Source, keys: Tensor, values: Tensor) -> None:
 
 def _run(query: Tensor, sources: Sources, scaling: float, level: str | None = None) -> Attended:
     query = query.contiguous()
+    out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+    _call(query, sources, scaling, out, lse, level)
+    return out, lse
+
+
+def _call(
+    query: Tensor, sources: Sources, scaling: float, out: Tensor, lse: Tensor | None, level: str | None = None
+) -> None:
     batch, heads = sources.each[0].starts.shape
-    out = torch.empty_like(query)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     library(level).capsight_decode(
         query.data_ptr(),
         FORMATS[query.dtype],
@@ -76,9 +101,8 @@ def _run(query: Tensor, sources: Sources, scaling: float, level: str | None = No
         scaling,
         torch.get_num_threads(),
         out.data_ptr(),
-        lse.data_ptr(),
+        None if lse is None else lse.data_ptr(),
     )
-    return out, lse
 
 
 @torch.library.custom_op("capsight::decode_attention", mutates_args=())

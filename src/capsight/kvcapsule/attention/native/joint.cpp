@@ -89,7 +89,7 @@ void values_of(const Joint& s, const float* latents, int64_t count, int64_t head
 
 using namespace capsight;
 
-// Attention of queries [B, H, C, D] to out, likewise, and float lse [B, H, C]; 0 and -inf where nothing is seen.
+// Attention of queries [B, H, C, D] to out, likewise, and float lse [B, H, C], unless null; 0 and -inf where nothing is seen.
 EXPORT void capsight_joint(
     const Joint* given, const void* query, int32_t format, int64_t batch, int64_t heads, int64_t count,
     const Source* sources, int64_t source_count, float scaling, int64_t threads, void* out, float* lse) {
@@ -99,7 +99,7 @@ EXPORT void capsight_joint(
   auto far = stretches(s, batch, threads, ends);
   auto near = tasks_of(sources, source_count, batch * heads, near_ends);
   int64_t many = far.size(), all = many + near.size(), narrow = count * (channels + 2);
-  std::vector<float> scaled(batch * heads * own), parts(many * heads * wide), near_parts(near.size() * narrow);
+  Floats scaled(batch * heads * own), parts(many * heads * wide), near_parts(near.size() * narrow);
   read(query, format, 0, scaled.size(), scaled.data());
   for (float& x : scaled) x *= scaling;
   const Layer layer(s, batch, heads, count);
@@ -129,7 +129,7 @@ EXPORT void capsight_joint(
         bool none = top == -INFINITY;
         float a = none ? 0 : std::exp(other - top), b = none ? 0 : std::exp(of_far[c] - top), total = none ? 1 : a + b;
         for (int64_t i = 0; i < channels; i++) mine[i] = (a * exact[i] + b * mine[i]) / total;
-        lse[piece * count + c] = none ? -INFINITY : top + std::log(total);
+        if (lse) lse[piece * count + c] = none ? -INFINITY : top + std::log(total);
       }
       write(found.data(), own, format, out, piece * own);
     }

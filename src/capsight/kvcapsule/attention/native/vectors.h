@@ -31,6 +31,43 @@ typedef int8_t vc __attribute__((vector_size(W)));
 
 enum Format : int32_t { F32, BF16, F16, U8, U4, I8 };
 
+// Memory of a thread that is given back is kept for the next of its size: aligned memory of the system is slow.
+class Pool {
+ public:
+  static void* take(size_t bytes) {
+    const int size = size_of(bytes);
+    if (size == SIZES || ended || own.kept[size].empty()) return ::operator new(size == SIZES ? bytes : size_t(64) << size, LINE);
+    void* p = own.kept[size].back();
+    own.kept[size].pop_back();
+    return p;
+  }
+  static void give(void* p, size_t bytes) {
+    const int size = size_of(bytes);
+    if (size == SIZES || ended || own.kept[size].size() == EACH) ::operator delete(p, LINE);
+    else own.kept[size].push_back(p);
+  }
+
+ private:
+  static constexpr int SIZES = 11;  // from 64 bytes to 64 KB
+  static constexpr size_t EACH = 8;
+  static constexpr std::align_val_t LINE{64};
+  std::vector<void*> kept[SIZES];
+  static thread_local Pool own;
+  static thread_local bool ended;  // what is kept for a thread may end before what uses it
+  ~Pool() {
+    ended = true;
+    for (auto& each : kept)
+      for (void* p : each) ::operator delete(p, LINE);
+  }
+  static int size_of(size_t bytes) {
+    int size = 0;
+    while (size < SIZES && bytes > size_t(64) << size) size++;
+    return size;
+  }
+};
+inline thread_local Pool Pool::own;
+inline thread_local bool Pool::ended = false;
+
 // Numbers from the start of a cache line on, so that no vector lies in two.
 template <class T>
 struct Lines {
@@ -38,8 +75,8 @@ struct Lines {
   Lines() = default;
   template <class U>
   Lines(const Lines<U>&) {}
-  T* allocate(size_t n) { return (T*)::operator new(n * sizeof(T), std::align_val_t(64)); }
-  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  T* allocate(size_t n) { return (T*)Pool::take(n * sizeof(T)); }
+  void deallocate(T* p, size_t n) { Pool::give(p, n * sizeof(T)); }
   template <class U>
   bool operator==(const Lines<U>&) const { return true; }
   template <class U>
