@@ -2,88 +2,91 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from typing import ClassVar
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from capsight.evaluation.timing import TURN, Timing, medians, ratios, time_together
+from capsight import enable
+from capsight.evaluation.timing import TURN, TURNS, Round, Timing, summary, time_together
+from kvcapsule.conftest import fitted
+from kvcapsule.test_generate import batch
+from tiny import FAMILIES
 
-INPUTS = {"input_ids": torch.zeros(2, 3, dtype=torch.int64)}
+INPUTS = {"input_ids": torch.zeros(2, 3, dtype=torch.int64), "attention_mask": torch.ones(2, 3)}
 
 
 class Sleeper:
-    """Takes so long for the first token, and for each other one."""
+    """Takes so long for the first token of all, and for each other one."""
 
-    running: ClassVar[list[Sleeper]] = []
+    def __init__(self, name: str, log: list[str], first: float = 0, other: float = 0) -> None:
+        self.name, self.log, self.first, self.other = name, log, first, other
 
-    def __init__(self, first: float, other: float, fails_at: int = -1) -> None:
-        self.first, self.other, self.fails_at = first, other, fails_at
-        self.made: list[int] = []
+    @contextmanager
+    def enabled(self):
+        self.log.append(self.name)
+        yield self
+        self.log.append("")
 
-    def generate(self, input_ids, max_new_tokens, min_new_tokens, do_sample, stopping_criteria):
-        assert max_new_tokens == min_new_tokens
-        assert not do_sample
+    def generate(self, input_ids, attention_mask, max_new_tokens, stopping_criteria, **options):
+        assert attention_mask.shape == input_ids.shape
+        assert options.pop("past_key_values", self.name) == self.name
         for token in range(max_new_tokens):
-            Sleeper.running.append(self)
-            if token == self.fails_at:
-                raise ValueError("token")
-            time.sleep(self.other if token else self.first)
-            self.made.append(token)
-            if bool(stopping_criteria(input_ids, None).all()):
-                break
-
-
-@pytest.fixture(autouse=True)
-def nobody_runs():
-    Sleeper.running = []
+            time.sleep(self.other if token or input_ids.shape[1] > 3 else self.first)
+            input_ids = torch.nn.functional.pad(input_ids, (0, 1))
+            assert not stopping_criteria(input_ids, None).any()
+        return SimpleNamespace(sequences=input_ids, past_key_values=self.name)
 
 
 def test_each_is_timed_as_if_it_ran_alone():
-    fast, slow = Sleeper(0.02, 0.001), Sleeper(0.01, 0.003)
-    own, others = time_together([fast, slow], INPUTS, 12, rounds=3)
-    assert len(own) == len(others) == 3
-    assert medians(own).ttft_s == pytest.approx(0.02, rel=0.5)
-    assert medians(others).ttft_s == pytest.approx(0.01, rel=0.5)
-    assert 1 < medians(ratios(own, others)).tokens_per_s < 4
-    assert max(t.tokens_per_s for t in others) < 2 / 0.003  # of both rows
+    every = [Sleeper("a", [], 0.02, 0.001), Sleeper("b", [], 0.01, 0.003)]
+    own, others = time_together([sleeper.enabled for sleeper in every], INPUTS, rounds=3)
+    assert [len(own), len(others)] == [3, 3]
+    assert all(len(r.rates) == TURNS for r in (*own, *others))
+    timing, ratios = summary(own, others)
+    assert timing.ttft_s == pytest.approx(0.02, rel=0.5)
+    assert 1 < ratios.ttft_s < 3
+    assert 1 < ratios.tokens_per_s < 4
+    assert max(rate for r in others for rate in r.rates) < 2 / 0.003  # of both rows
 
 
-def test_all_make_a_few_tokens_in_turns():
-    every = [Sleeper(0, 0) for _ in range(3)]
-    time_together(every, INPUTS, 1 + 2 * TURN, rounds=1)
-    turns, at = [], 0
-    for length in ([1] * 3 + [TURN] * 6) * 2:
-        turns.append({id(who) for who in Sleeper.running[at : at + length]})
-        at += length
-    assert at == len(Sleeper.running)
-    assert all(len(turn) == 1 for turn in turns)
-    assert all(len(set.union(*turns[i : i + 3])) == 3 for i in range(0, len(turns), 3))
+def test_all_take_turns():
+    log: list[str] = []
+    time_together([Sleeper(name, log).enabled for name in "abc"], INPUTS, rounds=2)
+    assert set(log[1::2]) == {""}
+    turns = ["".join(sorted(log[i : i + 6 : 2])) for i in range(0, len(log), 6)]
+    assert turns == ["abc"] * (3 * TURNS)
+    assert len({tuple(log[i : i + 6 : 2]) for i in range(0, len(log), 6)}) > 1  # in another order each time
 
 
-@pytest.mark.parametrize("fails_at", [0, 1, TURN, 2 * TURN])
-def test_where_one_fails_all_end(fails_at):
-    before = threading.active_count()
-    with pytest.raises(ValueError, match="token"):
-        time_together([Sleeper(0, 0), Sleeper(0, 0, fails_at)], INPUTS, 40, rounds=2)
-    assert threading.active_count() == before
+def test_ratios_are_of_the_same_turn():
+    own = [Round(2.0, (10.0, 20.0, 60.0)), Round(4.0, (40.0, 40.0, 40.0))]
+    others = [Round(1.0, (5.0, 20.0, 20.0)), Round(4.0, (40.0, 20.0, 10.0))]
+    assert summary(own, others) == (Timing(3.0, 40.0), Timing(1.5, 2.0))
 
 
-def test_an_interrupt_ends_all(monkeypatch):
-    def interrupted(self):
-        raise KeyboardInterrupt
+def test_turns_write_what_one_call_writes():
+    vlm = FAMILIES["qwen2_5_vl"]()
+    inputs = {name: x for name, x in batch(vlm).items() if x is not None}
+    for capsule in (None, fitted(vlm, 0.5, codec="heads"), fitted(vlm, 0.5, codec="joint")):
+        written = []
 
-    every = [Sleeper(0, 0), Sleeper(0, 0)]
-    monkeypatch.setattr("capsight.evaluation.timing._Relay.go_on", interrupted)
-    before = threading.active_count()
-    with pytest.raises(KeyboardInterrupt):
-        time_together(every, INPUTS, 40, rounds=2)
-    assert threading.active_count() == before
-    assert not any(sleeper.made for sleeper in every)
+        @contextmanager
+        def enabled(capsule=capsule, written=written):
+            with enable(vlm.model, capsule=capsule) as fast:
+                generate = fast.generate
 
+                def noted(**options):
+                    done = generate(**options)
+                    written.append(done.sequences)
+                    return done
 
-def test_ratios_are_of_the_same_round():
-    own, others = [Timing(2.0, 10.0), Timing(4.0, 40.0)], [Timing(1.0, 5.0), Timing(4.0, 10.0)]
-    assert ratios(own, others) == [Timing(2.0, 2.0), Timing(1.0, 4.0)]
+                yield SimpleNamespace(generate=noted)
+
+        time_together([enabled], inputs, rounds=1)
+        new = TURNS * (1 + TURN)
+        with enable(vlm.model, capsule=capsule) as fast:
+            whole = fast.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        assert torch.equal(written[-1], whole)

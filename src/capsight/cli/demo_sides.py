@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +13,13 @@ from capsight.blindsight import HeadMap, PrefillFlops, prefill_flops
 from capsight.evaluation import Answers, Item, ask_item
 from capsight.evaluation.asking import process
 from capsight.evaluation.cache_bytes import CacheBytes
-from capsight.evaluation.timing import Timing, medians, ratios, time_together
+from capsight.evaluation.timing import Timing, summary, time_together
 from capsight.kvcapsule import KVCapsule
 from capsight.layout import build_layout
 from capsight.runtime import Decode, enable
 
-NEW_TOKENS, ROUNDS = 32, 8
-"""Tokens of a timed generation, and how many rounds count after one that warms up."""
+ROUNDS = 8
+"""Generations of every side that count, after one that warms up."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,8 +68,7 @@ class Side:
         name: heading of its column.
         answers: in the order of the questions.
         timing: time to first token and decode speed.
-        ratios: of both to those of the full cache in the same round, the median over all rounds: a machine
-            that others use is faster in one second than in the next.
+        ratios: of both to those of the full cache, the medians over all rounds and turns.
         module_nbytes: of the capsule, if it has one.
         flops: of the language model's prefill.
         other: a second way to decode, where it was timed.
@@ -106,12 +104,8 @@ def ask_sides(
     inputs = process(processor, item, [item.asks[0].question])
     on_step("timing all of them in turns")
     timed = [(side, decode) for side in asked for decode in side.decodes]
-    with ExitStack() as stack:  # each has a model of its own: one that is enabled for others has hooks
-        every = [stack.enter_context(_enabled(deepcopy(model), *key)) for key in timed]
-        full, *_ = found = time_together(every, inputs, NEW_TOKENS, ROUNDS)
-    timings = {
-        key: (medians(runs), medians(ratios(runs, full))) for key, runs in zip(timed, found, strict=True)
-    }
+    full, *_ = found = time_together([partial(_enabled, model, *key) for key in timed], inputs, ROUNDS)
+    timings = {key: summary(rounds, full) for key, rounds in zip(timed, found, strict=True)}
     layout, text = build_layout(inputs, model.config), model.config.get_text_config()
     dense = HeadMap.all_dense(text.num_hidden_layers, text.num_attention_heads)
     sides = []

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from random import Random
 from statistics import median
-from threading import Semaphore
 from typing import Any
 
 import torch
@@ -30,8 +29,8 @@ class Timing:
     tokens_per_s: float
 
 
-TURN = 8
-"""Tokens that each makes before others go on, in `time_together`."""
+TURNS, TURN = 4, 8
+"""Turns of a generation in `time_together`, and tokens of each that are timed."""
 
 
 class _Clock(StoppingCriteria):
@@ -62,91 +61,81 @@ def time_once(fast: FastModel, inputs: Mapping[str, Any], new_tokens: int) -> Ti
     return Timing(clock.ticks[0] - began, rows * (len(clock.ticks) - 1) / (clock.ticks[-1] - clock.ticks[0]))
 
 
-class _Relay(StoppingCriteria):
-    """Notes how long each new token took, and rests after the first one and every `TURN` more."""
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One generation, made in turns.
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self.ended = self.given_up = False
-        self._may, self._rests = Semaphore(0), Semaphore(0)
+    Attributes:
+        ttft_s: seconds from the call to the first new token.
+        rates: new tokens per second over all rows, turn by turn, the first token of each left out.
+    """
 
-    def run(self, fast: FastModel, options: Mapping[str, Any]) -> None:
-        """Generate, as far as `go_on` lets it."""
-        self._may.acquire()
-        try:
-            self._since = time.perf_counter()
-            if not self.given_up:
-                fast.generate(**options, stopping_criteria=StoppingCriteriaList([self]))
-        finally:
-            self.ended = True
-            self._rests.release()
-
-    def go_on(self) -> None:
-        """Let it run, and wait until it rests or has ended."""
-        self._may.release()
-        self._rests.acquire()
-
-    def give_up(self) -> None:
-        """Have it end, wherever it is."""
-        self.given_up = True
-        self._may.release()
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if input_ids.is_cuda:
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self._since)
-        if len(self.seconds) % TURN == 1:
-            self._rests.release()
-            self._may.acquire()
-        self._since = time.perf_counter()
-        return torch.full(input_ids.shape[:1], self.given_up, device=input_ids.device)
+    ttft_s: float
+    rates: tuple[float, ...]
 
 
 def time_together(
-    every: Sequence[FastModel], inputs: Mapping[str, Any], new_tokens: int, rounds: int
-) -> list[list[Timing]]:
-    """`time_once` of several, a few tokens each in turns, in random order, so that all see the same machine.
+    every: Sequence[Callable[[], AbstractContextManager[FastModel]]], inputs: Mapping[str, Any], rounds: int
+) -> list[list[Round]]:
+    """Have several generate in turns of a few tokens, in random order, so that all see the same machine.
 
-    What others do there changes from second to second. Each has a thread of its own, of which one runs at a
-    time.
+    What others do there changes from second to second. A turn goes on with the cache of the one before; the
+    end token stops nothing.
 
     Args:
-        every: models, each enabled by itself: a model that several share has the hooks of all.
+        every: what each enters for its turns.
         inputs: of a processor.
-        new_tokens: for every row, two or more; the end token stops nothing.
-        rounds: how many count, after one that warms up.
+        rounds: how many generations of each count, after one that warms up.
 
     Returns:
-        The timings of each model, round by round.
+        The rounds of each.
     """
-    options = {**inputs, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
-    rows, order = inputs["input_ids"].shape[0], Random(0)
-    found: list[list[Timing]] = [[] for _ in every]
-    with ThreadPoolExecutor(len(every)) as threads:
-        for number in range(1 + rounds):
-            relays = [_Relay() for _ in every]
-            runs = [threads.submit(r.run, fast, options) for r, fast in zip(relays, every, strict=True)]
-            try:
-                while running := [relay for relay in relays if not relay.ended]:
-                    for relay in order.sample(running, len(running)):
-                        relay.go_on()
-            finally:
-                for relay in relays:
-                    relay.give_up()
-            for relay, run, timings in zip(relays, runs, found, strict=True):
-                run.result()
-                first, *others = relay.seconds
-                if number:
-                    timings.append(Timing(first, rows * len(others) / sum(others)))
+    order, found = Random(0), [list[Round]() for _ in every]
+    for number in range(1 + rounds):
+        asked, ticks = [inputs for _ in every], [list[list[float]]() for _ in every]
+        for _ in range(TURNS):
+            for i in order.sample(range(len(every)), len(every)):
+                with every[i]() as fast:
+                    asked[i], times = _turn(fast, asked[i])
+                ticks[i].append(times)
+        for own, turns in zip(found, ticks, strict=True):
+            tokens = inputs["input_ids"].shape[0] * TURN
+            if number:
+                own.append(Round(turns[0][0], tuple(tokens / (times[-1] - times[0]) for times in turns)))
     return found
 
 
-def ratios(timings: Sequence[Timing], others: Sequence[Timing]) -> list[Timing]:
-    """Of each run to the other one of the same round."""
-    return [
-        Timing(own.ttft_s / other.ttft_s, own.tokens_per_s / other.tokens_per_s)
-        for own, other in zip(timings, others, strict=True)
-    ]
+def _turn(fast: FastModel, asked: Mapping[str, Any]) -> tuple[dict[str, Any], list[float]]:
+    """What is asked next, and the seconds until each new token."""
+    clock, new = _Clock(), 1 + TURN
+    began = time.perf_counter()
+    done = fast.generate(
+        **asked,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        return_dict_in_generate=True,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )
+    mask = torch.nn.functional.pad(asked["attention_mask"], (0, new), value=1)
+    then = {"input_ids": done.sequences, "attention_mask": mask, "past_key_values": done.past_key_values}
+    return then, [tick - began for tick in clock.ticks]
+
+
+def summary(rounds: Sequence[Round], others: Sequence[Round]) -> tuple[Timing, Timing]:
+    """Medians, and the medians of ratios to the same rounds and turns of others."""
+
+    def middle(first: Iterable[float], rates: Iterable[float]) -> Timing:
+        return Timing(median(first), median(rates))
+
+    pairs = [*zip(rounds, others, strict=True)]
+    return (
+        middle((r.ttft_s for r in rounds), (rate for r in rounds for rate in r.rates)),
+        middle(
+            (own.ttft_s / other.ttft_s for own, other in pairs),
+            (a / b for own, other in pairs for a, b in zip(own.rates, other.rates, strict=True)),
+        ),
+    )
 
 
 def medians(timings: Sequence[Timing]) -> Timing:

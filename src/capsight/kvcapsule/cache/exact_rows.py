@@ -37,7 +37,7 @@ class ExactRows:
     filled: Tensor | None
     blocks: BlockRows
     _bias: tuple[Tensor | None, tuple[int, int, int], Tensor | None] | None = None
-    _pieces: Tensor | None = None
+    _pieces: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def build(cls, placement: Placement) -> ExactRows:
@@ -101,9 +101,9 @@ class ExactRows:
         """First packed token of each row, and how many it has: int64 `[B, H]` each, contiguous."""
         if self._pieces is None:
             counts = torch.bincount(self.rows, minlength=len(self.columns))
-            spans = torch.stack((counts.cumsum(0) - counts, counts))[..., None]
-            self._pieces = spans.expand(-1, -1, heads).contiguous()
-        return self._pieces[0], self._pieces[1]
+            starts, counts = torch.stack((counts.cumsum(0) - counts, counts))[..., None].expand(-1, -1, heads)
+            self._pieces = starts.contiguous(), counts.contiguous()
+        return self._pieces
 
     def mask(self, mask: Tensor | None, queries: int, exact: int) -> Tensor | None:
         """The mask over exact tokens that one over all tokens means.

@@ -177,8 +177,8 @@ class LayerTokens:
 
     @cached_property
     def _packed(self) -> Source:
-        starts, counts = self.rows.pieces(self.packed.shape[2])
-        return Source(self.packed[0], self.packed[1], starts, counts)
+        keys, values = self.packed
+        return Source(keys, values, *self.rows.pieces(keys.shape[1]))
 
     @cached_property
     def _tail(self) -> Source:

@@ -131,11 +131,14 @@ class LayeredCache(CountedCache):
         Raises:
             CapsightError: the last prefill gave NaN or infinite keys or values.
         """
-        totals, self._finite = self._finite, []
-        wrong = [index for index, total in totals if not torch.isfinite(total)]
-        if wrong:
+        found, self._finite = self._finite, []
+        if not found:
+            return
+        fine = torch.stack([total.to(found[0][1].device) for _, total in found]).isfinite()
+        if not fine.all():
+            wrong, _ = found[int(fine.int().argmin())]
             raise CapsightError(
-                f"layer {wrong[0]} gives NaN or infinite keys or values; pixels, weights or dtype "
+                f"layer {wrong} gives NaN or infinite keys or values; pixels, weights or dtype "
                 "are at fault (float16 overflows where bfloat16 does not)"
             )
 

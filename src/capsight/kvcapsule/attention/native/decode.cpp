@@ -9,7 +9,7 @@
 
 namespace capsight {
 
-constexpr int64_t FEW = 1 << 16;  // numbers that are not worth a second thread
+constexpr int64_t FEW = 1 << 15;  // numbers that are not worth a second thread
 
 }  // namespace capsight
 
