@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capsight.execution import has_amx
+from capsight.execution import processor
 from capsight.layout import PromptLayout, RowLayout, VisionBlock
 
 TEXT_TOKENS = 256
@@ -90,20 +89,15 @@ def wait(device: str) -> None:
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": processor(),
         "cores": torch.get_num_threads(),
         "threads": torch.get_num_threads(),
-        "amx": has_amx(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "torch": torch.__version__,
     }
 
 
 def _status(name: str) -> int:
-    return next(int(line.split()[1]) * 1024 for line in _lines("/proc/self/status") if line.startswith(name))
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

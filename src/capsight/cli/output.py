@@ -16,6 +16,7 @@ from rich.console import Console
 from capsight.cli.target import STDOUT, write
 from capsight.errors import OptionError
 from capsight.evaluation.cache_bytes import CacheBytes
+from capsight.execution import processor
 
 _UNITS = {
     "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -55,7 +56,7 @@ def machine() -> dict[str, Any]:
     from capsight import __version__
 
     return {
-        "cpu": platform.machine(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -49,7 +49,7 @@ class Pool {
 
  private:
   static constexpr int SIZES = 11;  // from 64 bytes to 64 KB
-  static constexpr size_t EACH = 8;
+  static constexpr size_t EACH = 4;
   static constexpr std::align_val_t LINE{64};
   std::vector<void*> kept[SIZES];
   static thread_local Pool own;
