@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from contextlib import nullcontext
 from copy import deepcopy
 from unittest import mock
@@ -134,6 +135,41 @@ def test_a_layer_that_was_left_before_is_not_when_it_may_not_be(vlm):
             assert [update(index) for index in cache.capsule_layers] == [1] * len(cache.capsule_layers)
         assert update(first) == 1
     assert update(second) == cache.layers[second].get_seq_length() > 1
+
+
+@pytest.mark.parametrize("family", ["gemma3", "cohere2_vision"])
+def test_a_step_that_begins_with_a_sliding_layer_looks_again_whose_attention_runs(family):
+    """What the last step left to capsight's attention is not left to another one."""
+    vlm = FAMILIES[family]()
+    model, inputs = deepcopy(vlm.model), vlm.inputs([([vlm.picture(0)], "what do you see here?")])
+    made = fitted(vlm, 0.5, codec="joint")
+    model.set_attn_implementation({"text_config": "capsight"})
+    cache = made.cache(inputs, model.config)
+    cache.lean = True
+    assert not isinstance(cache.layers[0], layer.CapsuleLayer)
+    ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    model.set_attn_implementation({"text_config": "sdpa"})
+    more = ids.shape[1] - inputs["input_ids"].shape[1]
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, more), value=1)
+    grows = mock.patch.object(layer.CapsuleLayer, "grow", side_effect=AssertionError("left to SDPA"))
+    with torch.no_grad(), grows:
+        step = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache)
+    assert step.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("vlm", ["qwen2_5_vl"], indirect=True)
+def test_room_for_more_tokens_is_made_by_the_first_and_not_copied(vlm):
+    inputs = batch(vlm)
+    with capsight.enable(vlm.model, capsule=fitted(vlm, 0.5, codec="joint")) as fast:
+        cache = fast.encapsulate(**inputs)
+        assert all(held._room.shape[2] == held._held for held in cache.capsule_layers.values())
+        fast.generate(past_key_values=cache, **inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    first, *_ = cache.capsule_layers.values()
+    assert first._room.shape[2] > first._held
+    for copied in (deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        other, *_ = copied.capsule_layers.values()
+        assert other._room.shape[2] == first._held == other._held
+        assert torch.equal(other._tail, first._tail)
 
 
 def test_the_tail_is_appended_to_in_place():

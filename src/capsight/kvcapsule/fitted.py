@@ -139,5 +139,7 @@ class FittedCapsule(PretrainedCapsule):
         if bits is not None:
             check_bits(bits)
             if self.info.share is not None:
-                raise OptionError("joint latents choose their bits by what is retained; use with_retained")
+                raise OptionError(
+                    "joint latents choose their bits by what is retained: with_retained, --retained"
+                )
         return type(self)(self.codecs, replace(self.info, bits=bits), self.origin)

@@ -90,22 +90,24 @@ class JointTokens:
         """This as native code has it, and what has to live as long."""
         latents, basis = self.latents, self.basis
         codes, scales = latents.codes.contiguous(), latents.scales.contiguous()
-        made = _Joint.from_buffer_copy(_tables(self.tokens, basis.key_mean.shape[1]))
+        tables, alive = _tables(self.tokens, basis.key_mean.shape[1])
+        made = _Joint.from_buffer_copy(tables)
         made.codes, made.scales, made.width = codes.data_ptr(), scales.data_ptr(), codes.shape[1]
         made.counts_of_bits[:], made.points[:] = latents.counts, latents.points
         for name in _OF_LAYER:
             setattr(made, name, getattr(basis, name).data_ptr())
-        return ctypes.byref(made), (codes, scales, self.tokens.native(basis.key_mean.shape[1]))
+        return ctypes.byref(made), (codes, scales, alive)
 
 
 _OF_LAYER = tuple(f"{kind}_{name}" for name in ("axes", "steps", "mean") for kind in ("key", "value"))
 
 
-def _tables(tokens: LatentTokens, size: int) -> _Joint:
-    """What all layers have alike, for `size` channels; made once, and valid as long as `tokens` are."""
-    if "_joint" not in tokens.__dict__ or tokens.__dict__["_joint"].channels != size:
-        (places, order, cosines, sines), frequencies = tokens.native(size), tokens.frequencies
-        tokens.__dict__["_joint"] = _Joint(
+def _tables(tokens: LatentTokens, size: int) -> tuple[_Joint, Any]:
+    """What all layers have alike, for `size` channels, made once; and what has to live as long, too."""
+    known: tuple[_Joint, Any] | None = tokens.__dict__.get("_joint")
+    if known is None or known[0].channels != size:
+        (places, order, cosines, sines), frequencies = tables = tokens.native(size), tokens.frequencies
+        made = _Joint(
             starts=tokens.starts.data_ptr(),
             counts=tokens.counts.data_ptr(),
             places=places.data_ptr(),
@@ -120,7 +122,8 @@ def _tables(tokens: LatentTokens, size: int) -> _Joint:
             spots=_addresses(tokens.tables[3]),
             frequencies=_addresses(frequencies),
         )
-    return tokens.__dict__["_joint"]
+        known = tokens.__dict__["_joint"] = made, tables
+    return known
 
 
 class _Joint(ctypes.Structure):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -55,8 +55,8 @@ class LatentTokens:
     turning: Turning
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without addresses: a copy lies elsewhere."""
-        return {name: value for name, value in self.__dict__.items() if name != "_joint"}
+        """Without what follows from it: a copy makes that anew, and addresses would be others."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def channels(self, size: int) -> list[Tensor]:
         """The channels of each axis, of `size` in all, int64: first halves of pairs, second halves, then,

@@ -45,24 +45,16 @@ _LEAST = 16
 """Tokens that there is room for at least, when a buffer has to grow; a long one grows by an eighth."""
 
 
-def room_for_tail(keys: Tensor) -> Tensor:
-    """An empty buffer `[2, B, R, H, D]` for tokens like `[B, H, Q, D]`."""
-    batch, heads, _, size = keys.shape
-    return keys.new_empty(2, batch, _LEAST, heads, size)
-
-
-def appended(room: Tensor, held: int, keys: Tensor, values: Tensor) -> Tensor:
-    """A buffer `[2, B, R, H, D]` with `[B, H, Q, D]` new tokens behind the `held` ones of `room`.
+def grown(room: Tensor, held: int, new: int) -> Tensor:
+    """A buffer `[2, B, R, H, D]` that begins with the `held` tokens of `room` and has room for `new` more.
 
     It is `room` itself where that has room for them.
     """
     # A buffer made in inference mode may not be written outside of it.
     frozen = room.is_inference() and not torch.is_inference_mode_enabled()
-    wanted = held + keys.shape[2]
-    if wanted > room.shape[2] or frozen:
-        larger = room.new_empty(*room.shape[:2], wanted + max(_LEAST, wanted // 8), *room.shape[3:])
-        larger[:, :, :held] = room[:, :, :held]
-        room = larger
-    for side, new in zip(room.transpose(2, 3), (keys, values), strict=True):
-        side[:, :, held:wanted] = new
-    return room
+    wanted = held + new
+    if wanted <= room.shape[2] and not frozen:
+        return room
+    larger = room.new_empty(*room.shape[:2], wanted + max(_LEAST, wanted // 8), *room.shape[3:])
+    larger[:, :, :held] = room[:, :, :held]
+    return larger

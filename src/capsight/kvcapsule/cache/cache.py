@@ -99,6 +99,7 @@ class CapsuleCache(LayeredCache):
                 hand_over(key_states, value_states, self)
                 return key_states, value_states
         if not self._open:
+            self._leaving = False
             self._reader.look()
             self._fit_batch(key_states.shape[0])
             self.check_dtype(key_states.dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from capsight.kvcapsule.cache.buffers import appended, room_for_tail
+from capsight.kvcapsule.cache.buffers import grown
 from capsight.kvcapsule.cache.layer_tokens import LayerTokens
 from capsight.kvcapsule.cache.placement import Placement
 from capsight.kvcapsule.cache.stored import StoredLayer
@@ -45,8 +45,9 @@ class CapsuleLayer(StoredLayer):
             grows = self._grows(self.placement, key_states.shape[2])
             latent = self._ledger.latent and self.codec.leaves(key_states)
             if grows and latent and self.payload is not None:
+                self._make_room(key_states.shape[2])
                 self._left = self._as_left(self.placement, self.payload)
-                self._left = self._left.in_room(self._append(key_states, value_states))
+                self._append(key_states, value_states)
                 self._bias, self._ledger.left = None, (self._left, self._held)
                 return key_states, value_states
             keys, values = self._rebuilt(self.placement, key_states, value_states)
@@ -128,8 +129,7 @@ class CapsuleLayer(StoredLayer):
     def _store(self, keys: Tensor, values: Tensor) -> None:
         """Keep all tokens seen, `[B, H, S, D]` (capsules as rebuilt); new runs become capsules."""
         intake = self._ledger.intake(self.placement, keys.shape[2], keys.device)
-        self._tail = None
-        self._room = room_for_tail(keys)
+        self._tail = keys.new_empty(2, keys.shape[0], 0, keys.shape[1], keys.shape[3])
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (keys, values)]  # [B * S, H, D]
         if intake.runs:
             size = (-1, self.codec.block_size)
@@ -150,11 +150,16 @@ class CapsuleLayer(StoredLayer):
         runs = self._ledger.complete(self.get_seq_length() + new)
         return len(runs) == len(placement.runs) and placement.settled >= max(placement.pads)
 
-    def _append(self, keys: Tensor, values: Tensor) -> Tensor:
-        """Put new tokens `[B, H, Q, D]` at the end of the tail; the buffer that it is in now."""
+    def _make_room(self, new: int) -> Tensor:
+        """Have the buffer of the tail take `new` more tokens."""
         assert self._room is not None
-        left = self._left
-        if left is None or left.room is not self._room or not left.append(keys, values, self._held):
-            self._room = appended(self._room, self._held, keys, values)
-        self._held += keys.shape[2]
+        self._room = grown(self._room, self._held, new)
         return self._room
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        """Put new tokens `[B, H, Q, D]` at the end of the tail."""
+        room, left, end = self._make_room(keys.shape[2]), self._left, self._held + keys.shape[2]
+        if left is None or left.room is not room or not left.append(keys, values, self._held):
+            for side, new in zip(room.transpose(2, 3), (keys, values), strict=True):
+                side[:, :, self._held : end] = new
+        self._held = end

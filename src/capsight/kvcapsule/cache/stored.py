@@ -44,8 +44,8 @@ class StoredLayer(DynamicLayer):
         self._bias: Tensor | None = None  # [B, H or 1, 1, S]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without views of the buffer: pickled, they would be memory of their own."""
-        return self.__dict__ | {"_left": None}
+        """The tail without the room behind it, and no views of it, which pickled were memory of their own."""
+        return self.__dict__ | {"_left": None, "_room": None if self._tail is None else self._tail.clone()}
 
     @property
     def payload(self) -> Payload | None:
