@@ -13,12 +13,16 @@ Report = dict[str, Any]
 
 
 def page(
-    attention: Report | None, model: Report | None, joint: Report | None, reference: Report | None
+    attention: Report | None,
+    model: Report | None,
+    joint: Report | None,
+    reference: Report | None,
+    elsewhere: Report | None,
 ) -> str:
-    """The whole page, of what there is."""
+    """The whole page, of what there is; `elsewhere` is `reference` on another processor."""
     lines = [GENERATED, "", "# Decode steps", ""]
     parts = (_attention, attention), (_joint, joint), (_model, model), (_reference, reference)
-    for part, report in parts:
+    for part, report in (*parts, (_elsewhere, elsewhere)):
         lines += [] if report is None else part(report)
     return "\n".join(lines)
 
@@ -129,6 +133,18 @@ def _reference(report: Report) -> list[str]:
         "Measured on "
         f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}. "
         "`python benchmarks/decode_reference.py` measures it.",
+        "",
+        *table(decode_reference.HEADS, decode_reference.cells(report["rows"])),
+        "",
+    ]
+
+
+def _elsewhere(report: Report) -> list[str]:
+    """The same on another processor."""
+    where = report["machine"]
+    return [
+        f"The same on {where['cpu']} (Zen 4, AVX512_BF16, no AMX), {where['threads']} threads, before "
+        "steps took less of Python:",
         "",
         *table(decode_reference.HEADS, decode_reference.cells(report["rows"])),
         "",

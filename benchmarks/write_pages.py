@@ -53,7 +53,10 @@ def main(root: Path = ROOT) -> None:
     speed = [load(results, f"{name}.json") for name in ("bench", "prefill", "encode_cost", "peak_memory")]
     if any(report is not None for report in speed):
         write("speed", speed_page.page(*speed))
-    decode = [load(results, f"decode_{name}.json") for name in ("attention", "model", "joint", "reference")]
+    decode = [
+        load(results, f"decode_{name}.json")
+        for name in ("attention", "model", "joint", "reference", "reference_zen4")
+    ]
     if any(report is not None for report in decode):
         write("decode", decode_page.page(*decode))
     maps = [load(results, f"{name}.json") for name in ("head_map_curve", "sink_choice", "ttft")]

@@ -107,6 +107,7 @@ def test_pages_of_what_is_run_by_hand(root):
         decode_model=decode_model(),
         decode_joint=decode_joint(),
         decode_reference=decode_reference(),
+        decode_reference_zen4=decode_reference(),
     )
     found = {path.stem: path.read_text() for path in (root / "docs" / "benchmarks").glob("*.md")}
     assert set(found) == {"bits", "head-maps", "decode"}
@@ -117,7 +118,7 @@ def test_pages_of_what_is_run_by_hand(root):
     assert "| 8192 | 1 | heads 0.4 | 7.50 | 25 % faster | equal | 44.0 MB |" in found["decode"]
     assert "medians of 3 runs of 8 steps" in found["decode"]
     assert "| 8192 | 8 | 512 | 2.00 ms | 4.00 ms | 50 % slower |" in found["decode"]
-    assert "| joint 0.05 | 8 | 12.50 | 25 % faster | 20 % faster to 30 % faster |" in found["decode"]
+    assert found["decode"].count("| joint 0.05 | 8 | 12.50 | 25 % faster | 20 % faster to 30 % faster |") == 2
     assert all(tables_are_square(text) for text in found.values())
 
 
