@@ -4,8 +4,8 @@
 
 A model with random weights of the size of Qwen2.5-0.5B (see `ttft.py`) decodes after caches that are filled
 with random keys and values, since prefilling 32,768 tokens says nothing about decoding. The baselines are
-transformers' own caches (`stock_caches.py`) and quanto's; speedup is over the fastest stock cache of the same
-run, all taking turns. What compiling takes is left out: a first run of every variant does not count.
+transformers' own caches (`evaluation/stock.py`) and quanto's; speedup is over the fastest stock cache of the
+same run, all taking turns. What compiling takes is left out: a first run of every variant does not count.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from attention_measuring import layout_of, machine
 from option_kinds import fractions, integers, one_of
 from page_parts import table
 from rich.console import Console
-from stock_caches import GRAPH, STOCK, options_of, stock_cache
 from torch import Tensor
 from ttft import large_model, prompt
 
@@ -32,6 +31,7 @@ from capsight import KVCapsule, enable, load_reference_vlm
 from capsight.baselines.quantized import QuantoInt4
 from capsight.evaluation.asking import process
 from capsight.evaluation.cache_bytes import CacheBytes
+from capsight.evaluation.stock import GRAPH, STOCK, options_of, stock_cache
 from capsight.evaluation.timing import time_once
 from capsight.runtime import FastModel
 

@@ -7,7 +7,8 @@ from typing import Any
 import decode_reference
 from decode_joint import HEADS, cells
 from page_parts import GENERATED, human_bytes, machine, speed, table
-from stock_caches import COMPILED
+
+from capsight.evaluation.stock import COMPILED
 
 Report = dict[str, Any]
 

@@ -2,9 +2,9 @@
 
     python benchmarks/decode_reference.py
 
-The baselines are transformers' own caches (`stock_caches.py`) and quanto's. All take turns, round by round in
-another order; a machine that others use is faster in one minute than in the next, so what counts is the ratio
-of steps in the same round, and of those the median over rounds.
+The baselines are transformers' own caches (`evaluation/stock.py`) and quanto's. All take turns, round by
+round in another order; a machine that others use is faster in one minute than in the next, so what counts is
+the ratio of steps in the same round, and of those the median over rounds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from attention_measuring import machine
 from option_kinds import integers
 from page_parts import speed, table
 from rich.console import Console
-from stock_caches import GRAPH, STOCK, options_of, stock_cache
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -31,6 +30,7 @@ from capsight import KVCapsule, enable, load_reference_vlm
 from capsight.baselines.quantized import QuantoInt4
 from capsight.evaluation import reference_items
 from capsight.evaluation.bench import batch_inputs
+from capsight.evaluation.stock import GRAPH, STOCK, options_of, stock_cache
 
 RESULT = Path(__file__).parent / "results" / "decode_reference.json"
 NEW = 33

@@ -25,12 +25,12 @@ from attention_measuring import machine
 from option_kinds import one_of
 from page_parts import human_bytes, table
 from rich.console import Console
-from stock_caches import stock_cache
 
 from capsight import KVCapsule, enable, load_reference_vlm
 from capsight.baselines.quantized import QuantoInt4
 from capsight.evaluation import reference_items
 from capsight.evaluation.bench import batch_inputs
+from capsight.evaluation.stock import stock_cache
 
 RESULT = Path(__file__).parent / "results" / "peak_memory.json"
 CACHES = ("DynamicCache", "StaticCache", "quanto-int4", "joint 0.05", "heads 0.4", "heads-int4 0.15")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from capsight.blindsight import Category, HeadMap
 from capsight.blindsight.head_map_file import FILE_NAME
-from capsight.cli import demo, models
+from capsight.cli import demo, demo_sides, models
 
 from .test_cli import run
 
@@ -55,9 +55,10 @@ def test_inspect_a_head_map_made_by_hand(monkeypatch, capsys, calibrated):
 
 
 def test_demo_shows_the_head_map(monkeypatch, capsys, tmp_path, calibrated):
+    monkeypatch.setattr(demo_sides, "ROUNDS", 1)
     monkeypatch.setattr(demo, "reference_head_map", lambda: HeadMap.from_pretrained(calibrated))
     code, out, _ = run(
-        monkeypatch, capsys, "demo", "--images", 3, "--questions", 2,
+        monkeypatch, capsys, "demo", "--no-compiled", "--images", 3, "--questions", 2,
         "--json", tmp_path / "demo.json", "--png", tmp_path / "demo.png",
     )  # fmt: skip
     assert code == 0

@@ -128,7 +128,7 @@ def test_every_command_refuses_before_the_work(monkeypatch, capsys, tmp_path, ar
         ["plan"], ["inspect", "reference"],
         ["eval", "--images", "1", "--samples", 1, "--max-new-tokens", 2],
         ["bench", "--images", "1", "--batch", "1", "--new-tokens", 2, "--runs", 1, "--threads", 1],
-        ["demo", "--images", 1, "--questions", 1],
+        ["demo", "--no-compiled", "--images", 1, "--questions", 1],
     ],
 )  # fmt: skip
 def test_json_on_the_standard_output(monkeypatch, capsys, tmp_path, arguments):
@@ -183,7 +183,7 @@ def test_a_folder_where_a_file_is_to_be(monkeypatch, capsys, tmp_path, arguments
     [
         ["eval", "--images", "1", "--samples", 1, "--max-new-tokens", 2],
         ["bench", "--images", "1", "--batch", "1", "--new-tokens", 2, "--runs", 1, "--threads", 1],
-        ["demo", "--images", 1, "--questions", 1],
+        ["demo", "--no-compiled", "--images", 1, "--questions", 1],
     ],
 )  # fmt: skip
 def test_tables_are_printed_where_the_figures_cannot_be_written(monkeypatch, capsys, tmp_path, arguments):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from capsight import enable
-from capsight.evaluation.timing import TURN, TURNS, Round, Timing, summary, time_together
+from capsight.evaluation.stock import Compiled
+from capsight.evaluation.timing import NEW, TURNS, Round, Timing, summary, time_together
 from kvcapsule.conftest import fitted
 from kvcapsule.test_generate import batch
 from tiny import FAMILIES
@@ -67,26 +68,27 @@ def test_ratios_are_of_the_same_turn():
     assert summary(own, others) == (Timing(3.0, 40.0), Timing(1.5, 2.0))
 
 
-def test_turns_write_what_one_call_writes():
+@pytest.mark.parametrize("codec", [None, "heads", "joint"])
+@pytest.mark.parametrize("graph", [False, True])
+def test_turns_write_what_one_call_writes(codec, graph):
     vlm = FAMILIES["qwen2_5_vl"]()
     inputs = {name: x for name, x in batch(vlm).items() if x is not None}
-    for capsule in (None, fitted(vlm, 0.5, codec="heads"), fitted(vlm, 0.5, codec="joint")):
-        written = []
+    capsule = None if codec is None else fitted(vlm, 0.5, codec=codec)
+    written = []
 
-        @contextmanager
-        def enabled(capsule=capsule, written=written):
-            with enable(vlm.model, capsule=capsule) as fast:
-                generate = fast.generate
-
-                def noted(**options):
-                    done = generate(**options)
-                    written.append(done.sequences)
-                    return done
-
-                yield SimpleNamespace(generate=noted)
-
-        time_together([enabled], inputs, rounds=1)
-        new = TURNS * (1 + TURN)
+    @contextmanager
+    def enabled():
         with enable(vlm.model, capsule=capsule) as fast:
-            whole = fast.generate(**inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False)
-        assert torch.equal(written[-1], whole)
+            run = Compiled(fast, inputs["input_ids"].shape[1] + NEW) if graph else fast
+
+            def noted(**options):
+                done = run.generate(**options)
+                written.append(done.sequences)
+                return done
+
+            yield SimpleNamespace(generate=noted)
+
+    time_together([enabled], inputs, rounds=1)
+    with enable(vlm.model, capsule=capsule) as fast:
+        whole = fast.generate(**inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+    assert torch.equal(written[-1], whole)

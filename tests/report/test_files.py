@@ -51,7 +51,7 @@ def changed(values, *path, to):
         ("bench", ["rows", 0, "kv_bytes"], 1.5, "expected a valid integer"),
         ("demo", ["sides", "full cache"], ..., "sides is"),
         ("demo", ["sides", "full cache", "answers"], ["one"], "for each of the 2"),
-        ("demo", ["sides", "capsules, 40% retained", "latent", "tokens_per_s"], 0, "greater than 0"),
+        ("demo", ["sides", "capsules, 40% retained", "steps", "eager", "tokens_per_s"], 0, "greater than 0"),
         ("bench", ["rows", 0, "decode"], 3, "expected a valid string"),
         ("demo", ["questions", 0, "answer"], 4, "expected a valid string"),
         ("errors", ["layers"], [], "layers is"),

@@ -84,7 +84,7 @@ def test_what_layers_need_is_drawn_where_the_capsule_knows_it(everything):
 def test_the_demo_has_both_ways_to_decode(everything):
     page = build_report(everything)
     assert re.search(
-        r"capsules, 40% retained, latent decode</td><td>5.3 MB</td>.*?<td>91 \(1.14x\)</td>", page
+        r"capsules, 40% retained</td><td>4.2 MB</td>.*?<td>37 \(0.46x\)</td><td>74 \(0.93x\)</td>", page
     )
 
 

@@ -10,7 +10,7 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from capsight.cli.demo_picture import draw_demo
-from capsight.cli.demo_sides import Asked, Side, ask_sides, times
+from capsight.cli.demo_sides import Asked, Pace, Side, ask_sides
 from capsight.cli.demo_tables import print_demo
 from capsight.cli.models import REFERENCE, load_model, reference_head_map
 from capsight.cli.options import BitsOption, CompressionOption, JsonOption, RetainedOption, chosen_capsule
@@ -20,7 +20,7 @@ from capsight.errors import OptionError
 from capsight.evaluation import Ask, Item, exact_match
 from capsight.kvcapsule import KVCapsule
 from capsight.reference import split_prompt
-from capsight.runtime import DECODES, check_decode
+from capsight.runtime import check_decode
 
 
 def demo(
@@ -31,16 +31,19 @@ def demo(
     compression_ratio: CompressionOption = None,
     bits: BitsOption = None,
     decode: Annotated[
-        str | None,
-        typer.Option(help="materialise or latent; by default all that suit the capsule are timed."),
-    ] = None,
+        str,
+        typer.Option(help="latent attends to capsules as they are, materialise rebuilds keys and values."),
+    ] = "latent",
+    compiled: Annotated[
+        bool, typer.Option(help="Time compiled decode steps, too; that takes a minute the first time.")
+    ] = True,
     json: JsonOption = None,
     png: Annotated[Path, typer.Option(help="Picture of the images and answers.")] = Path("capsight-demo.png"),
 ) -> None:
     """Draw images nobody trained on, ask the reference VLM about them, and compare the caches."""
     if images < 1 or questions < 1:
         raise OptionError("images and questions must be at least 1")
-    chosen = None if decode is None else check_decode(decode)
+    way = check_decode(decode)
     check_out(json)
     check_out(png, others=[json])
     capsule = chosen_capsule(None, REFERENCE, retained, bits, compression_ratio)
@@ -48,7 +51,6 @@ def demo(
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), transient=True, console=out) as progress:
         task = progress.add_task("loading the reference VLM")
         model, processor = load_model(REFERENCE, "float32", "cpu")
-        ways = (chosen,) if chosen is not None else DECODES if capsule.rebuilds else DECODES[1:]
         prompt = split_prompt("test", sample, images, questions)
         asks = tuple(Ask(q.text, q.answer, q.task) for q in prompt.questions)
         item = Item("demo", tuple(s.image for s in prompt.scenes), asks)
@@ -56,15 +58,17 @@ def demo(
         heads = KVCapsule.from_pretrained("reference-heads")
         asked = {  # fast decoding first, then small caches
             "full": Asked("full cache"),
-            "heads": Asked(f"heads, {heads.retained:.0%} retained", heads, decodes=(chosen or "latent",)),
-            "default": Asked(f"{codec}, {capsule.retained:.0%} retained{stored}", capsule, decodes=ways),
+            "heads": Asked(f"heads, {heads.retained:.0%} retained", heads, decode=way),
+            "default": Asked(f"{codec}, {capsule.retained:.0%} retained{stored}", capsule, decode=way),
         }
         head_map = reference_head_map()
         if head_map is not None:
-            asked["with_head_map"] = Asked(f"{codec} + head map", capsule, head_map, ways[:1])
-        found = ask_sides(
-            model, processor, item, [*asked.values()], lambda text: progress.update(task, description=text)
-        )
+            asked["with_head_map"] = Asked(f"{codec} + head map", capsule, head_map, way)
+
+        def on_step(text: str) -> None:
+            progress.update(task, description=text)
+
+        found = ask_sides(model, processor, item, [*asked.values()], compiled, on_step)
     sides = dict(zip(asked, found, strict=True))
     try:
         write_json(json, _figures(item, sides))
@@ -91,11 +95,18 @@ def _figures(item: Item, sides: Mapping[str, Side]) -> dict[str, Any]:
 
 def _side_figures(item: Item, side: Side) -> dict[str, Any]:
     right = [exact_match(t, a.answer) for t, a in zip(side.answers.texts, item.asks, strict=True)]
-    figures = {
+    paces = {"eager": side.eager, "compiled": side.compiled}
+    return {
         "answers": list(side.answers.texts),
         "right": right,
         "kv_bytes": side.answers.nbytes.kv,
         "module_bytes": side.module_nbytes,
-        **times(side.timing, side.ratios),
+        "ttft_s": side.eager.timing.ttft_s,
+        "ttft_ratio": side.eager.ratios.ttft_s,
+        **_speed(side.fastest),
+        "steps": {name: _speed(pace) for name, pace in paces.items() if pace is not None},
     }
-    return figures if side.other is None else figures | {side.other.decode: side.other.to_dict()}
+
+
+def _speed(pace: Pace) -> dict[str, float]:
+    return {"tokens_per_s": pace.timing.tokens_per_s, "speed_ratio": pace.ratios.tokens_per_s}

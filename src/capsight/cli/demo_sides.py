@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,14 +14,16 @@ import torch
 from capsight.blindsight import HeadMap, PrefillFlops, prefill_flops
 from capsight.evaluation import Answers, Item, ask_item
 from capsight.evaluation.asking import process
-from capsight.evaluation.cache_bytes import CacheBytes
-from capsight.evaluation.timing import Timing, summary, time_together
+from capsight.evaluation.stock import compiled, why_not_compiled
+from capsight.evaluation.timing import NEW, Generates, Round, Timing, summary, time_together
 from capsight.kvcapsule import KVCapsule
 from capsight.layout import build_layout
 from capsight.runtime import Decode, enable
 
 ROUNDS = 8
 """Generations of every side that count, after one that warms up."""
+
+_log = logging.getLogger("capsight")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,34 +34,27 @@ class Asked:
         name: heading of its column.
         capsule: None is the full cache.
         head_map: that prefill follows, if any.
-        decodes: how attention gets at capsules: the first way answers, all are timed.
+        decode: how attention gets at capsules, if there are any.
     """
 
     name: str
     capsule: KVCapsule | None = None
     head_map: HeadMap | None = None
-    decodes: tuple[Decode, ...] = ("materialise",)
+    decode: Decode | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class OtherDecode:
-    """The way to decode that does not answer.
+class Pace:
+    """How fast a side is, with eager steps or with compiled ones.
 
     Attributes:
-        decode: its name.
-        kv_bytes: of the cache after the images; capsules may be stored in another way for it.
         timing: time to first token and decode speed.
-        ratios: of both to the full cache, see `Side`.
+        ratios: the first to that of the full cache with eager steps, the other to that of the full cache
+            where it decodes fastest; medians over all rounds and turns.
     """
 
-    decode: Decode
-    kv_bytes: int
     timing: Timing
     ratios: Timing
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values."""
-        return {"kv_bytes": self.kv_bytes} | times(self.timing, self.ratios)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,72 +64,102 @@ class Side:
     Attributes:
         name: heading of its column.
         answers: in the order of the questions.
-        timing: time to first token and decode speed.
-        ratios: of both to those of the full cache, the medians over all rounds and turns.
         module_nbytes: of the capsule, if it has one.
         flops: of the language model's prefill.
-        other: a second way to decode, where it was timed.
+        eager: steps as transformers runs them; the full cache is a `DynamicCache`.
+        compiled: steps in a graph of `torch.compile`, where they can be; the full cache is a `StaticCache`.
     """
 
     name: str
     answers: Answers
-    timing: Timing
-    ratios: Timing
     module_nbytes: int
     flops: PrefillFlops
-    other: OtherDecode | None = None
+    eager: Pace
+    compiled: Pace | None = None
+
+    @property
+    def fastest(self) -> Pace:
+        """The steps that take less time."""
+        paces = (self.eager,) if self.compiled is None else (self.eager, self.compiled)
+        return max(paces, key=lambda pace: pace.timing.tokens_per_s)
 
 
 @torch.no_grad()
 def ask_sides(
-    model: Any, processor: Any, item: Item, asked: Sequence[Asked], on_step: Callable[[str], None]
+    model: Any,
+    processor: Any,
+    item: Item,
+    asked: Sequence[Asked],
+    with_compiled: bool,
+    on_step: Callable[[str], None],
 ) -> list[Side]:
-    """Ask every side all questions (protocol `after`), then time all sides and ways to decode in turns.
+    """Ask every side all questions (protocol `after`), then time all sides in turns.
 
     Args:
         model: the model.
         processor: its processor.
         item: images and questions.
-        asked: the sides.
+        asked: the sides, the full cache first.
+        with_compiled: whether compiled steps are timed besides.
         on_step: told what is being done.
     """
     answers = []
     for side in asked:
         on_step(f"asking: {side.name}")
-        with _enabled(model, side, side.decodes[0]) as fast:
+        with _enabled(model, side) as fast:
             answers.append(ask_item(fast, processor, item, "after"))
     inputs = process(processor, item, [item.asks[0].question])
+    every: _Every = {(i, False): partial(_enabled, model, side) for i, side in enumerate(asked)}
+    if with_compiled:
+        on_step("compiling decode steps (the first time that takes a minute)")
+        every |= _graphs(every, asked, inputs)
     on_step("timing all of them in turns")
-    timed = [(side, decode) for side in asked for decode in side.decodes]
-    full, *_ = found = time_together([partial(_enabled, model, *key) for key in timed], inputs, ROUNDS)
-    timings = {key: summary(rounds, full) for key, rounds in zip(timed, found, strict=True)}
+    rounds = dict(zip(every, time_together([*every.values()], inputs, ROUNDS), strict=True))
+    full = rounds[0, False]
+    fastest = max(
+        (rounds[key] for key in every if not key[0]), key=lambda own: summary(own, full)[0].tokens_per_s
+    )
+
+    def pace(own: Sequence[Round]) -> Pace:
+        timing, ratios = summary(own, full)
+        return Pace(timing, Timing(ratios.ttft_s, summary(own, fastest)[1].tokens_per_s))
+
     layout, text = build_layout(inputs, model.config), model.config.get_text_config()
     dense = HeadMap.all_dense(text.num_hidden_layers, text.num_attention_heads)
-    sides = []
-    for side, said in zip(asked, answers, strict=True):
-        first, *rest = ((decode, timings[side, decode]) for decode in side.decodes)
-        others = [OtherDecode(way, _nbytes(model, inputs, side, way), *timing) for way, timing in rest]
-        modules = 0 if side.capsule is None else side.capsule.module_nbytes
-        flops = prefill_flops(model, layout, side.head_map or dense)
-        sides.append(Side(side.name, said, *first[1], modules, flops, next(iter(others), None)))
-    return sides
+    return [
+        Side(
+            side.name,
+            said,
+            0 if side.capsule is None else side.capsule.module_nbytes,
+            prefill_flops(model, layout, side.head_map or dense),
+            pace(rounds[i, False]),
+            pace(rounds[i, True]) if (i, True) in rounds else None,
+        )
+        for i, (side, said) in enumerate(zip(asked, answers, strict=True))
+    ]
 
 
-def times(timing: Timing, ratios: Timing) -> dict[str, float]:
-    """What JSON says of them."""
-    return {
-        "ttft_s": timing.ttft_s,
-        "tokens_per_s": timing.tokens_per_s,
-        "ttft_ratio": ratios.ttft_s,
-        "speed_ratio": ratios.tokens_per_s,
-    }
+_Every = dict[tuple[int, bool], Callable[[], AbstractContextManager[Generates]]]
+"""What is timed: which side, and whether its steps are compiled."""
 
 
-def _enabled(model: Any, side: Asked, decode: Decode) -> Any:
+def _graphs(
+    eager: Mapping[tuple[int, bool], Any], asked: Sequence[Asked], inputs: Mapping[str, Any]
+) -> _Every:
+    """All sides that can have compiled steps, which are compiled by then."""
+    found: _Every = {}
+    for (i, _), enter in eager.items():
+        if asked[i].decode == "materialise":
+            continue
+        found[i, True] = graph = partial(compiled, enter, inputs["input_ids"].shape[1] + NEW)
+        with graph() as model:
+            reason = why_not_compiled(model, inputs)
+        if reason:
+            _log.warning("decode steps are not compiled here: %s", reason)
+            return {}
+    return found
+
+
+def _enabled(model: Any, side: Asked) -> Any:
     """A side's head map is followed though the demo's prompts are short: its answers are to be seen."""
-    return enable(model, capsule=side.capsule, head_map=side.head_map, decode=decode, prefill="sparse")
-
-
-def _nbytes(model: Any, inputs: dict[str, Any], side: Asked, decode: Decode) -> int:
-    with _enabled(model, side, decode) as fast:
-        return CacheBytes.of(fast.encapsulate(**inputs)).kv
+    return enable(model, capsule=side.capsule, head_map=side.head_map, decode=side.decode, prefill="sparse")

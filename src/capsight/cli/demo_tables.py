@@ -9,10 +9,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from capsight.blindsight import PrefillFlops
-from capsight.cli.demo_sides import Side
+from capsight.cli.demo_sides import Pace, Side
 from capsight.cli.output import human_bytes
 from capsight.evaluation import Ask, Item, exact_match
-from capsight.evaluation.timing import Timing
 
 
 def print_demo(console: Console, item: Item, sides: Sequence[Side]) -> None:
@@ -48,8 +47,9 @@ def side_costs(sides: Sequence[Side]) -> dict[str, list[str]]:
         "with modules": [human_bytes(kv)],
         "prefill": [f"{_total(full.flops) / 1e9:.2f} GFLOP"],
         "of it attention": [f"{full.flops.attention / 1e9:.2f} GFLOP"],
-        "first token": [f"{full.timing.ttft_s * 1e3:.0f} ms"],
-        "decode": [f"{full.timing.tokens_per_s:.0f} tok/s"],
+        "first token": [_first_token(full.eager)],
+        "decode": [_speed(full.eager)],
+        "decode, compiled": [_speed(full.compiled)],
     }
     for side in others:
         nbytes, total = side.answers.nbytes.kv, side.answers.nbytes.kv + side.module_nbytes
@@ -58,30 +58,18 @@ def side_costs(sides: Sequence[Side]) -> dict[str, list[str]]:
         saved, less = round(100 * side.flops.saved), round(100 * side.flops.attention_saved)
         rows["prefill"].append(f"{_total(side.flops) / 1e9:.2f} GFLOP ({-saved}%)")
         rows["of it attention"].append(f"{side.flops.attention / 1e9:.2f} GFLOP ({-less}%)")
-        rows["first token"].append(f"{side.timing.ttft_s * 1e3:.0f} ms ({side.ratios.ttft_s:.2f}x)")
-        rows["decode"].append(_speed(side.timing, side.ratios))
-    return rows | _other_costs(sides)
+        rows["first token"].append(_first_token(side.eager))
+        rows["decode"].append(_speed(side.eager))
+        rows["decode, compiled"].append(_speed(side.compiled))
+    return {name: cells for name, cells in rows.items() if any(cells)}
 
 
-def _other_costs(sides: Sequence[Side]) -> dict[str, list[str]]:
-    """Rows on the way to decode that was timed besides, empty where a side was not."""
-    full, others = sides[0], [side.other for side in sides]
-    names = [other.decode for other in others if other is not None]
-    if not names:
-        return {}
-    kv = full.answers.nbytes.kv
-    rows: dict[str, list[str]] = {f"decode, {names[0]}": [], "its KV cache": []}
-    for other in others:
-        cells = ("", "")
-        if other is not None:
-            cells = _speed(other.timing, other.ratios), _beside(other.kv_bytes, kv)
-        for row, cell in zip(rows.values(), cells, strict=True):
-            row.append(cell)
-    return rows
+def _first_token(pace: Pace) -> str:
+    return f"{pace.timing.ttft_s * 1e3:.0f} ms ({pace.ratios.ttft_s:.2f}x)"
 
 
-def _speed(timing: Timing, ratios: Timing) -> str:
-    return f"{timing.tokens_per_s:.0f} tok/s ({ratios.tokens_per_s:.2f}x)"
+def _speed(pace: Pace | None) -> str:
+    return "" if pace is None else f"{pace.timing.tokens_per_s:.0f} tok/s ({pace.ratios.tokens_per_s:.2f}x)"
 
 
 def _beside(nbytes: int, full: int) -> str:

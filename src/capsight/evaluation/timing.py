@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from random import Random
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -31,6 +31,16 @@ class Timing:
 
 TURNS, TURN = 4, 8
 """Turns of a generation in `time_together`, and tokens of each that are timed."""
+
+NEW = TURNS * (1 + TURN)
+"""Tokens that such a generation has in all."""
+
+
+class Generates(Protocol):
+    """What is timed in turns: a `FastModel`, or what calls one."""
+
+    def generate(self, **options: Any) -> Any:
+        """As transformers' own."""
 
 
 class _Clock(StoppingCriteria):
@@ -75,7 +85,7 @@ class Round:
 
 
 def time_together(
-    every: Sequence[Callable[[], AbstractContextManager[FastModel]]], inputs: Mapping[str, Any], rounds: int
+    every: Sequence[Callable[[], AbstractContextManager[Generates]]], inputs: Mapping[str, Any], rounds: int
 ) -> list[list[Round]]:
     """Have several generate in turns of a few tokens, in random order, so that all see the same machine.
 
@@ -105,7 +115,7 @@ def time_together(
     return found
 
 
-def _turn(fast: FastModel, asked: Mapping[str, Any]) -> tuple[dict[str, Any], list[float]]:
+def _turn(fast: Generates, asked: Mapping[str, Any]) -> tuple[dict[str, Any], list[float]]:
     """What is asked next, and the seconds until each new token."""
     clock, new = _Clock(), 1 + TURN
     began = time.perf_counter()

@@ -133,34 +133,35 @@ class BenchFile:
 
 
 @dataclass(frozen=True)
-class DemoCost:
-    """Bytes of the KV cache after the images, seconds to the first token, decode speed, and ratios of both to
-    those of the full cache in the same rounds.
-    """
+class DemoSpeed:
+    """Decode speed, and how many times that of the full cache where it is fastest, in the same rounds."""
 
-    kv_bytes: Size
-    ttft_s: Positive
     tokens_per_s: Positive
-    ttft_ratio: Positive
     speed_ratio: Positive
 
 
 @dataclass(frozen=True)
-class DemoSide(DemoCost):
-    """One side of the comparison.
+class DemoSide(DemoSpeed):
+    """One side of the comparison; its speed is that of the steps that take less time.
 
     Attributes:
         answers: in the order of the questions.
         right: whether each is right.
+        kv_bytes: of the KV cache after the images.
         module_bytes: of the modules.
-        latent: costs of latent decoding, where it was timed besides.
+        ttft_s: seconds to the first token, with eager steps.
+        ttft_ratio: to that of the full cache in the same rounds.
+        steps: decode speed by how steps ran: "eager" or "compiled".
         name: its key in the file, such as "full cache".
     """
 
     answers: tuple[str, ...]
     right: tuple[bool, ...]
+    kv_bytes: Size
     module_bytes: Count
-    latent: DemoCost | None = None
+    ttft_s: Positive
+    ttft_ratio: Positive
+    steps: Annotated[dict[str, DemoSpeed], Field(min_length=1)]
     name: str = ""
 
 
