@@ -35,8 +35,8 @@ def _no_graphs():
 
 def graphs(backend: str = "aot_eager") -> dict[str, CompileConfig]:
     """What steps over a `StaticCache` are compiled on CPUs with."""
-    config = CompileConfig(mode="default", backend=backend)
-    config._compile_all_devices = True
+    config = capsight.compiled_steps()
+    config.backend = backend
     return {"compile_config": config}
 
 

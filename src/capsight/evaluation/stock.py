@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch._dynamo.exc import TorchDynamoException
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
 
-from capsight.runtime import FastModel
+from capsight.runtime import FastModel, compiled_steps
 
 GRAPH = ", compiled"
 """Ends the name of a cache whose decode steps run in a graph of `torch.compile`, with inductor's kernels."""
@@ -31,11 +31,7 @@ def stock_cache(name: str, config: Any, room: int) -> Any:
 
 def options_of(name: str) -> dict[str, Any]:
     """What `generate` has to be told over a cache of that name."""
-    if not name.endswith(GRAPH):
-        return {"disable_compile": True}
-    config: Any = CompileConfig(mode="default")
-    config._compile_all_devices = True  # transformers compiles on GPUs unless told so
-    return {"compile_config": config}
+    return {"compile_config": compiled_steps()} if name.endswith(GRAPH) else {"disable_compile": True}
 
 
 @dataclass(frozen=True, slots=True)
