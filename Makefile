@@ -92,7 +92,7 @@ accuracy-more: setup  ## the same table over five times as many prompts; takes t
 	$(BIN)/python benchmarks/write_pages.py
 
 bench: accuracy  ## every figure of the README: accuracy, speed, prefill attention, the demo
-	$(BIN)/capsight bench $(TIMED:%=--method %) --batch 1,8 --images 8 --runs 5 \
+	$(BIN)/capsight bench $(TIMED:%=--method %) --compiled --batch 1,8 --images 8 --runs 9 \
 		--json benchmarks/results/bench.json
 	$(BIN)/python benchmarks/prefill_attention.py --head-map reference --lengths 36864 --dtypes bfloat16 \
 		--json benchmarks/results/prefill_longest.json

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from capsight.baselines import METHODS
 from capsight.blindsight import PrefillFlops
 from capsight.cli import demo_picture, demo_sides
 from capsight.cli.demo_picture import draw_demo
@@ -63,7 +64,12 @@ def sides(monkeypatch):
             return [[Round(*speed)] for speed in speeds]
 
         monkeypatch.setattr(demo_sides, "time_together", time_together)
-        monkeypatch.setattr(demo_sides, "why_not_compiled", lambda model, inputs: reason)
+
+        def why_not_compiled(model, inputs):
+            rebuilds = model.fast.capsule is not None and model.fast.decode == "materialise"
+            return "keys are rebuilt" if rebuilds else reason
+
+        monkeypatch.setattr(demo_sides, "why_not_compiled", why_not_compiled)
         model, processor = load_reference_vlm()
         capsule = KVCapsule.from_pretrained("reference-heads")
         both = [demo_sides.Asked("full"), demo_sides.Asked("heads", capsule, decode=decode)]
@@ -104,6 +110,15 @@ def test_without_compiled_steps(sides, caplog, compiled, reason):
     assert ours.fastest.ratios.tokens_per_s == 1.6
     assert "decode, compiled" not in side_costs([full, ours])
     assert bool(reason) == bool(caplog.records)
+
+
+def test_steps_that_are_not_compiled_are_told():
+    model, processor = load_reference_vlm()
+    inputs = batch_inputs(processor, list(reference_items("test", 1, 1)))
+    with enable(model, capsule=KVCapsule.from_pretrained("reference-heads"), decode="materialise") as fast:
+        assert "rebuilds keys" in why_not_compiled(Compiled(fast, 200), inputs)
+    with enable(model, capsule=METHODS["snapkv"](0.4)) as fast:
+        assert "no cache of a KVCapsule" in why_not_compiled(Compiled(fast, 200), inputs)
 
 
 def test_a_compiler_that_does_not_work_is_told():

@@ -83,6 +83,18 @@ def test_demo_and_bench_alone(tmp_path):
     assert headline(None, bench, None, "magic") is None
 
 
+def test_the_fastest_steps_are_compared(tmp_path):
+    values = samples.bench_json()
+    for row in [*values["rows"]]:
+        speed = row["tokens_per_s"] * (2 if row["method"] == "full" else 3)
+        values["rows"].append(row | {"compiled": True, "tokens_per_s": speed, "ttft_s": 99})
+    bench = read(BenchFile, samples.write(tmp_path, "b", values))
+    assert bench.names() == ["full", "full, compiled", "heads 0.4", "heads 0.4, compiled"]
+    sentence = headline(None, bench, None, "heads").sentence
+    assert "1.62x the decode speed" in sentence  # 1.08 * 3 / 2
+    assert "1.03x the time to the first token" in sentence
+
+
 def test_one_image_is_no_images(tmp_path):
     demo = read(DemoFile, samples.write(tmp_path, "d", samples.demo_json() | {"images": 1}))
     assert "1 image the" in headline(None, None, demo, "heads").sentence

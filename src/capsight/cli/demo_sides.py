@@ -149,14 +149,15 @@ def _graphs(
     """All sides that can have compiled steps, which are compiled by then."""
     found: _Every = {}
     for (i, _), enter in eager.items():
-        if asked[i].decode == "materialise":
-            continue
-        found[i, True] = graph = partial(compiled, enter, inputs["input_ids"].shape[1] + NEW)
+        graph = partial(compiled, enter, inputs["input_ids"].shape[1] + NEW)
         with graph() as model:
             reason = why_not_compiled(model, inputs)
-        if reason:
-            _log.warning("decode steps are not compiled here: %s", reason)
-            return {}
+        if not reason:
+            found[i, True] = graph
+            continue
+        _log.warning("decode steps of %s are not compiled: %s", asked[i].name, reason)
+        if not found:  # nor are those of the others
+            break
     return found
 
 

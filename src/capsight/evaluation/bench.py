@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,13 +23,16 @@ from capsight.evaluation.items import Item, reference_items
 from capsight.evaluation.prefill import Prefill, observes
 from capsight.evaluation.prompting import chat_text
 from capsight.evaluation.sharing import FULL
+from capsight.evaluation.stock import compiled, why_not_compiled
 from capsight.evaluation.summary import split_label
 from capsight.evaluation.timing import Timing, medians, time_once
 from capsight.execution import inputs_device
 from capsight.kvcapsule import CacheMethod, LatentMethod
 from capsight.kvcapsule.method import reads_latent
 from capsight.layout import build_layout
-from capsight.runtime import Decode, FastModel, enable
+from capsight.runtime import Decode, enable
+
+_log = logging.getLogger("capsight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +43,27 @@ class Variant:
         label: of the method, such as "heads 0.4".
         method: None is the full cache.
         decode: how attention gets at capsules; None for what suits the method.
+        compiled: whether decode steps run in a graph.
     """
 
     label: str
     method: CacheMethod | None = None
     decode: Decode | None = None
+    compiled: bool = False
 
-    def enabled(self, model: Any) -> AbstractContextManager[FastModel]:
-        """The model with this method."""
-        return enable(model, capsule=self.method, decode=self.decode)
+    def enabled(self, model: Any, room: int) -> AbstractContextManager[Any]:
+        """The model with this method; `room` is the tokens a row that there will be at most."""
+        enter = partial(enable, model, capsule=self.method, decode=self.decode)
+        return compiled(enter, room) if self.compiled else enter()
 
 
-def variants(methods: Mapping[str, CacheMethod], decodes: Sequence[Decode]) -> list[Variant]:
-    """The full cache, then every method, once for each way to decode that is given if it has capsules."""
+def variants(
+    methods: Mapping[str, CacheMethod], decodes: Sequence[Decode], with_compiled: bool = False
+) -> list[Variant]:
+    """The full cache, then every method, once for each way to decode that is given if it has capsules.
+
+    Each is followed by itself with compiled steps, if these are asked for.
+    """
     expanded = [Variant(FULL)]
     for label, method in methods.items():
         if not decodes or not isinstance(method, LatentMethod):
@@ -59,6 +71,8 @@ def variants(methods: Mapping[str, CacheMethod], decodes: Sequence[Decode]) -> l
             continue
         for way in decodes:
             expanded.append(Variant(label, method.for_latent() if way == "latent" else method, way))
+    if with_compiled:
+        expanded = [each for own in expanded for each in (own, replace(own, compiled=True))]
     return expanded
 
 
@@ -83,7 +97,8 @@ def bench(
     Args:
         model: the model.
         processor: its processor.
-        timed: of `variants`, the full cache first.
+        timed: of `variants`, the full cache first; those whose steps cannot be compiled are left out, and a
+            log line says why.
         batches: batch sizes.
         images: image counts.
         new_tokens: tokens generated per row.
@@ -96,6 +111,7 @@ def bench(
         for batch in batches:
             inputs = batch_inputs(processor, list(reference_items("calibration", count, batch)))
             inputs = to_device(inputs, inputs_device(model))
+            timed = [own for own in timed if not own.compiled or _is_compiled(own, model, inputs, new_tokens)]
             timings = _timings(model, inputs, timed, new_tokens, runs)
             filling = _encode_seconds(model, inputs, timed, runs)
             for variant, timing, encode in zip(timed, timings, filling, strict=True):
@@ -115,7 +131,22 @@ def bench(
                     peak_bytes=peak,
                     decode=variant.decode,
                     state_bytes=nbytes.states,
+                    compiled=variant.compiled,
                 )
+
+
+def _is_compiled(variant: Variant, model: Any, inputs: Mapping[str, Any], new_tokens: int) -> bool:
+    """Whether steps are, by then."""
+    with variant.enabled(model, _room(inputs, new_tokens)) as fast:
+        reason = why_not_compiled(fast, inputs)
+    if reason:
+        _log.warning("decode steps of %s are not compiled: %s", variant.label, reason)
+    return not reason
+
+
+def _room(inputs: Mapping[str, Any], new_tokens: int) -> int:
+    """Tokens a row that a generation has."""
+    return int(inputs["input_ids"].shape[1]) + new_tokens
 
 
 def _timings(
@@ -124,7 +155,7 @@ def _timings(
     by_variant: list[list[Timing]] = [[] for _ in timed]
     for _ in range(1 + runs):
         for variant, timings in zip(timed, by_variant, strict=True):
-            with variant.enabled(model) as fast:
+            with variant.enabled(model, _room(inputs, new_tokens)) as fast:
                 timings.append(time_once(fast, inputs, new_tokens))
     return [medians(timings[1:]) for timings in by_variant]
 
@@ -153,9 +184,9 @@ def _memory(
     model: Any, inputs: Mapping[str, Any], variant: Variant, new_tokens: int
 ) -> tuple[CacheBytes, int | None]:
     """Bytes of the cache after the first token, and the peak of a whole generation."""
-    with variant.enabled(model) as fast:
 
-        def generate(tokens: int) -> Any:
+    def generate(tokens: int) -> Any:
+        with variant.enabled(model, _room(inputs, new_tokens)) as fast:
             return fast.generate(
                 **inputs,
                 max_new_tokens=tokens,
@@ -164,9 +195,8 @@ def _memory(
                 return_dict_in_generate=True,
             )
 
-        nbytes = CacheBytes.of(generate(2)[CACHE])
-        fast.cache = None
-        return nbytes, peak_bytes(lambda: generate(new_tokens), model.device)
+    nbytes = CacheBytes.of(generate(2)[CACHE])
+    return nbytes, peak_bytes(lambda: generate(new_tokens), model.device)
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:

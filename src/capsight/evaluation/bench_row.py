@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from capsight.evaluation.stock import GRAPH
+
 Count = Annotated[int, Field(ge=0)]
 Size = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -33,6 +35,7 @@ class BenchRow:
             measured.
         decode: how attention gets at capsules, "materialise" or "latent"; None for what suits the method.
         state_bytes: bytes of states (linear attention, convolutions) of the whole batch, beside `kv_bytes`.
+        compiled: whether decode steps ran in a graph of `torch.compile`; "full" is a `StaticCache` then.
     """
 
     method: str
@@ -48,18 +51,29 @@ class BenchRow:
     peak_bytes: Count | None = None
     decode: str | None = None
     state_bytes: Count = 0
+    compiled: bool = False
 
     @property
-    def name(self) -> str:
+    def label(self) -> str:
         """As `capsight eval` writes it, such as "heads 0.4"; with " latent" where that was timed."""
         label = self.method if self.retained is None else f"{self.method} {self.retained:g}"
         return f"{label} latent" if self.decode == "latent" else label
 
-    def ratios(self, full: BenchRow) -> dict[str, float]:
-        """This row over the full cache's, at the same batch and images; modules and states count as bytes."""
+    @property
+    def name(self) -> str:
+        """The label; with ", compiled" where steps were."""
+        return self.label + GRAPH * self.compiled
+
+    def ratios(self, full: BenchRow, fastest: BenchRow) -> dict[str, float]:
+        """This row over the full cache's, at the same batch and images; modules and states count as bytes.
+
+        Args:
+            full: the `DynamicCache`.
+            fastest: the full cache that decodes fastest.
+        """
         ratios = {
             "ttft": self.ttft_s / full.ttft_s,
-            "tokens_per_s": self.tokens_per_s / full.tokens_per_s,
+            "tokens_per_s": self.tokens_per_s / fastest.tokens_per_s,
         }
         if self.kv_bytes is not None and full.kv_bytes:
             nbytes = self.kv_bytes + self.state_bytes + self.module_bytes

@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch._dynamo.exc import TorchDynamoException
 from transformers import DynamicCache, StaticCache
 
+from capsight.cache_argument import CACHE
 from capsight.runtime import FastModel, compiled_steps
+from capsight.runtime.compiled import reason_against
 
 GRAPH = ", compiled"
 """Ends the name of a cache whose decode steps run in a graph of `torch.compile`, with inductor's kernels."""
@@ -62,8 +63,14 @@ def compiled(enabled: Callable[[], AbstractContextManager[FastModel]], room: int
 
 def why_not_compiled(model: Compiled, inputs: Mapping[str, Any]) -> str:
     """Compile decode steps, which may take a minute; why that cannot be here, empty if it can."""
+    from torch._dynamo.exc import TorchDynamoException  # torch.compile is imported by those who need it
+
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
     try:
-        model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        cache = model.generate(**inputs, **options)[CACHE]
     except TorchDynamoException as error:
         return str(error).strip().partition("\n")[0]
-    return ""
+    fast = model.fast
+    if fast.capsule is not None:
+        return reason_against(fast.model, cache, fast.decode, inputs)
+    return "" if cache.is_compileable else f"{type(cache).__name__} of this model cannot be"

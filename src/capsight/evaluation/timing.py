@@ -13,8 +13,6 @@ from typing import Any, Protocol
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from capsight.runtime import FastModel
-
 
 @dataclass(frozen=True, slots=True)
 class Timing:
@@ -56,7 +54,7 @@ class _Clock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def time_once(fast: FastModel, inputs: Mapping[str, Any], new_tokens: int) -> Timing:
+def time_once(fast: Generates, inputs: Mapping[str, Any], new_tokens: int) -> Timing:
     """Generate `new_tokens` (two or more) for every row; the end token does not stop the run."""
     clock = _Clock()
     began = time.perf_counter()

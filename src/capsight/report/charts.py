@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from capsight.evaluation.bench_row import BenchRow
+from capsight.evaluation.stock import GRAPH
 from capsight.report.inputs import FULL, BenchFile, Cell, EvalFile, MethodRow
 from capsight.report.svg import INK, MARKERS, MUTED, SERIES, for_both, inline, legend, new_figure
 
@@ -180,13 +181,14 @@ def _lines(axes: Axes, file: BenchFile, points: list[tuple[BenchRow, float, floa
     for index, method in enumerate(file.names()):
         curve = sorted((x, y) for row, x, y in points if row.name == method)
         if curve:
+            full = method in (FULL, FULL + GRAPH)
             axes.plot(
                 [x for x, _ in curve],
                 [y for _, y in curve],
-                label="full cache" if method == FULL else method,
-                color=INK if method == FULL else SERIES[(index - 1) % len(SERIES)],
+                label=method.replace(FULL, "full cache") if full else method,
+                color=INK if full else SERIES[(index - 1) % len(SERIES)],
                 marker=MARKERS[index % len(MARKERS)],
-                linestyle="--" if method == FULL else "-",
+                linestyle="--" if full else "-",
                 linewidth=1.6,
                 markersize=5,
             )

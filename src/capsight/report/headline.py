@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
+from capsight.evaluation.bench_row import BenchRow
 from capsight.report.inputs import FULL, BenchFile, DemoFile, EvalFile, MethodRow
 
 TOLERANCE = 1.0
@@ -126,21 +129,33 @@ def _from_demo(demo: DemoFile) -> Headline:
 
 def _bench_ratios(bench: BenchFile, method: str, row: MethodRow | None) -> Speed | None:
     """Medians over what both the full cache and the row, or the method's nearest budget, were run on."""
-    full = {(r.batch, r.images, r.prompt_tokens): r for r in bench.rows if r.name == FULL}
+    full = _by_prompt(r for r in bench.rows if r.method == FULL)
     name = None if row is None else row.name
-    rows = [r for r in bench.rows if r.name == name]
+    rows = [r for r in bench.rows if r.label == name]
     if not rows:
         rows = [r for r in bench.rows if r.method == method and r.decode != "latent"]
         if row is not None and row.retained is not None and rows:
             wanted = row.retained
-            name = min(rows, key=lambda r: abs((r.retained or 1.0) - wanted)).name
-            rows = [r for r in rows if r.name == name]
-    pairs = [(r, full[key]) for r in rows if (key := (r.batch, r.images, r.prompt_tokens)) in full]
+            name = min(rows, key=lambda r: abs((r.retained or 1.0) - wanted)).label
+            rows = [r for r in rows if r.label == name]
+    pairs = [(own, full[key]) for key, own in _by_prompt(rows).items() if key in full]
     if not pairs:
         return None
-    decode = median(r.tokens_per_s / base.tokens_per_s for r, base in pairs)
+    decode = median(_fastest(own) / _fastest(base) for own, base in pairs)
     other = name if row is not None and name != row.name else ""
-    return Speed(decode, median(r.ttft_s / base.ttft_s for r, base in pairs), other or "")
+    return Speed(decode, median(own[0].ttft_s / base[0].ttft_s for own, base in pairs), other or "")
+
+
+def _fastest(rows: Iterable[BenchRow]) -> float:
+    return max(row.tokens_per_s for row in rows)
+
+
+def _by_prompt(rows: Iterable[BenchRow]) -> dict[tuple[int, int, int], list[BenchRow]]:
+    """Rows of the same batch and images: eager steps before compiled ones."""
+    found: dict[tuple[int, int, int], list[BenchRow]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row.compiled):
+        found[row.batch, row.images, row.prompt_tokens].append(row)
+    return found
 
 
 def _demo_ratios(demo: DemoFile) -> Speed:

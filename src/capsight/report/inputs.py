@@ -128,8 +128,8 @@ class BenchFile:
 
     def names(self) -> list[str]:
         """The methods, the full cache first."""
-        names = dict.fromkeys(row.name for row in self.rows)
-        return sorted(names, key=lambda name: name != FULL)
+        rows = sorted(self.rows, key=lambda row: row.method != FULL)
+        return [*dict.fromkeys(row.name for row in rows)]
 
 
 @dataclass(frozen=True)

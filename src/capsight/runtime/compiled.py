@@ -59,7 +59,7 @@ def steps_compiled(model: Any, capsules: Any, decode: Decode, options: Mapping[s
     steps = None
     if isinstance(capsules, CapsuleCache):
         if _is_asked(model, options):
-            reason = _reason_against(model, capsules, decode, options)
+            reason = reason_against(model, capsules, decode, options)
             if reason:
                 _say(reason)
             else:
@@ -97,8 +97,8 @@ def _is_asked(model: Any, options: Mapping[str, Any]) -> bool:
     return model.device.type != "cpu" or bool(config._compile_all_devices)
 
 
-def _reason_against(model: Any, capsules: CapsuleCache, decode: Decode, options: Mapping[str, Any]) -> str:
-    """Why steps cannot be compiled; empty if they can."""
+def reason_against(model: Any, capsules: Any, decode: Decode, options: Mapping[str, Any]) -> str:
+    """Why steps over a cache of capsules cannot be compiled; empty if they can. See `steps_compiled`."""
     mask = options.get("attention_mask")
     if type(capsules) is not CapsuleCache:
         return f"{type(capsules).__name__} is no cache of a KVCapsule"
