@@ -44,7 +44,7 @@ class AmxChunk {
       here = std::min(8 * int64_t(SPAN), (folded ? ready : end) - first);
       int64_t tiles = (here + TILE - 1) / TILE, spans = (here + SPAN - 1) / SPAN;
       z.open(first, here);
-      room.p.resize(tiles * all * TILE), room.shares.assign(padded * spans * SPAN, 0);
+      grow(room.p, tiles * all * TILE), room.shares.assign(padded * spans * SPAN, 0);
       if (layer.wide) rebuild(first, here, spans);
       if (folded) {
         make_keys(spans, folded->folded(), folded->constants(), folded->wide());
@@ -88,7 +88,7 @@ class AmxChunk {
   // Cosines and sines of tokens from one on.
   void look_up(int64_t first, int64_t tokens) {
     int64_t all = AmxLayer::up(tokens, SPAN), size = all * layer.half + SIDE;
-    room.cosines.resize(size), room.sines.resize(size);
+    grow(room.cosines, size), grow(room.sines, size);
     if (layer.half == SIDE) {
       const float* rows[3][2] = {};
       __mmask16 lanes[3];
@@ -137,7 +137,7 @@ class AmxChunk {
   // Products [spans, SPAN, wide] of latents with axes, and means: a head's keys before RoPE, or folded queries.
   void make_keys(int64_t spans, const uint32_t* axes, const float* means, int64_t wide) {
     int64_t groups = rank / GROUP;
-    room.keys.resize(spans * SPAN * wide);
+    grow(room.keys, spans * SPAN * wide);
     settle();
     for (int64_t i = 0; i < wide; i += 2 * SIDE, axes += SIDE * rank)
       for (int64_t span = 0; span < spans; span++) {

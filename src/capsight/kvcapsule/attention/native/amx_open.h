@@ -13,6 +13,12 @@ constexpr int SIDE = 16, SPAN = 2 * SIDE;  // rows of a tile, or its numbers of 
 typedef std::vector<uint32_t, Lines<uint32_t>> Words;
 typedef std::vector<uint16_t, Lines<uint16_t>> Halves;
 
+// Makes room for so many numbers: never less than before, since what a vector gets anew is filled with zeros.
+template <class V>
+INLINE void grow(V& x, size_t count) {
+  if (x.size() < count) x.resize(count);
+}
+
 // Tile instructions do not tell compilers what memory they read and write.
 INLINE void settle() { __asm__ volatile("" ::: "memory"); }
 
@@ -139,11 +145,11 @@ class AmxLatents {
   // Latents of tokens from one on; what spans have more is 0.
   void open(int64_t first, int64_t tokens) {
     int64_t spans = (tokens + SPAN - 1) / SPAN, i = 0, many = tokens * groups;
-    room.scales.resize(spans * SPAN * groups), room.plain.resize(spans * SPAN * groups * SIDE), room.along.resize(spans * SPAN * SIDE);
+    grow(room.scales, spans * SPAN * groups), grow(room.plain, spans * SPAN * groups * SIDE), grow(room.along, spans * SPAN * SIDE);
     const uint16_t* given = latents.scales + first * groups;
     for (; i + W <= many; i += W) Stored<F16>::load((const char*)(given + i), (vf*)&room.scales[i]);
     for (; i < many; i++) room.scales[i] = of_half(given[i]);
-    std::fill(room.scales.begin() + many, room.scales.end(), 0.f);
+    std::fill(room.scales.begin() + many, room.scales.begin() + spans * SPAN * groups, 0.f);
     const uint8_t* codes = latents.codes + first * latents.width;
     for (int64_t t = 0; t < spans * SPAN; t += 2) {
       const uint8_t *x = codes + std::min(t, tokens - 1) * latents.width, *y = codes + std::min(t + 1, tokens - 1) * latents.width;
