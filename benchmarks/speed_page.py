@@ -21,8 +21,8 @@ def page(
             "",
             f"Model `{bench['model']}`, medians of {bench['runs']} runs, {bench['new_tokens']} new tokens a "
             "row; in brackets the ratio to the full cache (a `DynamicCache`) in the same run, of tokens/s to "
-            "the full cache that decodes fastest there. *compiled*: steps in a graph of `torch.compile`, over a "
-            "`StaticCache` or over capsules; how long compiling takes is not counted. "
+            "the full cache that decodes fastest there. *compiled*: steps in a graph of `torch.compile`, "
+            "over a `StaticCache` or over capsules; how long compiling takes is not counted. "
             f"{machine(bench['machine'])} "
             "*encode* is what filling the method's cache takes once the prefill's keys and values are there. "
             "KV counts the method's modules and, of a full cache, the left padding of shorter rows, which it "
