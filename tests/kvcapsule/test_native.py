@@ -33,7 +33,8 @@ def close(found: tuple[Tensor, Tensor], query: Tensor, sources: list[Source], sc
     assert found[0].dtype == query.dtype
     tolerance = TOLERANCE[query.dtype]
     torch.testing.assert_close(found[0], out, atol=tolerance, rtol=tolerance, equal_nan=True)
-    torch.testing.assert_close(found[1], lse, atol=1e-4, rtol=1e-4)
+    tolerance = 1e-3 if query.dtype == torch.bfloat16 else 1e-4  # AMX: of levels times 16 bits of queries
+    torch.testing.assert_close(found[1], lse, atol=tolerance, rtol=tolerance)
 
 
 def source(
@@ -98,7 +99,7 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, list[Source]]:
     """Queries, and sources of pieces of up to 150 tokens, some without any."""
     batch, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     group, count = draw(st.integers(1, 9)), draw(st.integers(1, 2))
-    channels = draw(st.sampled_from([1, 5, 16, 24, 33, 64, 72, 128]))
+    channels = draw(st.sampled_from([1, 5, 16, 24, 32, 33, 64, 72, 128]))
     g = torch.Generator().manual_seed(draw(st.integers(0, 999)))
     tokens = st.lists(
         st.one_of(st.just(0), st.integers(0, 150)), min_size=batch * heads, max_size=batch * heads
@@ -132,10 +133,10 @@ def test_each_kind_of_processor(level):
     if [*build.LEVELS].index(level) < [*build.LEVELS].index(build.best_level()):
         pytest.skip("this machine has none")
     g = torch.Generator().manual_seed(0)
-    for kind, dtype in product(KINDS, TOLERANCE):
+    for kind, dtype, channels in product(KINDS, TOLERANCE, (40, 64, 96)):
         counts = torch.randint(0, 200, (2, 2), generator=g)
-        sources = [source(counts, kind, False, True, 40, 5, g)]
-        query = torch.randn(2, 10, 1, 40, generator=g).to(dtype)
+        sources = [source(counts, kind, False, True, channels, 5, g)]
+        query = torch.randn(2, 10, 1, channels, generator=g).to(dtype)
         close(_run(query, Sources(tuple(sources)), 0.3, level), query, sources, 0.3)
 
 

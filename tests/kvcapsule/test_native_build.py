@@ -60,10 +60,29 @@ def compiler(fresh, monkeypatch, tmp_path):
     monkeypatch.setenv("LIBRARY", MADE._name)
     monkeypatch.setenv("SLOW", "0")
     script = tmp_path / "compiler"
-    script.write_text('#!/bin/sh\nsleep "$SLOW"\nfor last; do :; done\ncp "$LIBRARY" "$last"\n')
+    script.write_text(
+        '#!/bin/sh\nsleep "$SLOW"\nfor last; do\n'
+        '[ "$last" = "$UNKNOWN" ] && echo "error: what is $UNKNOWN?" >&2 && exit 1\n'
+        'done\ncp "$LIBRARY" "$last"\n'
+    )
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     return fresh
+
+
+def test_a_compiler_that_does_not_know_the_processor_is_told(compiler, monkeypatch, caplog):
+    monkeypatch.setenv("UNKNOWN", "-mamx-tile")
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    build.library("AVX2")
+    assert not caplog.records
+    build.library("AMX")
+    assert "slower native code than this processor runs: error: what is -mamx-tile?" in caplog.text
+
+
+@pytest.mark.slow
+def test_this_processor_gets_its_own_code(fresh, caplog):
+    build.library()
+    assert not caplog.records
 
 
 def test_nothing_waits_for_a_build_that_was_cut_off(compiler, monkeypatch):

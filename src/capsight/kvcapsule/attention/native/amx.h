@@ -32,13 +32,7 @@ class AmxChunk {
   }
 
   void attend(int64_t start, int64_t tokens) {
-    struct {
-      uint8_t palette = 1, other[15] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } shapes;
-    settle();
-    _tile_loadconfig(&shapes);
+    const Tiles shaped;
     for (int64_t first = start, end = start + tokens, ready = start, here; first < end; first += here) {
       if (folded && first == ready) ready += folded->next(first, end);
       here = std::min(8 * int64_t(SPAN), (folded ? ready : end) - first);
@@ -60,18 +54,13 @@ class AmxChunk {
       }
       gather(spans);
     }
-    _tile_release();
   }
 
   // [H, C] times [most, total, R numbers].
   void results(float* x) const {
     for (int64_t c = 0; c < all; c++, x += rank + 2) {
       x[0] = run[c / MOST].most[c % MOST], x[1] = run[c / MOST].total[c % MOST];
-      for (int64_t i = 0; i < rank; i += GROUP) {  // that lie as two rows of numbers were mixed
-        __m512d a = _mm512_loadu_pd(&out[c * rank + i]), b = _mm512_loadu_pd(&out[c * rank + i + SIDE]);
-        _mm512_storeu_pd(x + 2 + i, _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), b));
-        _mm512_storeu_pd(x + 2 + i + SIDE, _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), b));
-      }
+      for (int64_t i = 0; i < rank; i += GROUP) unmix(&out[c * rank + i], x + 2 + i);
     }
   }
 

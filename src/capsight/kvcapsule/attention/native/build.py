@@ -32,18 +32,18 @@ SWITCH = "CAPSIGHT_NATIVE"
 INTERFACE = 8
 UNITS = ("centre.cpp", "decode.cpp", "joint.cpp", "pack.cpp")
 HEADERS = (
-    *("amx.h", "amx_fold.h", "amx_nodes.h", "amx_open.h", "chunk.h", "fold.h", "joint.h", "joint_chunk.h"),
     *(
-        "latents.h",
-        "nodes.h",
-        "numbers.h",
-        "plan.h",
-        "products.h",
-        "rebuild.h",
-        "softmax.h",
-        "tile.h",
-        "vectors.h",
+        "amx.h",
+        "amx_fold.h",
+        "amx_nodes.h",
+        "amx_open.h",
+        "amx_products.h",
+        "amx_tiles.h",
+        "chunk.h",
+        "fold.h",
     ),
+    *("joint.h", "joint_chunk.h", "latents.h", "nodes.h", "numbers.h", "plan.h", "products.h", "rebuild.h"),
+    *("softmax.h", "tile.h", "vectors.h"),
 )
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
@@ -174,6 +174,7 @@ def _folder() -> Path:
 
 def _compile(compiler: str, flags: list[tuple[str, ...]], units: list[str], path: Path) -> None:
     """Compile to `path` with the first flags that work, and with OpenMP where the compiler has it."""
+    first = ""
     try:
         with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
             made = Path(folder) / path.name
@@ -181,9 +182,18 @@ def _compile(compiler: str, flags: list[tuple[str, ...]], units: list[str], path
                 command = [compiler, *level_flags, *threads, *units, "-o", str(made)]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
                 if done.returncode == 0:
+                    if level_flags != flags[0]:
+                        _log.warning(
+                            "%s makes slower native code than this processor runs: %s", compiler, first
+                        )
                     made.replace(path)
                     return
+                first = first or _first_error(done.stderr)
     except (OSError, subprocess.SubprocessError) as error:
         raise NativeBuildError(f"{compiler} failed: {error}") from None
-    last = (done.stderr.strip().splitlines() or ["no message"])[0]
-    raise NativeBuildError(f"{compiler} failed: {last}")
+    raise NativeBuildError(f"{compiler} failed: {_first_error(done.stderr)}")
+
+
+def _first_error(text: str) -> str:
+    lines = text.strip().splitlines() or ["no message"]
+    return next((line for line in lines if "error" in line), lines[0])

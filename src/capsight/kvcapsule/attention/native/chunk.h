@@ -1,8 +1,10 @@
 // One chunk of a piece of tokens, attended by the queries of its KV head.
 #pragma once
 #include <algorithm>
+#include <optional>
 #include <vector>
 
+#include "amx_products.h"
 #include "products.h"
 #include "softmax.h"
 
@@ -52,13 +54,16 @@ class Chunk {
       : kernels(capsight::kernels(count - before, source.format)),
         taken(std::min<int64_t>(count - before, kernels.queries)),
         s(source), query(query + before * channels), before(before), channels(channels), head(head), each((channels + kernels.parts - 1) / kernels.parts),
+        tiled(scaling && Products::serve(source.format, taken, channels)),
         scaling(Best::pair == 2 && source.format == BF16 ? scaling : 0), line(this->scaling ? 2 * W : W),
-        vectors((each + line - 1) / line * line / W), width(kernels.parts * vectors * W), q(kernels.queries * width),
-        out(kernels.queries * width) {
-    if (each % line) whole.resize(TILE * vectors * W * kernels.bytes);
+        vectors((each + line - 1) / line * line / W), width(tiled ? channels : kernels.parts * vectors * W), q(kernels.queries * width),
+        out((tiled ? Products::ROWS : kernels.queries) * width), products(source.format, tiled ? taken : 0, channels) {
+    if (each % line && !tiled) whole.resize(TILE * vectors * W * kernels.bytes);
   }
 
   void attend(const Task& task) {
+    std::optional<Tiles> shaped;
+    if (tiled) shaped.emplace();
     start = s.starts[task.piece] + task.first;
     steps = start * s.step_token_stride + head * s.step_head_stride;
     bias = s.bias ? s.bias + s.bias_starts[task.piece] + before * s.bias_stride + task.first : nullptr;
@@ -90,6 +95,11 @@ class Chunk {
   int64_t results(float* x) const {
     for (int64_t c = 0; c < taken; c++, x += channels + 2) {
       x[0] = run.most[c], x[1] = run.total[c];
+      if (tiled) {
+        products.result(out.data(), c, x + 2);
+        for (int64_t i = 0; i < channels; i++) x[2 + i] += lowest[c];
+        continue;
+      }
       const float* own = &out[c * width];
       for (int64_t i = 0; i < each; i++) x[2 + i] = own[i] + lowest[c];
       for (int64_t i = each; i < channels; i++) x[2 + i] = own[vectors * W + i - each] + lowest[c];
@@ -103,10 +113,12 @@ class Chunk {
   const Source& s;
   const float* query;  // [taken, D], scaled
   const int64_t before, channels, head, each;
+  const bool tiled;  // queries are bfloat16, and the machine multiplies tiles
   const float scaling;  // of scores of products of pairs, or 0
   const int64_t line, vectors, width;
   Floats q, out;          // [queries, width]
   Numbers<Best> pairs;    // [queries, width], not scaled: as they were given
+  Products products;      // if tiled
   std::vector<char> whole;    // a tile whose parts are filled up to full vectors
   Softmax run;
   float lowest[MOST] = {};      // sum of p * low
@@ -116,11 +128,13 @@ class Chunk {
 
   // Channels as they come to where tiles have them.
   void copy(const float* from, float* to) const {
+    if (tiled) return void(std::copy_n(from, channels, to));
     std::copy_n(from, each, to);
     if (kernels.parts == 2) std::copy_n(from + each, channels - each, to + vectors * W);
   }
 
   void dots(const Tile& d, float* p) {
+    if (tiled) return products.scores(d, scaling ? scaling : 1, p);
     if (!scaling) return kernels.dots(d, q.data(), p);
     auto by = scores_of<Best>(taken);
     alignas(64) float none[W] = {};
@@ -137,6 +151,7 @@ class Chunk {
   }
 
   void sums(const Tile& d, const float* p) {
+    if (tiled) return products.sums(d, p, out.data());
     if (!scaling) return kernels.sums(d, p, out.data());
     alignas(64) Best::T shares[MOST * TILE];
     round_to<Best>(p, taken * TILE, shares);
@@ -147,7 +162,7 @@ class Chunk {
   Tile tile(const char* of, int64_t at, int count, const char* next) {
     const char* tokens = of + at;
     int64_t stride = s.token_stride;
-    if (each % line) {
+    if (each % line && !tiled) {
       stride = vectors * W * kernels.bytes;
       for (int t = 0; t < count; t++)
         std::memcpy(&whole[t * stride], tokens + t * s.token_stride, each * kernels.bytes);
@@ -163,6 +178,7 @@ class Chunk {
       std::fill_n(mean, MOST, 0.f);
       if (!scaling) return;
       for (float& x : q) x /= scaling;
+      if (tiled) return products.take(q.data());
       pairs.resize(q.size());
       return round_to<Best>(q.data(), q.size(), pairs.data());
     }
@@ -175,6 +191,7 @@ class Chunk {
       for (int64_t i = 0; i < channels; i++) mean[c] += given[i] * middle[i], own[c] += x[i] = given[i] * size[i];
       copy(x.data(), &q[c * width]);
     }
+    if (tiled) products.take(q.data());
   }
 
   // From products with levels to scores.

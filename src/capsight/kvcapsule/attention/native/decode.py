@@ -23,7 +23,8 @@ def supports(query: Tensor) -> bool:
 def decode_attention(query: Tensor, sources: Sequence[Source] | Sources, scaling: float) -> Attended:
     """Attention over the pieces of all sources together.
 
-    Scores and sums are float32.
+    Scores and sums are float32. Bfloat16 queries are multiplied in bfloat16 where the processor can: exactly
+    with tokens in bfloat16, as two numbers (16 bits) with levels (AMX); probabilities are rounded likewise.
 
     Args:
         query: `[B, Hq, Q, D]`, float32, bfloat16 or float16; Hq is a multiple of H. For few queries: tokens

@@ -41,7 +41,7 @@ class Layer {
  public:
   Layer(const Joint& s, int64_t batch, int64_t heads, int64_t count) : s(s), heads(heads) {
 #ifdef __AMX_BF16__
-    if (!AmxLayer::allowed()) return;
+    if (!tiles_allowed()) return;
     tiles = &amx_layer;
     if (amx_axes.plan(s, batch, heads, count)) axes = &amx_axes, amx_axes.take(s, heads);
     amx_layer.take(s, heads, amx_axes.rebuilt, !axes);
