@@ -18,12 +18,14 @@ def page(
     model: Report | None,
     joint: Report | None,
     reference: Report | None,
+    attention_elsewhere: Report | None,
     elsewhere: Report | None,
 ) -> str:
-    """The whole page, of what there is; `elsewhere` is `reference` on another processor."""
+    """The whole page, of what there is; the last two are `attention` and `reference` on other processors."""
     lines = [GENERATED, "", "# Decode steps", ""]
-    parts = (_attention, attention), (_joint, joint), (_model, model), (_reference, reference)
-    for part, report in (*parts, (_elsewhere, elsewhere)):
+    kept = (_attention, attention), (_attention_elsewhere, attention_elsewhere)
+    parts = (_joint, joint), (_model, model), (_reference, reference), (_elsewhere, elsewhere)
+    for part, report in (*kept, *parts):
         lines += [] if report is None else part(report)
     return "\n".join(lines)
 
@@ -102,6 +104,26 @@ def _attention(report: Report) -> list[str]:
         *table(heads, [_cells(row, names, ours) for row in report["rows"]]),
         "",
     ]
+
+
+def _attention_elsewhere(report: Report) -> list[str]:
+    """The same on another processor."""
+    where, rows = report["machine"], report["rows"]
+    names, ours = ([n for n in rows[0][kind] if n not in _SLOW] for kind in ("seconds", "speedup"))
+    full = [row["speedup"]["native, full"] for row in rows]
+    heads = ["vision tokens", "batch", "dtype", "retained", *names, *(f"{name} faster" for name in ours)]
+    return [
+        f"The same on {where['cpu']}, {where['threads']} thread{'s' * (where['threads'] != 1)}. SDPA "
+        f"multiplies tiles of matrices there, too: the code reads the full cache {min(full):.1f} to "
+        f"{max(full):.1f} times as fast, and capsules gain beyond that what bytes they save.",
+        "",
+        *table(heads, [_cells(row, names, ours) for row in rows]),
+        "",
+    ]
+
+
+_SLOW = "heads", "adaptive"
+"""Not native: on the first processor's table alone."""
 
 
 def _joint(report: Report) -> list[str]:

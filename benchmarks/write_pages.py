@@ -55,7 +55,7 @@ def main(root: Path = ROOT) -> None:
         write("speed", speed_page.page(*speed))
     decode = [
         load(results, f"decode_{name}.json")
-        for name in ("attention", "model", "joint", "reference", "reference_zen4")
+        for name in ("attention", "model", "joint", "reference", "attention_amx", "reference_zen4")
     ]
     if any(report is not None for report in decode):
         write("decode", decode_page.page(*decode))
