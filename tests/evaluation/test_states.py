@@ -84,7 +84,7 @@ def test_bench_counts_states_apart():
     assert ours.kv_bytes < full.kv_bytes
     held = full.kv_bytes + full.state_bytes
     assert full.largest_batch(held) == 2
-    assert ours.ratios(full)["bytes"] == round(
+    assert ours.ratios(full, full)["bytes"] == round(
         (ours.kv_bytes + ours.module_bytes + ours.state_bytes) / held, 4
     )
     out = StringIO()
