@@ -97,7 +97,7 @@ def test_answers_in_the_demo_are_no_markup(monkeypatch, capsys, tmp_path):
             return 1 if name in ("nbytes", "ttft_s", "tokens_per_s", "attention", "linear") else Nothing()
 
     class Side:
-        name, module_nbytes, other, timing, flops = "full [/x]", 0, None, Nothing(), Nothing()
+        name, module_nbytes, compiled, eager, flops = "full [/x]", 0, None, Nothing(), Nothing()
 
         class answers:  # noqa: N801
             texts, nbytes = ("[/x]",), CacheBytes(5, 5, 0)
