@@ -67,11 +67,16 @@ class JointTokens:
         self._call(query.contiguous(), exact, scaling, out, None)
         return by_token
 
+    @property
+    def address(self) -> int:
+        """Where native code finds this; valid as long as this is."""
+        return ctypes.addressof(self._native[0])
+
     def _call(self, query: Tensor, exact: Sources, scaling: float, out: Tensor, lse: Tensor | None) -> None:
         batch, query_heads, count = query.shape[:3]
         heads = self.basis.key_mean.shape[0]
         library().capsight_joint(
-            self._native[0],
+            self.address,
             query.data_ptr(),
             FORMATS[query.dtype],
             batch,
@@ -96,7 +101,7 @@ class JointTokens:
         made.counts_of_bits[:], made.points[:] = latents.counts, latents.points
         for name in _OF_LAYER:
             setattr(made, name, getattr(basis, name).data_ptr())
-        return ctypes.byref(made), (codes, scales, alive)
+        return made, (codes, scales, alive)
 
 
 _OF_LAYER = tuple(f"{kind}_{name}" for name in ("axes", "steps", "mean") for kind in ("key", "value"))

@@ -80,9 +80,14 @@ class CapsuleLayer(StoredLayer):
 
     def _growing(self) -> LayerTokens | None:
         """What was last left to attention, if one more token makes nothing else of it than a longer tail."""
-        left, placement = self._left, self.placement
-        if left is None or placement is None or left.room is not self._room or not self._grows(placement, 1):
+        left, placement, plan = self._left, self.placement, self._ledger.plan
+        if left is None or placement is None or left.room is not self._room:
             return None
+        if self._all_placed is None or self._all_placed[0] is not placement or self._all_placed[1] is not plan:
+            if not self._grows(placement, 1):
+                return None
+            if len(placement.runs) == len(plan.runs):
+                self._all_placed = placement, plan
         return left
 
     def key_bias(self) -> Tensor | None:

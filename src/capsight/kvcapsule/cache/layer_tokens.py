@@ -13,7 +13,7 @@ from torch import Tensor
 from capsight.kvcapsule.attention import latent_attention
 from capsight.kvcapsule.attention.joint import JointTokens
 from capsight.kvcapsule.attention.latents import LatentTokens
-from capsight.kvcapsule.attention.native import Source, Sources, append, attended, supports
+from capsight.kvcapsule.attention.native import OneToken, Source, Sources, append, attended, supports
 from capsight.kvcapsule.cache.buffers import Scratch
 from capsight.kvcapsule.cache.exact_rows import ExactRows
 from capsight.kvcapsule.codecs import BlockCodec, Payload
@@ -50,6 +50,7 @@ class LayerTokens:
         """
         self.places = places
         self._counted = -1  # tokens of the tail that `_tail` says there are
+        self._again: OneToken | None = None  # what does a step like the last one
         self.codec, self.payload, self.rows, self.packed, self.room = codec, payload, rows, packed, room
 
     def are(self, payload: Payload, rows: ExactRows, packed: Tensor) -> bool:
@@ -63,7 +64,7 @@ class LayerTokens:
         moved = copy(self)
         for name in ("_tail", "_exact", "_all"):
             moved.__dict__.pop(name, None)
-        moved.room, moved._counted = room, -1
+        moved.room, moved._counted, moved._again = room, -1, None
         return moved
 
     def append(self, keys: Tensor, values: Tensor, held: int) -> bool:
@@ -99,9 +100,19 @@ class LayerTokens:
         Returns:
             `[B, 1, Hq, D]`.
         """
+        bias = None
+        if mask is not None:
+            bias = self.rows.bias(mask, 1, self.rows.width + held + 1, query.shape[1])
+        if bias is None and self._again is not None and held == self._counted:
+            out = self._again(query, keys, values, held, scaling)
+            if out is not None:
+                self._counted = held + 1
+                return out
         if not self._natively(query) or not supports(query) or not self.append(keys, values, held):
             return None
-        bias = self.rows.bias(mask, 1, self.rows.width + held + 1, query.shape[1])
+        if self._again is None:
+            sources, joint = (self._all, None) if self.places is None else (self._exact, self._joint.address)
+            self._again = OneToken(query, self.room.shape[1:], sources, joint)
         return self._attended(query, bias, scaling)
 
     def attend(

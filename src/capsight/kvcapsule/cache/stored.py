@@ -12,6 +12,7 @@ from capsight.kvcapsule.cache.ledger import Ledger
 from capsight.kvcapsule.cache.placement import Placement
 from capsight.kvcapsule.cache.waiting import Waiting
 from capsight.kvcapsule.codecs import BlockCodec, Payload
+from capsight.kvcapsule.plan import CapsulePlan
 
 
 class StoredLayer(DynamicLayer):
@@ -41,11 +42,13 @@ class StoredLayer(DynamicLayer):
         self._room: Tensor | None = None  # [2, B, R, H, D], R >= T
         self._held = 0  # tokens of the tail (T)
         self._left: LayerTokens | None = None  # what was last left to attention
+        self._all_placed: tuple[Placement, CapsulePlan] | None = None  # where no run of the plan is to come
         self._bias: Tensor | None = None  # [B, H or 1, 1, S]
 
     def __getstate__(self) -> dict[str, Any]:
         """The tail without the room behind it, and no views of it, which pickled were memory of their own."""
-        return self.__dict__ | {"_left": None, "_room": None if self._tail is None else self._tail.clone()}
+        cut = None if self._tail is None else self._tail.clone()
+        return self.__dict__ | {"_left": None, "_all_placed": None, "_room": cut}
 
     @property
     def payload(self) -> Payload | None:

@@ -11,9 +11,11 @@ from capsight.kvcapsule.attention.native.centre import centre
 from capsight.kvcapsule.attention.native.decode import append, attended, decode_attention, room_for, supports
 from capsight.kvcapsule.attention.native.pack import pack
 from capsight.kvcapsule.attention.native.source import Source, Sources, Steps
+from capsight.kvcapsule.attention.native.step import OneToken
 
 __all__ = [
     "NativeBuildError",
+    "OneToken",
     "Source",
     "Sources",
     "Steps",

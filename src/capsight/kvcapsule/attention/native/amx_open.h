@@ -9,6 +9,7 @@ namespace capsight {
 // What keys of a layer are made with, the same for all chunks. The channels of a head are put into lanes: first
 // halves of pairs, second halves, then what is not turned; each part is filled up with zeros.
 struct AmxLayer {
+  int64_t of = 0;                // number of the call
   int64_t rank, half, wide;      // R; lanes of first halves, lanes
   int64_t pairs[3];              // of each axis, the fastest, that keys are made of
   std::vector<int64_t> channel;  // [wide], which one a lane has, or -1

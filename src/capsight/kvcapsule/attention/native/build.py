@@ -29,8 +29,8 @@ from capsight.execution import has_amx, has_avx512_bf16
 SWITCH = "CAPSIGHT_NATIVE"
 """Environment variable: 0 keeps attention with torch, 1 makes it an error if native code cannot be used."""
 
-INTERFACE = 8
-UNITS = ("centre.cpp", "decode.cpp", "joint.cpp", "pack.cpp")
+INTERFACE = 9
+UNITS = ("centre.cpp", "decode.cpp", "joint.cpp", "pack.cpp", "step.cpp")
 HEADERS = (
     *(
         "amx.h",
@@ -68,6 +68,7 @@ FUNCTIONS = {
     ),
     "capsight_joint": (_P, _P, ctypes.c_int32, _N, _N, _N, *_AFTER),
     "capsight_pack": (_P, _N, _N, _P, ctypes.c_float, _N, _P, _P),
+    "capsight_step": (_P, _P, _P, _P, ctypes.c_float, _N, _P),
 }
 
 _TIMEOUT_S = 300

@@ -56,4 +56,4 @@ EXPORT void capsight_append(
   }
 }
 
-EXPORT int32_t capsight_interface() { return 8; }
+EXPORT int32_t capsight_interface() { return 9; }

@@ -6,29 +6,33 @@
 // place. What is gathered is one latent for each query; it goes through the values' basis last. Where nearly
 // all tokens have places of their own (RoPE of one dimension) keys are rebuilt instead, a tile at a time. Where
 // the machine multiplies matrices (AMX) keys are rebuilt, or places are few (`amx_fold.h`).
+#include <atomic>
+
 #include "amx.h"
 #include "chunk.h"
 #include "joint_chunk.h"
 
 namespace capsight {
 
-constexpr int64_t JOINT_CHUNK = 256;  // tokens at least that one of several threads takes at a time; four times as many at most
+constexpr int64_t LEAST = 128, LARGEST = 1024;  // tokens that one of several threads takes at a time
 
 struct Stretch {
   int64_t row, first, count;
 };
-std::vector<Stretch> stretches(const Joint& s, int64_t batch, int64_t threads, std::vector<int64_t>& ends) {
+// With `whole` they are longer, and go to the end of an image where that is near.
+std::vector<Stretch> stretches(const Joint& s, int64_t batch, int64_t threads, bool whole, std::vector<int64_t>& ends) {
   std::vector<Stretch> found;
-  int64_t least = s.tokens;
+  int64_t least = s.tokens, small = whole ? 2 * LEAST : LEAST;
   if (threads > 1) {  // every thread gets as many, up to four, unless they would be small
-    int64_t share = (s.tokens + threads - 1) / threads, parts = std::clamp<int64_t>(share / JOINT_CHUNK, 1, 4);
-    least = std::clamp((share + parts - 1) / parts, JOINT_CHUNK, 4 * JOINT_CHUNK);
+    int64_t share = (s.tokens + threads - 1) / threads, parts = std::clamp<int64_t>(share / small, 1, 4);
+    least = std::clamp((share + parts - 1) / parts, small, LARGEST);
+    if (!whole) least = (least + GROUP - 1) / GROUP * GROUP;
   }
   for (int64_t row = 0; row < batch; row++) {
     int64_t end = s.starts[row] + s.counts[row];
     for (int64_t first = s.starts[row], next; first < end; first = next) {
-      next = std::min(end, first + least);  // where an image ends, if that is near
-      while (next < end && next < first + 2 * least && s.places[next] == s.places[next - 1]) next++;
+      next = std::min(end, first + least);
+      while (whole && next < end && next < first + 2 * least && s.places[next] == s.places[next - 1]) next++;
       found.push_back({row, first, next - first});
     }
     ends.push_back(found.size());
@@ -42,17 +46,29 @@ class Layer {
   Layer(const Joint& s, int64_t batch, int64_t heads, int64_t count) : s(s), heads(heads) {
 #ifdef __AMX_BF16__
     if (!tiles_allowed()) return;
-    tiles = &amx_layer;
-    if (amx_axes.plan(s, batch, heads, count)) axes = &amx_axes, amx_axes.take(s, heads);
-    amx_layer.take(s, heads, amx_axes.rebuilt, !axes);
+    tiles = true, folds = planned.plan(s, batch, heads, count);
 #endif
+  }
+
+  // Whether it is less work where tokens of an image are together.
+  bool sees_images() const {
+#ifdef __AMX_BF16__
+    if (tiles) return folds;
+#endif
+    return true;
   }
 
   // Queries [H, C, D] of a row over a chunk of it: [H, C] times [most, total, R numbers].
   void attend(const Stretch& of, const float* query, int64_t count, float* results) const {
     auto run = [&](auto chunk) { chunk.attend(of.first, of.count), chunk.results(results); };
 #ifdef __AMX_BF16__
-    if (tiles) return run(AmxChunk(s, *tiles, axes, query, heads, count));
+    if (tiles) {
+      if (amx_layer.of != number) {  // each thread has its own at hand
+        if (folds) amx_axes = planned, amx_axes.take(s, heads);
+        amx_layer.take(s, heads, planned.rebuilt, !folds), amx_layer.of = number;
+      }
+      return run(AmxChunk(s, amx_layer, folds ? &amx_axes : nullptr, query, heads, count));
+    }
 #endif
     run(JointChunk<Best>(s, query, heads, count));
   }
@@ -61,8 +77,10 @@ class Layer {
   const Joint& s;
   const int64_t heads;
 #ifdef __AMX_BF16__
-  const AmxLayer* tiles = nullptr;
-  const AmxAxes* axes = nullptr;
+  static inline std::atomic<int64_t> numbers{0};
+  const int64_t number = ++numbers;  // of the call
+  bool tiles = false, folds = false;
+  AmxAxes planned;
 #endif
 };
 
@@ -96,13 +114,13 @@ EXPORT void capsight_joint(
   const Joint& s = *given;
   int64_t rank = s.latents.rank(), channels = s.channels, own = count * channels, wide = count * (rank + 2);
   std::vector<int64_t> ends, near_ends;
-  auto far = stretches(s, batch, threads, ends);
+  const Layer layer(s, batch, heads, count);
+  auto far = stretches(s, batch, threads, layer.sees_images(), ends);
   auto near = tasks_of(sources, source_count, batch * heads, near_ends);
   int64_t many = far.size(), all = many + near.size(), narrow = count * (channels + 2);
   Floats scaled(batch * heads * own), parts(many * heads * wide), near_parts(near.size() * narrow);
   read(query, format, 0, scaled.size(), scaled.data());
   for (float& x : scaled) x *= scaling;
-  const Layer layer(s, batch, heads, count);
 #pragma omp parallel num_threads(threads) if (threads > 1 && all > 1)
   {
 #pragma omp for schedule(dynamic)
