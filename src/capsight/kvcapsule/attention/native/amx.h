@@ -2,8 +2,6 @@
 //
 // Latents, axes and probabilities are rounded to bfloat16; sums are float.
 #pragma once
-#include <memory>
-
 #include "amx_fold.h"
 #include "softmax.h"
 

@@ -23,7 +23,8 @@ EXPORT void capsight_decode(
   std::vector<int64_t> ends;  // [B, H]
   auto tasks = tasks_of(sources, source_count, pieces, ends);
   for (const Task& t : tasks) tokens += t.count;
-  Floats parts(tasks.size() * part), scaled(pieces * own);
+  const Filled parts(new float[tasks.size() * part]);
+  Floats scaled(pieces * own);
   read(query, format, 0, pieces * own, scaled.data());
   for (float& x : scaled) x *= scaling;
   int64_t done = tasks.size();

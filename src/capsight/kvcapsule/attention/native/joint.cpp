@@ -118,7 +118,8 @@ EXPORT void capsight_joint(
   auto far = stretches(s, batch, threads, layer.sees_images(), ends);
   auto near = tasks_of(sources, source_count, batch * heads, near_ends);
   int64_t many = far.size(), all = many + near.size(), narrow = count * (channels + 2);
-  Floats scaled(batch * heads * own), parts(many * heads * wide), near_parts(near.size() * narrow);
+  Floats scaled(batch * heads * own);
+  const Filled parts(new float[many * heads * wide]), near_parts(new float[near.size() * narrow]);
   read(query, format, 0, scaled.size(), scaled.data());
   for (float& x : scaled) x *= scaling;
 #pragma omp parallel num_threads(threads) if (threads > 1 && all > 1)

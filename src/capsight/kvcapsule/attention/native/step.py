@@ -20,7 +20,7 @@ class OneToken:
     a layer went through them.
     """
 
-    __slots__ = ("_address", "_alive", "_dtype", "_one", "_out", "_query", "_room", "_run")
+    __slots__ = ("_address", "_alive", "_asked", "_dtype", "_out", "_room", "_run", "_stored")
 
     def __init__(self, query: Tensor, room: Sequence[int], sources: Sources, joint: Any = None) -> None:
         """Prepare steps like the next one, where `supports` takes its queries.
@@ -32,8 +32,7 @@ class OneToken:
             joint: address of the latents as native code has them, or None.
         """
         batch, self._room, heads, channels = room
-        self._query, self._one = query.shape, torch.Size((batch, heads, 1, channels))
-        self._dtype = query.dtype
+        self._asked, self._stored, self._dtype = query.numel(), batch * heads * channels, query.dtype
         self._out = batch, 1, query.shape[1], channels
         self._run = library().capsight_step
         count = query.shape[1] // heads
@@ -62,7 +61,7 @@ class OneToken:
             scaling: factor of the scores.
 
         Returns:
-            `[B, 1, Hq, D]`; None, with nothing done, where something is of another shape or dtype, or there
+            `[B, 1, Hq, D]`; None, with nothing done, where something is of another size or dtype, or there
             is no room left.
         """
         dtype = self._dtype
@@ -70,7 +69,7 @@ class OneToken:
             return None
         if query.dtype is not dtype or keys.dtype is not dtype or values.dtype is not dtype:
             return None
-        if query.shape != self._query or keys.shape != self._one or values.shape != self._one:
+        if query.numel() != self._asked or keys.numel() != self._stored or values.numel() != self._stored:
             return None
         query, keys, values = query.contiguous(), keys.contiguous(), values.contiguous()
         out = torch.empty(self._out, dtype=dtype)

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <vector>
 #ifdef __AVX2__
@@ -83,6 +84,7 @@ struct Lines {
   bool operator!=(const Lines<U>&) const { return false; }
 };
 typedef std::vector<float, Lines<float>> Floats;
+typedef std::unique_ptr<float[]> Filled;  // all of it is written before it is read
 
 template <class V>
 INLINE V get(const void* p) {
