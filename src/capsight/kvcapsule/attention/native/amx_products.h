@@ -1,6 +1,5 @@
-// Products of a few queries with a tile of tokens, and of their probabilities with the tokens', by tiles of matrices
-// (Intel AMX) in bfloat16. Levels of 8 and 4 bits are exact in bfloat16; what they are multiplied with is then
-// two numbers, the rounded one and what rounding leaves.
+// Products of a few queries with a tile of tokens in bfloat16, and of their probabilities with the tokens', by tiles
+// of matrices (Intel AMX).
 #pragma once
 #include "amx_tiles.h"
 #include "tile.h"
@@ -21,11 +20,10 @@ class Products {
  public:
   static constexpr int ROWS = SIDE;  // of sums
   static bool serve(int32_t format, int64_t queries, int64_t channels) {
-    bool known = format == BF16 || format == U8 || (format == U4 && channels % (2 * SPAN) == 0);
-    return known && queries >= LEAST && channels % SPAN == 0 && tiles_allowed();
+    return format == BF16 && queries >= LEAST && channels % SPAN == 0 && tiles_allowed();
   }
 
-  Products(int32_t format, int64_t taken, int64_t channels) : format(format), taken(taken), channels(channels), twice(format != BF16) {
+  Products(int64_t taken, int64_t channels) : taken(taken), channels(channels) {
     grow(room.queries, channels * SIDE / 2), grow(room.mixed, 4 * SIDE * SIDE), grow(room.tokens, TILE * channels), grow(room.found, TILE * SIDE);
     room.shares.assign(SIDE * TILE, 0);
   }
@@ -34,7 +32,7 @@ class Products {
   void take(const float* q) {
     for (int64_t i = 0; i < channels; i += SPAN) {
       __m512i x[SIDE] = {};
-      for (int64_t c = 0; c < taken; c++) split(q + c * channels + i, x[c], x[MOST + c]);
+      for (int64_t c = 0; c < taken; c++) x[c] = rounded(q + c * channels + i);
       transpose(x);
       for (int n = 0; n < SIDE; n++) _mm512_store_si512(&room.queries[(i / SPAN * SIDE + n) * SIDE], x[n]);
     }
@@ -71,11 +69,7 @@ class Products {
       __m512i x[SIDE];
       for (int n = 0; n < SIDE; n++) x[n] = _mm512_load_si512(found + n * SIDE);
       transpose(x);
-      for (int64_t c = 0; c < taken; c++) {
-        vf own = (vf)x[c];
-        if (twice) own += (vf)x[MOST + c];
-        put(p + c * TILE + first, own * factor);
-      }
+      for (int64_t c = 0; c < taken; c++) put(p + c * TILE + first, (vf)x[c] * factor);
     }
   }
 
@@ -83,12 +77,7 @@ class Products {
   void sums(const Tile& d, const float* p, float* out) {
     auto [tokens, stride, next] = opened(d);
     for (int64_t c = 0; c < taken; c++)
-      for (int t = 0; t < TILE; t += SPAN) {
-        __m512i first, rest = {};
-        split(p + c * TILE + t, first, rest);
-        _mm512_store_si512(&room.shares[c * TILE + t], first);
-        if (twice) _mm512_store_si512(&room.shares[(MOST + c) * TILE + t], rest);
-      }
+      for (int t = 0; t < TILE; t += SPAN) _mm512_store_si512(&room.shares[c * TILE + t], rounded(p + c * TILE + t));
     settle();
     _tile_loadd(4, room.shares.data(), 2 * TILE);
     _tile_loadd(5, room.shares.data() + SPAN, 2 * TILE);
@@ -123,56 +112,26 @@ class Products {
 
   // Sums of query c out of [ROWS, channels].
   void result(const float* out, int64_t c, float* to) const {
-    for (int64_t i = 0; i < channels; i += SPAN) {
-      alignas(64) float own[SPAN];
-      for (int n = 0; n < SPAN; n += W) {
-        vf x = get<vf>(out + c * channels + i + n);
-        if (twice) x += get<vf>(out + (MOST + c) * channels + i + n);
-        put(own + n, x);
-      }
-      unmix(own, to + i);
-    }
+    for (int64_t i = 0; i < channels; i += SPAN) unmix(out + c * channels + i, to + i);
   }
 
  private:
   static constexpr int64_t LEAST = 5;  // queries that are as much work without tiles
-  const int32_t format;
   const int64_t taken, channels;
-  const bool twice;
   AmxTile& room = amx_tile;
 
-  // 32 numbers in bfloat16, and what is left of them if that counts.
-  INLINE void split(const float* x, __m512i& rounded, __m512i& left) const {
-    __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(x + SIDE);
-    rounded = both(a, b);
-    if (!twice) return;
-    auto wide = [](__m256i h) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16)); };
-    left = both(a - wide(_mm512_castsi512_si256(rounded)), b - wide(_mm512_extracti64x4_epi64(rounded, 1)));
-  }
+  static INLINE __m512i rounded(const float* x) { return both(_mm512_loadu_ps(x), _mm512_loadu_ps(x + SIDE)); }
 
   struct Opened {
     const char* tokens;
     int64_t stride;
     const char* next;  // what is read next, if that is not fetched by then
   };
-  // A tile in bfloat16, 0 after its tokens.
+  // A tile, 0 after its tokens.
   Opened opened(const Tile& d) {
-    if (format == BF16 && d.count == TILE) return {d.tokens, d.stride, d.next};
+    if (d.count == TILE) return {d.tokens, d.stride, d.next};
     uint16_t* to = room.tokens.data();
-    for (int t = 0; t < d.count; t++, to += channels) {
-      const char* from = d.tokens + t * d.stride;
-      fetch(d, t);
-      if (format == BF16) std::memcpy(to, from, 2 * channels);
-      else if (format == U8)
-        for (int64_t i = 0; i < channels; i += SPAN)
-          _mm512_storeu_si512(to + i, both(levels(from + i), levels(from + i + SIDE)));
-      else
-        for (int64_t i = 0; i < channels / 2; i += SPAN) {
-          __m512i x = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(from + i)));
-          _mm512_storeu_si512(to + i, _mm512_permutexvar_epi16(x, sixteen));  // the fifth bit of an index is a neighbour's
-          _mm512_storeu_si512(to + channels / 2 + i, _mm512_permutexvar_epi16(_mm512_srli_epi16(x, 4), sixteen));
-        }
-    }
+    for (int t = 0; t < d.count; t++, to += channels) fetch(d, t), std::memcpy(to, d.tokens + t * d.stride, 2 * channels);
     std::fill(to, room.tokens.data() + TILE * channels, 0);
     return {(const char*)room.tokens.data(), 2 * channels, nullptr};
   }
@@ -180,8 +139,6 @@ class Products {
   static INLINE void ahead(const char*& next, int64_t stride) {
     for (int t = 0; t < SIDE && next; t++, next += stride) __builtin_prefetch(next, 0, 2);
   }
-  static INLINE __m512 levels(const char* p) { return (__m512)__builtin_convertvector(wide8(p), vf); }
-  const __m512i sixteen = both(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
 };
 
 #else
@@ -190,7 +147,7 @@ class Products {
 struct Products {
   static constexpr int ROWS = 0;
   static bool serve(int32_t, int64_t, int64_t) { return false; }
-  Products(int32_t, int64_t, int64_t) {}
+  Products(int64_t, int64_t) {}
   void take(const float*) {}
   void scores(const Tile&, float, float*) {}
   void sums(const Tile&, const float*, float*) {}

@@ -35,6 +35,7 @@ HEADERS = (
     *(
         "amx.h",
         "amx_fold.h",
+        "amx_levels.h",
         "amx_nodes.h",
         "amx_open.h",
         "amx_products.h",
@@ -49,7 +50,7 @@ FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared", "-fvisibili
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c")
 _BF16 = (*_AVX512, "-mavx512bf16")
 LEVELS = {
-    "AMX": (*_BF16, "-mavx512vbmi", "-mamx-tile", "-mamx-bf16"),
+    "AMX": (*_BF16, "-mavx512vbmi", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     "AVX512BF16": _BF16,
     "AVX512": _AVX512,
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),

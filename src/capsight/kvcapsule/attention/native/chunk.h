@@ -4,6 +4,7 @@
 #include <optional>
 #include <vector>
 
+#include "amx_levels.h"
 #include "amx_products.h"
 #include "products.h"
 #include "softmax.h"
@@ -54,10 +55,12 @@ class Chunk {
       : kernels(capsight::kernels(count - before, source.format)),
         taken(std::min<int64_t>(count - before, kernels.queries)),
         s(source), query(query + before * channels), before(before), channels(channels), head(head), each((channels + kernels.parts - 1) / kernels.parts),
-        tiled(scaling && Products::serve(source.format, taken, channels)),
+        tiled(scaling && (Products::serve(source.format, taken, channels) || Levels::serve(source.format, taken, channels))),
         scaling(Best::pair == 2 && source.format == BF16 ? scaling : 0), line(this->scaling ? 2 * W : W),
         vectors((each + line - 1) / line * line / W), width(tiled ? channels : kernels.parts * vectors * W), q(kernels.queries * width),
-        out((tiled ? Products::ROWS : kernels.queries) * width), products(source.format, tiled ? taken : 0, channels) {
+        out((tiled ? Products::ROWS : kernels.queries) * width) {
+    if (tiled && source.format == BF16) products.emplace(taken, channels);
+    else if (tiled) levels.emplace(source.format, taken, channels);
     if (each % line && !tiled) whole.resize(TILE * vectors * W * kernels.bytes);
   }
 
@@ -96,7 +99,7 @@ class Chunk {
     for (int64_t c = 0; c < taken; c++, x += channels + 2) {
       x[0] = run.most[c], x[1] = run.total[c];
       if (tiled) {
-        products.result(out.data(), c, x + 2);
+        products ? products->result(out.data(), c, x + 2) : levels->result(out.data(), c, x + 2);
         for (int64_t i = 0; i < channels; i++) x[2 + i] += lowest[c];
         continue;
       }
@@ -118,7 +121,8 @@ class Chunk {
   const int64_t line, vectors, width;
   Floats q, out;          // [queries, width]
   Numbers<Best> pairs;    // [queries, width], not scaled: as they were given
-  Products products;      // if tiled
+  std::optional<Products> products;  // if tiled, and tokens are bfloat16
+  std::optional<Levels> levels;      // or levels
   std::vector<char> whole;    // a tile whose parts are filled up to full vectors
   Softmax run;
   float lowest[MOST] = {};      // sum of p * low
@@ -134,7 +138,8 @@ class Chunk {
   }
 
   void dots(const Tile& d, float* p) {
-    if (tiled) return products.scores(d, scaling ? scaling : 1, p);
+    if (products) return products->scores(d, scaling, p);
+    if (levels) return levels->scores(d, p);
     if (!scaling) return kernels.dots(d, q.data(), p);
     auto by = scores_of<Best>(taken);
     alignas(64) float none[W] = {};
@@ -151,7 +156,8 @@ class Chunk {
   }
 
   void sums(const Tile& d, const float* p) {
-    if (tiled) return products.sums(d, p, out.data());
+    if (products) return products->sums(d, p, out.data());
+    if (levels) return levels->sums(d, p, out.data());
     if (!scaling) return kernels.sums(d, p, out.data());
     alignas(64) Best::T shares[MOST * TILE];
     round_to<Best>(p, taken * TILE, shares);
@@ -176,9 +182,10 @@ class Chunk {
     if (!s.size && !s.key_low) {
       for (int64_t c = 0; c < taken; c++) copy(query + c * channels, &q[c * width]);
       std::fill_n(mean, MOST, 0.f);
+      if (levels) levels->take(q.data());
       if (!scaling) return;
       for (float& x : q) x /= scaling;
-      if (tiled) return products.take(q.data());
+      if (products) return products->take(q.data());
       pairs.resize(q.size());
       return round_to<Best>(q.data(), q.size(), pairs.data());
     }
@@ -191,22 +198,25 @@ class Chunk {
       for (int64_t i = 0; i < channels; i++) mean[c] += given[i] * middle[i], own[c] += x[i] = given[i] * size[i];
       copy(x.data(), &q[c * width]);
     }
-    if (tiled) products.take(q.data());
+    if (levels) levels->take(q.data());
+  }
+
+  // Steps of tokens, or what they are offset by.
+  void look_up(const char* of, int64_t first, int count, float* to) const {
+    int64_t at = steps + first * s.step_token_stride;
+    for (int t = 0; t < count; t++, at += s.step_token_stride) to[t] = number(of, at, s.step_format);
   }
 
   // From products with levels to scores.
   void adjust(float* p, int64_t first, int done, int count) {
-    float step[TILE], low[TILE];
-    if (s.key_step || s.mean)
-      for (int t = 0; t < count; t++) {
-        int64_t at = steps + (first + t) * s.step_token_stride;
-        step[t] = s.key_step ? number(s.key_step, at, s.step_format) : 1;
-        low[t] = s.key_low ? number(s.key_low, at, s.step_format) : 0;
-      }
+    float step[TILE], low[TILE] = {};
+    if (s.key_step) look_up(s.key_step, first, count, step);
+    else std::fill_n(step, count, 1.f);
+    if (s.key_low) look_up(s.key_low, first, count, low);
     for (int64_t c = 0; c < taken; c++) {
-      float* x = p + c * TILE + done;
+      float *x = p + c * TILE + done, by_low = own[c], constant = mean[c];
       if (s.key_step || s.mean)
-        for (int t = 0; t < count; t++) x[t] = x[t] * step[t] + (low[t] * own[c] + mean[c]);
+        for (int t = 0; t < count; t++) x[t] = x[t] * step[t] + (low[t] * by_low + constant);
       if (bias)
         for (int t = 0; t < count; t++) x[t] += bias[c * s.bias_stride + first + t];
     }
@@ -214,10 +224,15 @@ class Chunk {
 
   // From probabilities to factors of levels, and what offsets add to every channel.
   void spread(float* p, int64_t first, int count) {
-    for (int t = 0; t < count; t++) {
-      int64_t at = steps + (first + t) * s.step_token_stride;
-      float step = number(s.value_step, at, s.step_format), low = number(s.value_low, at, s.step_format);
-      for (int64_t c = 0; c < taken; c++) lowest[c] += p[c * TILE + t] * low, p[c * TILE + t] *= step;
+    alignas(64) float step[TILE] = {}, low[TILE] = {};
+    look_up(s.value_step, first, count, step), look_up(s.value_low, first, count, low);
+    for (int64_t c = 0; c < taken; c++, p += TILE) {
+      vf sum = {};
+      for (int t = 0; t < TILE; t += W) {
+        vf own = get<vf>(p + t);
+        sum += own * get<vf>(low + t), put(p + t, own * get<vf>(step + t));
+      }
+      lowest[c] += sum_of(sum);
     }
   }
 };

@@ -22,9 +22,8 @@ struct Softmax {
         vf other = get<vf>(x + i * stride + t);
         best = other > best ? other : best;
       }
-    float top = most[c];
-    for (int i = 0; i < W; i++) top = best[i] > top ? best[i] : top;
-    float shift = top == -INFINITY ? 0 : top, keep = std::exp(most[c] - shift);
+    float top = most_of(best, most[c]), shift = top == -INFINITY ? 0 : top;
+    float keep = most[c] == shift ? 1 : std::exp(most[c] - shift);
     for (int i = 0; i < tiles; i++)
       for (int t = 0; t < TILE; t += W) {
         vf y = exp_of(get<vf>(x + i * stride + t) - shift);

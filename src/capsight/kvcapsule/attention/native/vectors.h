@@ -1,5 +1,6 @@
 // Vectors as wide as the machine that this is compiled for has them, and stored numbers as vectors of float.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -249,9 +250,20 @@ INLINE vf sums(const vf* x, int stride) {
   }
 }
 INLINE float sum_of(vf x) {
+#if LANES == 16
+  return _mm512_reduce_add_ps((__m512)x);
+#endif
   float total = 0;
   for (int i = 0; i < W; i++) total += x[i];
   return total;
+}
+// The largest of some numbers and of another.
+INLINE float most_of(vf x, float other) {
+#if LANES == 16
+  return std::max(other, _mm512_reduce_max_ps((__m512)x));
+#endif
+  for (int i = 0; i < W; i++) other = x[i] > other ? x[i] : other;
+  return other;
 }
 
 }  // namespace capsight

@@ -1,0 +1,216 @@
+// Products of a few queries with a tile of tokens in levels of 8 or 4 bits, and of their probabilities with the
+// tokens', by tiles of matrices of bytes (Intel AMX). Levels are multiplied as they are; a query's channels, and its
+// probabilities in a tile, are integers of 15 bits in steps of the largest one, as two bytes. Sums are exact.
+#pragma once
+#include "amx_tiles.h"
+#include "tile.h"
+
+namespace capsight {
+
+#ifdef __AMX_INT8__
+
+typedef std::vector<uint8_t, Lines<uint8_t>> Bytes;
+
+// What is made for a tile, kept for the next chunk of the same thread.
+struct AmxBytes {
+  Words queries, mixed, found;  // [channels / TILE, SIDE, SIDE], four channels each; [4, SIDE, SIDE], four tokens each; [TILE, SIDE]
+  Bytes tokens, shares;         // [TILE, channels]; [SIDE, TILE]
+};
+static thread_local AmxBytes amx_bytes;
+
+class Levels {
+ public:
+  static bool serve(int32_t format, int64_t queries, int64_t channels) {
+    bool whole = channels % (format == U8 ? TILE : 2 * TILE) == 0 || channels == TILE;
+    return (format == U8 || format == U4) && whole && queries >= LEAST && tiles_allowed();
+  }
+
+  Levels(int32_t format, int64_t taken, int64_t channels) : format(format), taken(taken), channels(channels) {
+    grow(room.queries, channels * SIDE / 4), grow(room.mixed, 4 * SIDE * SIDE), grow(room.found, TILE * SIDE), grow(room.tokens, TILE * channels);
+    room.shares.assign(SIDE * TILE, 0);
+  }
+
+  // Queries [taken, channels].
+  void take(const float* q) {
+    for (int64_t c = 0; c < taken; c++) sizes[c] = step_of(q + c * channels, channels);
+    for (int64_t i = 0; i < channels; i += TILE) {
+      __m512i x[SIDE] = {};
+      for (int64_t c = 0; c < taken; c++) split(q + c * channels + i, sizes[c], x + c, x + MOST + c);
+      transpose(x);
+      for (int n = 0; n < SIDE; n++) _mm512_store_si512(&room.queries[(i / TILE * SIDE + n) * SIDE], x[n]);
+    }
+  }
+
+  // Their scores [taken, TILE] over a tile; of what follows the tokens, 0.
+  void scores(const Tile& d, float* p) {
+    auto [tokens, stride, next] = opened(d);
+    settle();
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < channels; i += TILE, tokens += TILE, next = next ? next + TILE : next) {
+      const int64_t step = SIDE * stride;
+      _tile_loadd(6, &room.queries[i * SIDE / 4], 64);
+      _tile_loadd(4, tokens, stride);
+      _tile_dpbusd(0, 4, 6);
+      ahead(next, stride, 0);
+      _tile_loadd(5, tokens + step, stride);
+      _tile_dpbusd(1, 5, 6);
+      ahead(next, stride, 1);
+      _tile_loadd(4, tokens + 2 * step, stride);
+      _tile_dpbusd(2, 4, 6);
+      ahead(next, stride, 2);
+      _tile_loadd(5, tokens + 3 * step, stride);
+      _tile_dpbusd(3, 5, 6);
+      ahead(next, stride, 3);
+    }
+    keep((float*)room.found.data(), SIDE * SIDE, 2 * SIDE * SIDE, 64);
+    settle();
+    for (int first = 0; first < TILE; first += SIDE) {
+      __m512i x[SIDE];
+      for (int n = 0; n < SIDE; n++) x[n] = _mm512_load_si512(&room.found[(first + n) * SIDE]);
+      transpose(x);
+      for (int64_t c = 0; c < taken; c++) put(p + c * TILE + first, together(x[c], x[MOST + c]) * sizes[c]);
+    }
+  }
+
+  // Adds what the tile has, times p [taken, TILE], to [taken, channels].
+  void sums(const Tile& d, const float* p, float* out) {
+    auto [tokens, stride, next] = opened(d);
+    float steps[MOST];
+    for (int64_t c = 0; c < taken; c++) {
+      steps[c] = step_of(p + c * TILE, TILE);
+      split(p + c * TILE, steps[c], (__m512i*)&room.shares[c * TILE], (__m512i*)&room.shares[(MOST + c) * TILE]);
+    }
+    settle();
+    _tile_loadd(4, room.shares.data(), 64);
+    for (int64_t i = 0; i < channels; i += TILE, tokens += TILE) {
+      for (int n = 0; n < SIDE; n++) mix(tokens + 4 * n * stride, stride, &room.mixed[n * SIDE], next ? next + i + 4 * n * stride : next);
+      settle();
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      _tile_loadd(5, &room.mixed[0], 64);
+      _tile_dpbsud(0, 4, 5);
+      _tile_loadd(6, &room.mixed[SIDE * SIDE], 64);
+      _tile_dpbsud(1, 4, 6);
+      _tile_loadd(5, &room.mixed[2 * SIDE * SIDE], 64);
+      _tile_dpbsud(2, 4, 5);
+      _tile_loadd(6, &room.mixed[3 * SIDE * SIDE], 64);
+      _tile_dpbsud(3, 4, 6);
+      keep((float*)room.found.data(), SIDE * SIDE, 2 * SIDE * SIDE, 64);
+      settle();
+      for (int64_t c = 0; c < taken; c++)
+        for (int n = 0; n < 4; n++) {
+          const uint32_t* own = &room.found[(n * SIDE + c) * SIDE];
+          float* to = out + c * channels + i + n * SIDE;
+          put(to, get<vf>(to) + together(_mm512_load_si512(own), _mm512_load_si512(own + MOST * SIDE)) * steps[c]);
+        }
+    }
+  }
+
+  // Sums of query c out of [taken, channels].
+  void result(const float* out, int64_t c, float* to) const {
+    for (int64_t i = 0; i < channels; i += 4) {  // four channels of each of four tiles follow each other
+      int64_t lane = i % TILE / SIDE, n = i % SIDE / 4;
+      std::copy_n(out + c * channels + i / TILE * TILE + n * SIDE + 4 * lane, 4, to + i);
+    }
+  }
+
+ private:
+  static constexpr int64_t LEAST = 2;  // queries that are as much work without tiles
+  static constexpr float TOP = 127 * 128 + 63;
+  const int32_t format;
+  const int64_t taken, channels;
+  float sizes[MOST];  // steps of queries
+  AmxBytes& room = amx_bytes;
+
+  // The step in which numbers are integers up to TOP; NaN where one is none or endless.
+  static float step_of(const float* x, int64_t count) {
+    __m512 most = _mm512_setzero_ps(), sum = most;
+    for (int64_t i = 0; i < count; i += SIDE) {
+      __m512 own = _mm512_loadu_ps(x + i);
+      most = _mm512_max_ps(_mm512_abs_ps(own), most), sum += own * 0.f;
+    }
+    return _mm512_reduce_max_ps(most) / TOP + _mm512_reduce_add_ps(sum);
+  }
+
+  // TILE numbers in steps, as 128 times the first byte and the second.
+  static INLINE void split(const float* x, float step, __m512i* first, __m512i* second) {
+    const __m512 inverse = _mm512_set1_ps(step > 0 ? 1 / step : 0);
+    for (int i = 0; i < 4; i++) {
+      __m512i own = _mm512_cvtps_epi32(_mm512_loadu_ps(x + i * SIDE) * inverse);
+      __m512i high = _mm512_srai_epi32(_mm512_add_epi32(own, _mm512_set1_epi32(64)), 7);
+      _mm_store_si128((__m128i*)first + i, _mm512_cvtepi32_epi8(high));
+      _mm_store_si128((__m128i*)second + i, _mm512_cvtepi32_epi8(_mm512_sub_epi32(own, _mm512_slli_epi32(high, 7))));
+    }
+  }
+  static INLINE vf together(__m512i first, __m512i second) {
+    return (vf)_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(first, 7), second));
+  }
+
+  // TILE channels of four tokens, side by side in four tiles; fetches those that are read next.
+  static INLINE void mix(const char* tokens, int64_t stride, uint32_t* to, const char* next) {
+    __m512i x[4];
+    for (int n = 0; n < 4; n++) {
+      x[n] = _mm512_loadu_si512(tokens + n * stride);
+      if (next) __builtin_prefetch(next + n * stride, 0, 2);
+    }
+    __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
+    __m512i c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
+    _mm512_store_si512(to, _mm512_unpacklo_epi16(a, c));
+    _mm512_store_si512(to + SIDE * SIDE, _mm512_unpackhi_epi16(a, c));
+    _mm512_store_si512(to + 2 * SIDE * SIDE, _mm512_unpacklo_epi16(b, d));
+    _mm512_store_si512(to + 3 * SIDE * SIDE, _mm512_unpackhi_epi16(b, d));
+  }
+
+  struct Opened {
+    const char* tokens;
+    int64_t stride;
+    const char* next;  // what is read next, if that is not fetched by then
+  };
+  // A tile in bytes, 0 after its tokens.
+  Opened opened(const Tile& d) {
+    if (format == U8 && d.count == TILE) return {d.tokens, d.stride, d.next};
+    const __m512i low = _mm512_set1_epi8(15);
+    uint8_t* to = room.tokens.data();
+    for (int t = 0; t < d.count; t++, to += channels) {
+      const char* from = d.tokens + t * d.stride;
+      fetch(d, t);
+      if (format == U8) std::memcpy(to, from, channels);
+      else if (channels == TILE) {
+        __m256i x = _mm256_loadu_si256((const __m256i*)from), above = _mm256_srli_epi16(x, 4);
+        _mm512_store_si512(to, _mm512_and_si512(_mm512_inserti64x4(_mm512_castsi256_si512(x), above, 1), low));
+      } else
+        for (int64_t i = 0; i < channels / 2; i += TILE) {
+          __m512i x = _mm512_loadu_si512(from + i);
+          _mm512_store_si512(to + i, _mm512_and_si512(x, low));
+          _mm512_store_si512(to + channels / 2 + i, _mm512_and_si512(_mm512_srli_epi16(x, 4), low));
+        }
+    }
+    std::fill(to, room.tokens.data() + TILE * channels, 0);
+    return {(const char*)room.tokens.data(), channels, nullptr};
+  }
+  // Fetches a line of each of SIDE of the next tokens, if any.
+  static INLINE void ahead(const char* next, int64_t stride, int part) {
+    for (int t = 0; t < SIDE && next; t++) __builtin_prefetch(next + (part * SIDE + t) * stride, 0, 2);
+  }
+};
+
+#else
+
+// Nothing else multiplies tiles of bytes.
+struct Levels {
+  static bool serve(int32_t, int64_t, int64_t) { return false; }
+  Levels(int32_t, int64_t, int64_t) {}
+  void take(const float*) {}
+  void scores(const Tile&, float*) {}
+  void sums(const Tile&, const float*, float*) {}
+  void result(const float*, int64_t, float*) const {}
+};
+
+#endif
+
+}  // namespace capsight
