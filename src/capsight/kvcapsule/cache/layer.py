@@ -83,7 +83,11 @@ class CapsuleLayer(StoredLayer):
         left, placement, plan = self._left, self.placement, self._ledger.plan
         if left is None or placement is None or left.room is not self._room:
             return None
-        if self._all_placed is None or self._all_placed[0] is not placement or self._all_placed[1] is not plan:
+        if (
+            self._all_placed is None
+            or self._all_placed[0] is not placement
+            or self._all_placed[1] is not plan
+        ):
             if not self._grows(placement, 1):
                 return None
             if len(placement.runs) == len(plan.runs):

@@ -189,13 +189,18 @@ class Chunk {
       pairs.resize(q.size());
       return round_to<Best>(q.data(), q.size(), pairs.data());
     }
-    std::vector<float> size(channels, 1.f), middle(channels), x(channels);
+    const int64_t wide = (channels + W - 1) / W * W;
+    Floats size(wide, 1.f), middle(wide), x(wide);
     if (s.size) read(s.size, s.group_format, at, channels, size.data());
     if (s.mean) read(s.mean, s.group_format, at, channels, middle.data());
     for (int64_t c = 0; c < taken; c++) {
-      const float* given = query + c * channels;
-      mean[c] = own[c] = 0;
-      for (int64_t i = 0; i < channels; i++) mean[c] += given[i] * middle[i], own[c] += x[i] = given[i] * size[i];
+      std::copy_n(query + c * channels, channels, x.data());
+      vf by_mean = {}, all = {};
+      for (int64_t i = 0; i < wide; i += W) {
+        vf given = get<vf>(&x[i]), sized = given * get<vf>(&size[i]);
+        by_mean += given * get<vf>(&middle[i]), all += sized, put(&x[i], sized);
+      }
+      mean[c] = sum_of(by_mean), own[c] = sum_of(all);
       copy(x.data(), &q[c * width]);
     }
     if (levels) levels->take(q.data());
