@@ -218,7 +218,7 @@ def test_only_what_it_can_do_is_asked_of_it():
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("channels", [64, 128])
 def test_outlier_channels_cost_less_than_levels_do(bits, channels):
-    """A channel of keys and queries far above the others, as in many models: integers of queries are coarse."""
+    """A channel of keys and queries far above the others, as in many models: AMX has coarse steps for it."""
     g = torch.Generator().manual_seed(0)
     counts = torch.tensor([[300, 100]])
     made = source(counts, f"{bits} bits, both", False, False, channels, 7, g)
