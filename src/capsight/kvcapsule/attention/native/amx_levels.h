@@ -22,7 +22,7 @@ class Levels {
  public:
   static bool serve(int32_t format, int64_t queries, int64_t channels) {
     bool whole = channels % (format == U8 ? TILE : 2 * TILE) == 0 || channels == TILE;
-    return (format == U8 || format == U4) && whole && queries >= LEAST && tiles_allowed();
+    return (format == U8 || format == U4) && whole && channels <= WIDEST && queries >= LEAST && tiles_allowed();
   }
 
   Levels(int32_t format, int64_t taken, int64_t channels) : format(format), taken(taken), channels(channels) {
@@ -120,7 +120,7 @@ class Levels {
   }
 
  private:
-  static constexpr int64_t LEAST = 2;  // queries that are as much work without tiles
+  static constexpr int64_t LEAST = 2, WIDEST = 512;  // fewer queries are as much work without tiles; more channels do not fit sums
   static constexpr float TOP = 127 * 128 + 63;
   const int32_t format;
   const int64_t taken, channels;

@@ -11,11 +11,10 @@ constexpr int64_t FOLDS = 1 << 19;  // pairs of numbers of folded queries that a
 constexpr int64_t APART = 48;  // lanes that are as much work as to look at a head's keys at all
 constexpr int64_t FOLDED = 1 << 10;  // tokens of a stretch, or up to the end of an image
 
-// Channels as rows of matrices, but for pairs that turn too fast, of which keys are rebuilt; the same for all chunks.
-struct AmxAxes {
+// What is folded, and what is rebuilt; the same for all chunks.
+struct AmxPlan {
   int64_t rank, tiles, lanes, columns;  // R; of GROUP channels; a KV head's queries, and all, filled up
   int64_t rebuilt[3];                   // pairs of each axis that keys are rebuilt of
-  Words axes;                           // [H, R / GROUP, tiles, 2 SIDE, SIDE], two channels each
 
   bool is_rebuilt(const Joint& s, int axis, int64_t i) const { return i < 2 * s.pairs[axis] && i % s.pairs[axis] < rebuilt[axis]; }
   double fastest(const Joint& s, int axis) const { return rebuilt[axis] < s.pairs[axis] ? s.frequencies[axis][rebuilt[axis]] : 0; }
@@ -67,7 +66,14 @@ struct AmxAxes {
     return t - first;
   }
 
-  void take(const Joint& s, int64_t heads) {
+};
+
+// Channels as rows of matrices, but for pairs that turn too fast, of which keys are rebuilt.
+struct AmxAxes : AmxPlan {
+  Words axes;  // [H, R / GROUP, tiles, 2 SIDE, SIDE], two channels each
+
+  void take(const AmxPlan& plan, const Joint& s, int64_t heads) {
+    static_cast<AmxPlan&>(*this) = plan;
     std::vector<int64_t> channel(tiles * GROUP, -1);
     for (int64_t axis = 0, at = 0; axis < 3; at += s.padded(axis++)) std::copy_n(s.order[axis], s.widths[axis], &channel[at]);
     axes.resize(heads * rank * tiles * SIDE);

@@ -64,7 +64,7 @@ class Layer {
 #ifdef __AMX_BF16__
     if (tiles) {
       if (amx_layer.of != number) {  // each thread has its own at hand
-        if (folds) amx_axes = planned, amx_axes.take(s, heads);
+        if (folds) amx_axes.take(planned, s, heads);
         amx_layer.take(s, heads, planned.rebuilt, !folds), amx_layer.of = number;
       }
       return run(AmxChunk(s, amx_layer, folds ? &amx_axes : nullptr, query, heads, count));
@@ -80,7 +80,7 @@ class Layer {
   static inline std::atomic<int64_t> numbers{0};
   const int64_t number = ++numbers;  // of the call
   bool tiles = false, folds = false;
-  AmxAxes planned;
+  AmxPlan planned;
 #endif
 };
 
