@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from capsight.kvcapsule.attention.native import (
-    OneToken,
     Source,
     Sources,
     Steps,
-    append,
     build,
     decode_attention,
     missing,
@@ -35,7 +33,7 @@ def close(found: tuple[Tensor, Tensor], query: Tensor, sources: list[Source], sc
     assert found[0].dtype == query.dtype
     tolerance = TOLERANCE[query.dtype]
     torch.testing.assert_close(found[0], out, atol=tolerance, rtol=tolerance, equal_nan=True)
-    tolerance = 1e-3 if query.dtype == torch.bfloat16 else 1e-4  # AMX: of levels times 15 bits of queries
+    tolerance = 1e-3 if query.dtype == torch.bfloat16 else 1e-4  # AMX: of levels times 22 bits of queries
     torch.testing.assert_close(found[1], lse, atol=tolerance, rtol=tolerance)
 
 
@@ -177,63 +175,6 @@ def test_nan_stays_with_those_that_see_it():
     assert (out[1, 1] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_goes_behind_those_of_its_piece(dtype):
-    batch, heads, room, channels = 3, 2, 5, 6
-    keys, values = (torch.zeros(batch * room, heads, channels, dtype=dtype) for _ in range(2))
-    starts = (torch.arange(batch) * room)[:, None].expand(-1, heads).contiguous()
-    counts = torch.tensor([[0, 1], [2, 0], [4, 4]])
-    tail, before = Source(keys, values, starts, counts), counts.clone()
-    new = torch.randn(2, batch, 1, heads, channels).to(dtype).transpose(2, 3)  # as models have it
-    append(tail, *new)
-    assert torch.equal(counts, before + 1)
-    for row, head in product(range(batch), range(heads)):
-        at = row * room + before[row, head]
-        for side, of_new in ((keys, new[0]), (values, new[1])):
-            assert torch.equal(side[at, head], of_new[row, head, 0])
-            side[at, head] = 0
-    assert not keys.any()
-    assert not values.any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_is_one_call_until_the_room_is_full(dtype):
-    g = torch.Generator().manual_seed(0)
-    batch, heads, room, channels = 2, 2, 3, 16
-    kept = source(torch.tensor([[70, 5], [9, 0]]), str(dtype).split(".")[1], False, False, channels, 2, g)
-    starts = (torch.arange(batch) * room)[:, None].expand(-1, heads).contiguous()
-    ours, theirs = (
-        Source(*torch.zeros(2, batch * room, heads, channels, dtype=dtype), starts, torch.zeros_like(starts))
-        for _ in range(2)
-    )
-    query = torch.randn(batch, 2 * heads, 1, channels, generator=g).to(dtype)
-    step = OneToken(query, (batch, room, heads, channels), Sources((kept, ours)))
-    for held in range(room + 1):
-        new = torch.randn(2, batch, 1, heads, channels, generator=g).to(dtype).transpose(2, 3)
-        out = step(query, *new, held, 0.2)
-        if held == room:
-            assert out is None
-            break
-        append(theirs, *new)
-        assert torch.equal(out, decode_attention(query, [kept, theirs], 0.2)[0].transpose(1, 2))
-        for side in ("keys", "values", "counts"):
-            assert torch.equal(getattr(ours, side), getattr(theirs, side))
-    assert (ours.counts == room).all()
-
-
-@pytest.mark.parametrize("which", range(3))
-@pytest.mark.parametrize("how", ["dtype", "size"])
-def test_a_step_of_another_kind_does_nothing(which, how):
-    starts = torch.zeros(1, 1, dtype=torch.int64)
-    room = Source(*torch.zeros(2, 4, 1, 8), starts, starts.clone())
-    given = [torch.ones(1, 2 if i == 0 else 1, 1, 8) for i in range(3)]
-    step = OneToken(given[0], (1, 4, 1, 8), Sources((room,)))
-    given[which] = given[which].half() if how == "dtype" else given[which][..., :4]
-    assert step(*given, 0, 1.0) is None
-    assert not room.counts.any()
-    assert not room.keys.any()
-
-
 def test_compiled_graphs_have_it_as_one_operation():
     g = torch.Generator().manual_seed(0)
     sources = [source(torch.tensor([[70, 5]]), "8 bits, both", False, True, 16, 2, g)]
@@ -254,10 +195,21 @@ def test_only_what_it_can_do_is_asked_of_it():
     assert not supports(query.to("meta"))
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[0].isdigit()])
+def test_scores_of_a_few_tokens_in_levels(kind):
+    """They are in the hundreds, and one counts."""
+    for seed in range(40):
+        g = torch.Generator().manual_seed(seed)
+        channels, each = (64, 128)[seed % 2], 2 + seed % 7
+        sources = [source(torch.tensor([[1 + seed % 11]]), kind, False, False, channels, each, g)]
+        query = torch.randn(1, each, 1, channels, generator=g).bfloat16()
+        close(decode_attention(query, sources, 0.3), query, sources, 0.3)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("channels", [64, 128])
 def test_outlier_channels_cost_less_than_levels_do(bits, channels):
-    """A channel of keys and queries far above the others, as in many models: AMX has coarse steps for it."""
+    """A channel of keys and queries far above the others, as in many models: AMX has coarse steps then."""
     g = torch.Generator().manual_seed(0)
     counts = torch.tensor([[300, 100]])
     made = source(counts, f"{bits} bits, both", False, False, channels, 7, g)

@@ -14,6 +14,7 @@ from transformers import CompileConfig
 
 import capsight
 from capsight.kvcapsule.cache.layer_tokens import LayerTokens
+from capsight.kvcapsule.cache.steps import Steps
 from capsight.runtime import compiled
 from kvcapsule.test_generate import asked, assert_same, batch, later_turn
 from tiny import FAMILIES
@@ -113,6 +114,19 @@ def test_padding_between_turns_is_hidden(qwen):
         ]
         assert_same(*found)
     assert made() >= 1
+
+
+def test_another_thread_that_compiles_changes_nothing(qwen):
+    """While one does, torch says that all do."""
+    inputs = batch(qwen)
+    with capsight.enable(qwen.model, capsule=fitted(qwen.name, 0.4)) as fast:
+        cache = fast.encapsulate(**inputs)
+        cache.steps = Steps.of(cache, compiled._attention)
+        with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+            length = inputs["input_ids"].shape[1]
+            assert cache.get_seq_length() == length
+            assert torch.ops.capsight.seen(cache.steps.number) == length
+            assert not compiled.is_step({"past_key_values": cache})
 
 
 def test_beams_and_several_sequences(qwen):

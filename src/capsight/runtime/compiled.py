@@ -74,7 +74,7 @@ def steps_compiled(model: Any, capsules: Any, decode: Decode, options: Mapping[s
 
 def is_step(kwargs: dict[str, Any]) -> bool:
     """Whether a graph is made of a call of the model, with these keywords, that `generate` has prepared."""
-    return torch.compiler.is_compiling() and getattr(cache_of(kwargs), "steps", None) is not None
+    return torch.compiler.is_dynamo_compiling() and getattr(cache_of(kwargs), "steps", None) is not None
 
 
 def steps_mask(steps: Steps, *args: Any, **kwargs: Any) -> Tensor:

@@ -88,7 +88,7 @@ class CapsuleCache(LayeredCache):
             ModelMismatchError: what the cache holds is of another dtype.
             CapsightError: the codec rebuilds nothing and attention does not hide what is missing.
         """
-        if self.steps is not None and torch.compiler.is_compiling():
+        if self.steps is not None and torch.compiler.is_dynamo_compiling():
             return self.steps.hand_over(key_states, value_states, layer_idx)
         layer = self.layers[layer_idx]
         if self._open and self._leaving and isinstance(layer, CapsuleLayer):
@@ -148,7 +148,7 @@ class CapsuleCache(LayeredCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Logical length: tokens seen per row, padding included; a tensor while a graph is made."""
-        if self.steps is not None and torch.compiler.is_compiling():
+        if self.steps is not None and torch.compiler.is_dynamo_compiling():
             return self.steps.seen
         return super().get_seq_length(layer_idx)
 

@@ -80,8 +80,9 @@ class LayerTokens:
         if not keys.dtype == values.dtype == self.room.dtype or not supports(keys):
             return False
         self._count(held)
+        self._counted = -1  # where this is broken off, nobody knows
         append(self._tail, keys, values)
-        self._counted += 1
+        self._counted = held + 1
         return True
 
     def step(
@@ -104,9 +105,10 @@ class LayerTokens:
         if mask is not None:
             bias = self.rows.bias(mask, 1, self.rows.width + held + 1, query.shape[1])
         if bias is None and self._again is not None and held == self._counted:
+            self._counted = -1  # where this is broken off, nobody knows
             out = self._again(query, keys, values, held, scaling)
+            self._counted = held if out is None else held + 1
             if out is not None:
-                self._counted = held + 1
                 return out
         if not self._natively(query) or not supports(query) or not self.append(keys, values, held):
             return None

@@ -1,6 +1,6 @@
 // Products of a few queries with a tile of tokens in levels of 8 or 4 bits, and of their probabilities with the
-// tokens', by tiles of matrices of bytes (Intel AMX). Levels are multiplied as they are; a query's channels, and its
-// probabilities in a tile, are integers of 15 bits in steps of the largest one, as two bytes. Sums are exact.
+// tokens', by tiles of matrices of bytes (Intel AMX). Levels are multiplied as they are; a query's channels are integers
+// of 22 bits in steps of the largest one, as three bytes, and its probabilities in a tile of 15, as two.
 #pragma once
 #include "amx_tiles.h"
 #include "tile.h"
@@ -13,7 +13,8 @@ typedef std::vector<uint8_t, Lines<uint8_t>> Bytes;
 
 // What is made for a tile, kept for the next chunk of the same thread.
 struct AmxBytes {
-  Words queries, mixed, found;  // [channels / TILE, SIDE, SIDE], four channels each; [4, SIDE, SIDE], four tokens each; [TILE, SIDE]
+  Words queries, rest;  // [channels / TILE, SIDE, SIDE], four channels each: two bytes, and the third
+  Words mixed, found;   // [4, SIDE, SIDE], four tokens each; [TILE, SIDE], and for the third byte
   Bytes tokens, shares;         // [TILE, channels]; [SIDE, TILE]
 };
 static thread_local AmxBytes amx_bytes;
@@ -26,7 +27,7 @@ class Levels {
   }
 
   Levels(int32_t format, int64_t taken, int64_t channels) : format(format), taken(taken), channels(channels) {
-    grow(room.queries, channels * SIDE / 4), grow(room.mixed, 4 * SIDE * SIDE), grow(room.found, TILE * SIDE), grow(room.tokens, TILE * channels);
+    grow(room.queries, channels * SIDE / 4), grow(room.rest, channels * SIDE / 4), grow(room.mixed, 4 * SIDE * SIDE), grow(room.found, 2 * TILE * SIDE), grow(room.tokens, TILE * channels);
     room.shares.assign(SIDE * TILE, 0);
   }
 
@@ -34,44 +35,54 @@ class Levels {
   void take(const float* q) {
     for (int64_t c = 0; c < taken; c++) sizes[c] = step_of(q + c * channels, channels);
     for (int64_t i = 0; i < channels; i += TILE) {
-      __m512i x[SIDE] = {};
-      for (int64_t c = 0; c < taken; c++) split(q + c * channels + i, sizes[c], x + c, x + MOST + c);
-      transpose(x);
-      for (int n = 0; n < SIDE; n++) _mm512_store_si512(&room.queries[(i / TILE * SIDE + n) * SIDE], x[n]);
+      __m512i x[SIDE] = {}, rest[SIDE] = {};
+      for (int64_t c = 0; c < taken; c++) split(q + c * channels + i, sizes[c], x + c, x + MOST + c, rest + MOST + c);
+      transpose(x), transpose(rest);
+      for (int n = 0; n < SIDE; n++) {
+        _mm512_store_si512(&room.queries[(i / TILE * SIDE + n) * SIDE], x[n]);
+        _mm512_store_si512(&room.rest[(i / TILE * SIDE + n) * SIDE], rest[n]);
+      }
     }
   }
 
   // Their scores [taken, TILE] over a tile; of what follows the tokens, 0.
   void scores(const Tile& d, float* p) {
     auto [tokens, stride, next] = opened(d);
+    uint32_t* found = room.found.data();
     settle();
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t i = 0; i < channels; i += TILE, tokens += TILE, next = next ? next + TILE : next) {
-      const int64_t step = SIDE * stride;
-      _tile_loadd(6, &room.queries[i * SIDE / 4], 64);
-      _tile_loadd(4, tokens, stride);
-      _tile_dpbusd(0, 4, 6);
-      ahead(next, stride, 0);
-      _tile_loadd(5, tokens + step, stride);
-      _tile_dpbusd(1, 5, 6);
-      ahead(next, stride, 1);
-      _tile_loadd(4, tokens + 2 * step, stride);
-      _tile_dpbusd(2, 4, 6);
-      ahead(next, stride, 2);
-      _tile_loadd(5, tokens + 3 * step, stride);
-      _tile_dpbusd(3, 5, 6);
-      ahead(next, stride, 3);
+    for (int half = 0; half < 2; half++, found += 2 * SIDE * SIDE) {
+      const char *own = tokens + half * SPAN * stride, *below = own + SIDE * stride;
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int64_t i = 0; i < channels; i += TILE) {
+        _tile_loadd(6, &room.queries[i * SIDE / 4], 64);
+        _tile_loadd(4, own + i, stride);
+        _tile_dpbusd(0, 4, 6);
+        ahead(next, i, stride, 2 * half);
+        _tile_loadd(5, below + i, stride);
+        _tile_dpbusd(1, 5, 6);
+        ahead(next, i, stride, 2 * half + 1);
+        _tile_loadd(7, &room.rest[i * SIDE / 4], 64);
+        _tile_dpbusd(2, 4, 7);
+        _tile_dpbusd(3, 5, 7);
+      }
+      keep((float*)found, SIDE * SIDE, TILE * SIDE, 64);
     }
-    keep((float*)room.found.data(), SIDE * SIDE, 2 * SIDE * SIDE, 64);
     settle();
     for (int first = 0; first < TILE; first += SIDE) {
       __m512i x[SIDE];
-      for (int n = 0; n < SIDE; n++) x[n] = _mm512_load_si512(&room.found[(first + n) * SIDE]);
+      for (int n = 0; n < SIDE; n++) {  // of a query's two sums the second takes in the third
+        const uint32_t* from = &room.found[(first + n) * SIDE];
+        x[n] = _mm512_load_si512(from);
+        x[n] = _mm512_mask_add_epi32(x[n], 0xff00, _mm512_slli_epi32(x[n], 7), _mm512_load_si512(from + TILE * SIDE));
+      }
       transpose(x);
-      for (int64_t c = 0; c < taken; c++) put(p + c * TILE + first, together(x[c], x[MOST + c]) * sizes[c]);
+      for (int64_t c = 0; c < taken; c++) {
+        vf low = (vf)_mm512_cvtepi32_ps(x[MOST + c]) * (sizes[c] / 128);
+        put(p + c * TILE + first, (vf)_mm512_cvtepi32_ps(x[c]) * (sizes[c] * 128) + low);
+      }
     }
   }
 
@@ -81,7 +92,7 @@ class Levels {
     float steps[MOST];
     for (int64_t c = 0; c < taken; c++) {
       steps[c] = step_of(p + c * TILE, TILE);
-      split(p + c * TILE, steps[c], (__m512i*)&room.shares[c * TILE], (__m512i*)&room.shares[(MOST + c) * TILE]);
+      split(p + c * TILE, steps[c], (__m512i*)&room.shares[c * TILE], (__m512i*)&room.shares[(MOST + c) * TILE], nullptr);
     }
     settle();
     _tile_loadd(4, room.shares.data(), 64);
@@ -137,11 +148,13 @@ class Levels {
     return _mm512_reduce_max_ps(most) / TOP + _mm512_reduce_add_ps(sum);
   }
 
-  // TILE numbers in steps, as 128 times the first byte and the second.
-  static INLINE void split(const float* x, float step, __m512i* first, __m512i* second) {
+  // TILE numbers in steps, as 128 times the first byte and the second; and 128 times what is left, unless null.
+  static INLINE void split(const float* x, float step, __m512i* first, __m512i* second, __m512i* third) {
     const __m512 inverse = _mm512_set1_ps(step > 0 ? 1 / step : 0);
     for (int i = 0; i < 4; i++) {
-      __m512i own = _mm512_cvtps_epi32(_mm512_loadu_ps(x + i * SIDE) * inverse);
+      __m512 given = _mm512_loadu_ps(x + i * SIDE) * inverse;
+      __m512i own = _mm512_cvtps_epi32(given);
+      if (third) _mm_store_si128((__m128i*)third + i, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32((given - _mm512_cvtepi32_ps(own)) * 128.f)));
       __m512i high = _mm512_srai_epi32(_mm512_add_epi32(own, _mm512_set1_epi32(64)), 7);
       _mm_store_si128((__m128i*)first + i, _mm512_cvtepi32_epi8(high));
       _mm_store_si128((__m128i*)second + i, _mm512_cvtepi32_epi8(_mm512_sub_epi32(own, _mm512_slli_epi32(high, 7))));
@@ -194,8 +207,8 @@ class Levels {
     return {(const char*)room.tokens.data(), channels, nullptr};
   }
   // Fetches a line of each of SIDE of the next tokens, if any.
-  static INLINE void ahead(const char* next, int64_t stride, int part) {
-    for (int t = 0; t < SIDE && next; t++) __builtin_prefetch(next + (part * SIDE + t) * stride, 0, 2);
+  static INLINE void ahead(const char* next, int64_t line, int64_t stride, int part) {
+    for (int t = 0; t < SIDE && next; t++) __builtin_prefetch(next + line + (part * SIDE + t) * stride, 0, 2);
   }
 };
 

@@ -31,6 +31,7 @@ class OneToken:
             sources: what is read.
             joint: address of the latents as native code has them, or None.
         """
+        assert sources.each[-1].keys.dtype == query.dtype
         batch, self._room, heads, channels = room
         self._asked, self._stored, self._dtype = query.numel(), batch * heads * channels, query.dtype
         self._out = batch, 1, query.shape[1], channels
