@@ -121,9 +121,8 @@ def test_another_thread_that_compiles_changes_nothing(qwen):
     inputs = batch(qwen)
     with capsight.enable(qwen.model, capsule=fitted(qwen.name, 0.4)) as fast:
         cache = fast.encapsulate(**inputs)
-        cache.steps = Steps.of(cache, compiled._attention)
+        length, cache.steps = cache.get_seq_length(), Steps.of(cache, compiled._attention)
         with mock.patch.object(torch.compiler, "is_compiling", return_value=True):
-            length = inputs["input_ids"].shape[1]
             assert cache.get_seq_length() == length
             assert torch.ops.capsight.seen(cache.steps.number) == length
             assert not compiled.is_step({"past_key_values": cache})
