@@ -112,7 +112,7 @@ class LayerTokens:
                 return out
         if not self._natively(query) or not supports(query) or not self.append(keys, values, held):
             return None
-        if self._again is None:
+        if self._again is None and query.dtype == self.room.dtype:
             sources, joint = (self._all, None) if self.places is None else (self._exact, self._joint.address)
             self._again = OneToken(query, self.room.shape[1:], sources, joint)
         return self._attended(query, bias, scaling)

@@ -15,7 +15,7 @@ typedef std::vector<uint8_t, Lines<uint8_t>> Bytes;
 struct AmxBytes {
   Words queries, rest;  // [channels / TILE, SIDE, SIDE], four channels each: two bytes, and the third
   Words mixed, found;   // [4, SIDE, SIDE], four tokens each; [TILE, SIDE], and for the third byte
-  Bytes tokens, shares;         // [TILE, channels]; [SIDE, TILE]
+  Bytes tokens, shares;  // [TILE, channels]; [SIDE, TILE]
 };
 static thread_local AmxBytes amx_bytes;
 

@@ -65,7 +65,6 @@ struct AmxPlan {
     while (t < end && t - first < FOLDED && (t - first < 8 * SPAN || s.places[t] == s.places[t - 1])) t++;
     return t - first;
   }
-
 };
 
 // Channels as rows of matrices, but for pairs that turn too fast, of which keys are rebuilt.

@@ -126,7 +126,7 @@ class Chunk {
   std::vector<char> whole;    // a tile whose parts are filled up to full vectors
   Softmax run;
   float lowest[MOST] = {};      // sum of p * low
-  float mean[MOST], own[MOST];  // q . mean, sum(q size)
+  float mean[MOST] = {}, own[MOST] = {};  // q . mean, sum(q size)
   int64_t start, steps;
   const float* bias;
 
