@@ -3,19 +3,16 @@
 // of 22 bits in steps of the largest one, as three bytes, and its probabilities in a tile of 15, as two.
 #pragma once
 #include "amx_tiles.h"
-#include "tile.h"
 
 namespace capsight {
 
 #ifdef __AMX_INT8__
 
-typedef std::vector<uint8_t, Lines<uint8_t>> Bytes;
-
 // What is made for a tile, kept for the next chunk of the same thread.
 struct AmxBytes {
   Words queries, rest;  // [channels / TILE, SIDE, SIDE], four channels each: two bytes, and the third
   Words mixed, found;   // [4, SIDE, SIDE], four tokens each; [TILE, SIDE], and for the third byte
-  Bytes tokens, shares;  // [TILE, channels]; [SIDE, TILE]
+  std::vector<uint8_t, Lines<uint8_t>> tokens, shares;  // [TILE, channels]; [SIDE, TILE]
 };
 static thread_local AmxBytes amx_bytes;
 
@@ -47,7 +44,8 @@ class Levels {
 
   // Their scores [taken, TILE] over a tile; of what follows the tokens, 0.
   void scores(const Tile& d, float* p) {
-    auto [tokens, stride, next] = opened(d);
+    Ahead ahead(d.next, d.stride, d.lines);
+    auto [tokens, stride] = format == U8 && d.count == TILE ? Bytes{d.tokens, d.stride} : opened(d);
     uint32_t* found = room.found.data();
     settle();
     for (int half = 0; half < 2; half++, found += 2 * SIDE * SIDE) {
@@ -60,10 +58,10 @@ class Levels {
         _tile_loadd(6, &room.queries[i * SIDE / 4], 64);
         _tile_loadd(4, own + i, stride);
         _tile_dpbusd(0, 4, 6);
-        ahead(next, i, stride, 2 * half);
+        if (i < d.lines * 64) ahead.fetch(SIDE / 4);
         _tile_loadd(5, below + i, stride);
         _tile_dpbusd(1, 5, 6);
-        ahead(next, i, stride, 2 * half + 1);
+        if (i < d.lines * 64) ahead.fetch(SIDE / 4);
         _tile_loadd(7, &room.rest[i * SIDE / 4], 64);
         _tile_dpbusd(2, 4, 7);
         _tile_dpbusd(3, 5, 7);
@@ -88,7 +86,7 @@ class Levels {
 
   // Adds what the tile has, times p [taken, TILE], to [taken, channels].
   void sums(const Tile& d, const float* p, float* out) {
-    auto [tokens, stride, next] = opened(d);
+    Ahead ahead(d.next, d.stride, d.lines);
     float steps[MOST];
     for (int64_t c = 0; c < taken; c++) {
       steps[c] = step_of(p + c * TILE, TILE);
@@ -96,8 +94,15 @@ class Levels {
     }
     settle();
     _tile_loadd(4, room.shares.data(), 64);
-    for (int64_t i = 0; i < channels; i += TILE, tokens += TILE) {
-      for (int n = 0; n < SIDE; n++) mix(tokens + 4 * n * stride, stride, &room.mixed[n * SIDE], next ? next + i + 4 * n * stride : next);
+    const Bytes own = d.count == TILE ? Bytes{d.tokens, d.stride} : opened(d);
+    for (int64_t i = 0; i < channels; i += TILE) {
+      by_kind(format == U8 || d.count < TILE, [&](auto levels) {
+        for (int n = 0; n < SIDE; n++) {
+          auto x = [&](int t) { return levels(own.tokens + (4 * n + t) * own.stride, i); };
+          mix(x(0), x(1), x(2), x(3), &room.mixed[n * SIDE]);
+          if (i < d.lines * 64) ahead.fetch(1);
+        }
+      });
       settle();
       _tile_zero(0);
       _tile_zero(1);
@@ -164,51 +169,48 @@ class Levels {
     return (vf)_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(first, 7), second));
   }
 
-  // TILE channels of four tokens, side by side in four tiles; fetches those that are read next.
-  static INLINE void mix(const char* tokens, int64_t stride, uint32_t* to, const char* next) {
-    __m512i x[4];
-    for (int n = 0; n < 4; n++) {
-      x[n] = _mm512_loadu_si512(tokens + n * stride);
-      if (next) __builtin_prefetch(next + n * stride, 0, 2);
-    }
-    __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
-    __m512i c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
+  // A tile in bytes.
+  struct Bytes {
+    const char* tokens;
+    int64_t stride;
+  };
+  // The same of one that is not, or not full: 0 after its tokens.
+  Bytes opened(const Tile& d) {
+    uint8_t* to = room.tokens.data();
+    by_kind(format == U8, [&](auto levels) {
+      for (int64_t i = 0; i < channels; i += TILE)
+        for (int t = 0; t < d.count; t++) _mm512_store_si512(to + t * channels + i, levels(d.tokens + t * d.stride, i));
+    });
+    std::fill(to + d.count * channels, to + TILE * channels, 0);
+    return {(const char*)to, channels};
+  }
+
+  // Runs with what gives TILE channels of a token, from one on, as bytes.
+  template <class F>
+  INLINE void by_kind(bool bytes, F run) const {
+    const __m512i low = _mm512_set1_epi8(15);
+    const int64_t half = channels / 2;
+    if (bytes) run([](const char* token, int64_t from) { return _mm512_loadu_si512(token + from); });
+    else if (channels == TILE)
+      run([=](const char* token, int64_t) {
+        __m256i x = _mm256_loadu_si256((const __m256i*)token);
+        return _mm512_and_si512(_mm512_inserti64x4(_mm512_castsi256_si512(x), _mm256_srli_epi16(x, 4), 1), low);
+      });
+    else
+      run([=](const char* token, int64_t from) {
+        if (from < half) return _mm512_and_si512(_mm512_loadu_si512(token + from), low);
+        return _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(token + from - half), 4), low);
+      });
+  }
+
+  // TILE channels of four tokens, side by side in four tiles.
+  static INLINE void mix(__m512i x, __m512i y, __m512i z, __m512i w, uint32_t* to) {
+    __m512i a = _mm512_unpacklo_epi8(x, y), b = _mm512_unpackhi_epi8(x, y);
+    __m512i c = _mm512_unpacklo_epi8(z, w), d = _mm512_unpackhi_epi8(z, w);
     _mm512_store_si512(to, _mm512_unpacklo_epi16(a, c));
     _mm512_store_si512(to + SIDE * SIDE, _mm512_unpackhi_epi16(a, c));
     _mm512_store_si512(to + 2 * SIDE * SIDE, _mm512_unpacklo_epi16(b, d));
     _mm512_store_si512(to + 3 * SIDE * SIDE, _mm512_unpackhi_epi16(b, d));
-  }
-
-  struct Opened {
-    const char* tokens;
-    int64_t stride;
-    const char* next;  // what is read next, if that is not fetched by then
-  };
-  // A tile in bytes, 0 after its tokens.
-  Opened opened(const Tile& d) {
-    if (format == U8 && d.count == TILE) return {d.tokens, d.stride, d.next};
-    const __m512i low = _mm512_set1_epi8(15);
-    uint8_t* to = room.tokens.data();
-    for (int t = 0; t < d.count; t++, to += channels) {
-      const char* from = d.tokens + t * d.stride;
-      fetch(d, t);
-      if (format == U8) std::memcpy(to, from, channels);
-      else if (channels == TILE) {
-        __m256i x = _mm256_loadu_si256((const __m256i*)from), above = _mm256_srli_epi16(x, 4);
-        _mm512_store_si512(to, _mm512_and_si512(_mm512_inserti64x4(_mm512_castsi256_si512(x), above, 1), low));
-      } else
-        for (int64_t i = 0; i < channels / 2; i += TILE) {
-          __m512i x = _mm512_loadu_si512(from + i);
-          _mm512_store_si512(to + i, _mm512_and_si512(x, low));
-          _mm512_store_si512(to + channels / 2 + i, _mm512_and_si512(_mm512_srli_epi16(x, 4), low));
-        }
-    }
-    std::fill(to, room.tokens.data() + TILE * channels, 0);
-    return {(const char*)room.tokens.data(), channels, nullptr};
-  }
-  // Fetches a line of each of SIDE of the next tokens, if any.
-  static INLINE void ahead(const char* next, int64_t line, int64_t stride, int part) {
-    for (int t = 0; t < SIDE && next; t++) __builtin_prefetch(next + line + (part * SIDE + t) * stride, 0, 2);
   }
 };
 

@@ -1,6 +1,6 @@
 // Tiles of matrices (Intel AMX): what they are multiplied with, and numbers as they take them.
 #pragma once
-#include "vectors.h"
+#include "tile.h"
 
 #ifdef __AMX_BF16__
 #include <immintrin.h>
@@ -76,6 +76,28 @@ INLINE void unmix(const float* from, float* to) {
   _mm512_storeu_pd(to, _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), b));
   _mm512_storeu_pd(to + SIDE, _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), b));
 }
+
+// What is read after a tile, fetched a few lines at a time, from four places: machines read several pages at once
+// faster than one after the other.
+class Ahead {
+ public:
+  // Tokens `stride` bytes apart of `lines` lines each; of none where `from` is null.
+  Ahead(const char* from, int64_t stride, int lines) : from(from), stride(stride), lines(lines) {}
+
+  // Fetches so many lines of each place; after SIDE * lines of them all are fetched.
+  INLINE void fetch(int many) {
+    for (; many && from; many--) {
+      for (int place = 0; place < TILE / SIDE; place++) __builtin_prefetch(from + place * SIDE * stride + line * 64, 0, 2);
+      if (++line == lines) line = 0, from += stride;
+    }
+  }
+
+ private:
+  const char* from;
+  const int64_t stride;
+  const int lines;
+  int line = 0;
+};
 
 // Whether the system lets this process.
 inline bool tiles_allowed() {

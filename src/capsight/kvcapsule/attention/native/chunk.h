@@ -58,7 +58,7 @@ class Chunk {
         tiled(scaling && (Products::serve(source.format, taken, channels) || Levels::serve(source.format, taken, channels))),
         scaling(Best::pair == 2 && source.format == BF16 ? scaling : 0), line(this->scaling ? 2 * W : W),
         vectors((each + line - 1) / line * line / W), width(tiled ? channels : kernels.parts * vectors * W), q(kernels.queries * width),
-        out((tiled ? Products::ROWS : kernels.queries) * width) {
+        out((tiled ? MOST : kernels.queries) * width) {
     if (tiled && source.format == BF16) products.emplace(taken, channels);
     else if (tiled) levels.emplace(source.format, taken, channels);
     if (each % line && !tiled) whole.resize(TILE * vectors * W * kernels.bytes);
