@@ -7,7 +7,8 @@ kinds of capsules: *heads*, where each KV head reads the tokens that it kept, an
 others follow from those kept, without being rebuilt. By how much their outputs differ from SDPA under a mask
 and from SDPA over what the capsules stand for is reported. On CPUs *native* reads the tokens of `heads` in
 one call, where they lie, in 16, 8 and 4 bits; *native, full* reads the full cache so, which shows what of the
-gain is the code's and what the capsules'. All times are of one run: only their ratios mean something.
+gain is the code's and what the capsules'. Native calls are those of a compiled step: prepared, and each one
+stores the new token, too, which SDPA's do not. All times are of one run: only their ratios mean something.
 The baseline is SDPA as transformers calls it (`enable_gqa`) and SDPA with the query heads of a KV head as
 its rows, which reads each key once; speedup is over the faster of the two, measured in the same run, all
 taking turns. Making the latent form of a capsule from what the cache stores is part of each latent run.
@@ -32,7 +33,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from capsight.kvcapsule.attention import BlockRows, latent_attention
 from capsight.kvcapsule.attention.choice import Kind, reason_against
-from capsight.kvcapsule.attention.native import Source, decode_attention, supports
+from capsight.kvcapsule.attention.native import OneToken, Source, Sources, supports
 from capsight.kvcapsule.codecs import AdaptiveCodec, HeadsCodec, Payload, QuantisedCodec
 from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.codecs.quantise import BITS
@@ -141,7 +142,7 @@ def at_size(
     }
     differences = {name: difference(name) for name in cache.capsules}
     if supports(query):
-        runs |= native_runs(cache, full, query, scaling)
+        runs |= native_runs(cache, full, query, scaling, repeats + 1)
     seconds = measure(runs, repeats, device)
     best = min(seconds[name] for name in ("sdpa", "sdpa, grouped"))
     reason = reason_against(Kind.of(query, cache.capsules["adaptive"][1].tensors["keys"]))
@@ -160,29 +161,42 @@ def at_size(
     }
 
 
-def native_runs(cache: Cache, full: tuple[Tensor, Tensor], query: Tensor, scaling: float) -> dict[str, Run]:
-    """Native attention over kept tokens in 16, 8 and 4 bits with the exact ones, and over the full cache."""
+def native_runs(
+    cache: Cache, full: tuple[Tensor, Tensor], query: Tensor, scaling: float, steps: int
+) -> dict[str, Run]:
+    """So many steps over kept tokens in 16, 8 and 4 bits with the exact ones, and over the full cache."""
     heads, payload = cache.capsules["heads"]
-    own = dense(*cache.exact)
-    variants = {"native, full": [dense(*full)]}
+    keys, values = (x[:, :, -1:].contiguous() for x in cache.exact)
+
+    def step(exact: tuple[Tensor, Tensor], *kept: Source) -> Run:
+        batch, kv_heads, held, head_dim = exact[0].shape
+        room = batch, held + steps, kv_heads, head_dim
+        one = OneToken(query, room, Sources((*kept, dense(*exact, steps))))
+
+        def run() -> Tensor:
+            out = one(query, keys, values, held, scaling)
+            assert out is not None
+            return out
+
+        return run
+
+    runs = {"native, full": step(full)}
     for bits in (None, *BITS):
         codec = heads if bits is None else QuantisedCodec(heads, bits)
-        kept = payload if bits is None else codec.closed(payload)
-        found = codec.source(kept, cache.rows, len(query))
+        found = codec.source(payload if bits is None else codec.closed(payload), cache.rows, len(query))
         assert found is not None
-        variants["native" if bits is None else f"native, int{bits}"] = [found, own]
-    return {
-        name: partial(lambda given: decode_attention(query, given, scaling)[0], given)
-        for name, given in variants.items()
-    }
+        runs["native" if bits is None else f"native, int{bits}"] = step(cache.exact, found)
+    return runs
 
 
-def dense(keys: Tensor, values: Tensor) -> Source:
-    """Keys and values `[B, H, S, D]` of which every row and head has S."""
-    batch, heads, size, _ = keys.shape
-    starts = torch.arange(batch * heads).view(batch, heads) * size
-    flat = (x.contiguous().flatten(0, 2)[:, None] for x in (keys, values))
-    return Source(*flat, starts=starts, counts=torch.full_like(starts, size))
+def dense(keys: Tensor, values: Tensor, room: int) -> Source:
+    """Keys and values `[B, H, S, D]` of which every row and head has S, with room for more behind each."""
+    batch, heads, held, _ = keys.shape
+    starts = torch.arange(batch * heads).view(batch, heads) * (held + room)
+    keys, values = (
+        torch.nn.functional.pad(x, (0, 0, 0, room)).flatten(0, 2)[:, None] for x in (keys, values)
+    )
+    return Source(keys, values, starts, torch.full_like(starts, held))
 
 
 def needed(tokens: int, batch: int, dtype: str, shape: Shape) -> int:

@@ -90,7 +90,7 @@ class Chunk {
         multiply(&out[c * width], width, keep);
       }
       if (s.value_step) spread(p, first, count);
-      sums(tile(s.values, at, count, s.keys + at + TILE * s.token_stride), p);
+      sums(tile(s.values, at, count, s.keys + at + count * s.token_stride), p);
     }
   }
 

@@ -28,10 +28,15 @@ EXPORT void capsight_decode(
   read(query, format, 0, pieces * own, scaled.data());
   for (float& x : scaled) x *= scaling;
   int64_t done = tasks.size();
+  std::vector<int32_t> order;  // source by source, as tokens lie in memory: what follows a chunk is fetched with its end
+  for (int64_t n = 0; n < source_count; n++)
+    for (int64_t i = 0; i < done; i++)
+      if (tasks[i].source == sources + n) order.push_back(i);
 #pragma omp parallel num_threads(threads) if (threads > 1 && tokens * channels > FEW)
   {
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < done; i++) {
+    for (int64_t n = 0; n < done; n++) {
+      const int64_t i = order[n];
       const Task& t = tasks[i];
       attend(t, &scaled[t.piece * own], count, channels, t.piece % heads, format == BF16 ? scaling : 0, &parts[i * part]);
     }
