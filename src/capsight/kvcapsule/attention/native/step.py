@@ -20,7 +20,7 @@ class OneToken:
     a layer went through them.
     """
 
-    __slots__ = ("_address", "_alive", "_asked", "_dtype", "_out", "_room", "_run", "_stored")
+    __slots__ = ("_address", "_alive", "_asked", "_dtype", "_like", "_room", "_run", "_stored")
 
     def __init__(self, query: Tensor, room: Sequence[int], sources: Sources, joint: Any = None) -> None:
         """Prepare steps like the next one, where `supports` takes its queries.
@@ -34,7 +34,7 @@ class OneToken:
         assert sources.each[-1].keys.dtype == query.dtype
         batch, self._room, heads, channels = room
         self._asked, self._stored, self._dtype = query.numel(), batch * heads * channels, query.dtype
-        self._out = batch, 1, query.shape[1], channels
+        self._like = torch.empty((batch, 1, query.shape[1], channels), dtype=query.dtype)
         self._run = library().capsight_step
         count = query.shape[1] // heads
         made = _Step(
@@ -73,7 +73,7 @@ class OneToken:
         if query.numel() != self._asked or keys.numel() != self._stored or values.numel() != self._stored:
             return None
         query, keys, values = query.contiguous(), keys.contiguous(), values.contiguous()
-        out = torch.empty(self._out, dtype=dtype)
+        out = torch.empty_like(self._like)
         given = query.data_ptr(), keys.data_ptr(), values.data_ptr()
         self._run(self._address, *given, scaling, torch.get_num_threads(), out.data_ptr())
         return out
