@@ -115,7 +115,9 @@ def _attention_elsewhere(report: Report) -> list[str]:
     return [
         f"The same on {where['cpu']}, {where['threads']} thread{'s' * (where['threads'] != 1)}. SDPA "
         f"multiplies tiles of matrices there, too: the code reads the full cache {min(full):.1f} to "
-        f"{max(full):.1f} times as fast, and capsules gain beyond that what bytes they save.",
+        f"{max(full):.1f} times as fast, and capsules gain beyond that what bytes they save. Native calls "
+        "are those of a compiled step here, which store the new token, too; above, calls of more Python that "
+        "do not.",
         "",
         *table(heads, [_cells(row, names, ours) for row in rows]),
         "",
