@@ -63,8 +63,8 @@ def measured(
     room = inputs["input_ids"].shape[1] + NEW + 1
     asked = {**inputs, "max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
     steps: list[dict[str, float]] = []
-    order = [*STOCK, *methods]
-    for _ in range(1 + rounds):
+    order, began = [*STOCK, *methods], time.perf_counter()
+    for done in range(1 + rounds):
         random.Random(len(steps)).shuffle(order)
         steps.append({})
         for name in order:
@@ -76,6 +76,8 @@ def measured(
                 with enable(model, capsule=methods[name]) as fast:
                     fast.generate(**options)
             steps[-1][name] = median(ticks.steps)
+        so_far = f"{time.perf_counter() - began:.0f} s so far"
+        print(f"batch {batch}, {done} of {rounds} rounds: {so_far}", flush=True)
     del steps[0]  # warms up
     medians = {name: median(each[name] for each in steps) for name in (*STOCK, *methods)}
     best = min(STOCK, key=lambda name: medians[name])

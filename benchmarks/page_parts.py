@@ -23,9 +23,11 @@ def human_bytes(count: float) -> str:
 
 
 def apart(ratio: float, more: str = "faster") -> str:
-    """A ratio in words: "12 % slower"; `more` is what is said of ratios above 1."""
+    """A ratio in words: "12 % slower", "less than 1 % faster"; `more` is what is said of ratios above 1."""
     less = {"faster": "slower", "later": "earlier"}[more]
-    return f"{abs(ratio - 1):.0%} {more if ratio > 1 else less}".replace("%", " %")
+    size = f"{abs(ratio - 1):.0%}"
+    size = "less than 1%" if size == "0%" else size
+    return f"{size} {more if ratio > 1 else less}".replace("%", " %")
 
 
 def speed(ratio: float) -> str:

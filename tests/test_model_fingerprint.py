@@ -43,6 +43,22 @@ def test_a_checkpoint_in_float32_is_one_model_in_float16_and_bfloat16(name):
         assert not same_model(model_fingerprint(loaded), own)
 
 
+def test_frequencies_that_a_cast_rounds_are_the_same():
+    model = FAMILIES["qwen2_5_vl"]().model
+    rotary = model.get_decoder().rotary_emb
+    wanted = 2 ** (1e-5 - (torch.arange(len(rotary.inv_freq)) + 0.5) / 16)  # close to where octaves are cut
+    octaves = [(x.double().log2() * 16).round() for x in (wanted, wanted.bfloat16())]
+    assert (octaves[0] != octaves[1]).any()
+    rotary.inv_freq = rotary.original_inv_freq = wanted
+    own = model_fingerprint(model)
+    for dtype in (torch.bfloat16, torch.float16):
+        cast = copy.deepcopy(model).to(dtype)
+        assert cast.get_decoder().rotary_emb.inv_freq.dtype == dtype
+        assert same_model(model_fingerprint(cast), own)
+    rotary.inv_freq = rotary.original_inv_freq = wanted * 1.1
+    assert not same_model(model_fingerprint(model), own)
+
+
 @every
 def test_norms_biases_and_frequencies_tell_models_apart(name):
     model = FAMILIES[name]().model

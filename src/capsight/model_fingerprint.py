@@ -17,6 +17,7 @@ from capsight.text_layers import config_value
 
 _TENSORS, _NUMBERS, _OF_VECTORS = 24, 256, 8
 _UNKNOWN = "0" * 32
+_FREQUENCIES = torch.float64, torch.bfloat16, torch.float16  # as they are, and as casting a model leaves them
 _SMALLEST = 2.0**-15  # numbers below have fewer bits in float16 than in bfloat16
 _PEFT = ("original_module", "base_layer")  # what its wrappers call the layer that they are put around
 _CONFIG_KEYS = (
@@ -36,14 +37,16 @@ def model_fingerprint(model: Any) -> str:
     Fine-tunes of one architecture differ in it. Matrices are sampled from all over the model, of norms and
     biases some numbers each. They are rounded to bfloat16 first, and what float16 cannot hold is left out, so
     that a model loaded in float32, bfloat16 and (from a bfloat16 checkpoint) float16 has one fingerprint. A
-    float32 model whose numbers float16 would round otherwise has a second one, of itself in float16.
+    float32 model whose numbers float16 would round otherwise has a second one, of itself in float16; one
+    whose frequencies `model.to(torch.bfloat16)` or `half()` rounds has those of itself with such, too.
 
     Args:
         model: a transformers model.
 
     Returns:
-        64 hex digits, or twice as many. The first 32 are of what quantisation leaves alone: norms, biases,
-        frequencies. The others, of the matrices, are 0 where these are quantised; see `same_model`.
+        64 hex digits, or up to six times as many. The first 32 of each are of what quantisation leaves
+        alone: norms, biases, frequencies. The others, of the matrices, are 0 where these are quantised; see
+        `same_model`.
 
     Raises:
         UnsupportedModelError: this process holds a part of the model only.
@@ -57,22 +60,21 @@ def model_fingerprint(model: Any) -> str:
     essentials = {key: config_value(model.config, key) for key in _CONFIG_KEYS}
     rest = [item for item in parameters if item[1].ndim == 1 and item[1].is_floating_point()]
     vectors = _sampled(rest, _OF_VECTORS)
-    about = json.dumps([essentials, _rotary(model)], sort_keys=True)
+    abouts = [json.dumps([essentials, _rotary(model, dtype)], sort_keys=True) for dtype in _FREQUENCIES]
 
-    def of(half: bool) -> str:
+    def of(about: str, half: bool) -> str:
         return _digest(about, vectors, half) + (_UNKNOWN if quantised else _digest("", matrices, half))
 
-    plain, in_half = of(False), of(True)
-    return plain if plain == in_half else plain + in_half
+    return "".join(dict.fromkeys(of(about, half) for about in abouts for half in (False, True)))
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two fingerprints are of one model; one or both may be quantised, or in float16."""
+    """Whether two fingerprints are of one model; one or both may be quantised, in float16, or cast."""
     return any(_same(a, b) for a in _each(one) for b in _each(other))
 
 
 def _each(fingerprint: str) -> list[str]:
-    """The one or two that a model has."""
+    """The one to six that a model has."""
     size = 2 * len(_UNKNOWN)
     return [fingerprint[start : start + size] for start in range(0, len(fingerprint), size)] or [""]
 
@@ -105,8 +107,8 @@ def _is_quantised(weight: Tensor) -> bool:
     return not plain or weight.element_size() == 1
 
 
-def _rotary(model: Any) -> list[list[float]]:
-    """Frequencies that text positions turn at, as sixteenths of octaves, and the scaling of what is turned.
+def _rotary(model: Any, dtype: torch.dtype) -> list[list[float]]:
+    """Frequencies that text positions turn at, rounded to `dtype`, as sixteenths of octaves, and scalings.
 
     Of the buffers, not of the config, whose form differs between versions of transformers. Types that change
     their frequencies with the length of a prompt keep what they began with under another name.
@@ -117,7 +119,7 @@ def _rotary(model: Any) -> list[list[float]]:
         buffers = {name: b for name, b in vars(module).get("_buffers", {}).items() if "inv_freq" in name}
         first = {name: getattr(module, name) for name in dir(module) if "original_inv_freq" in name}
         for name, buffer in (first or buffers).items():
-            numbers = buffer.detach().to("cpu", torch.float64).flatten()
+            numbers = buffer.detach().cpu().to(dtype).double().flatten()
             octaves = (numbers[numbers > 2.0**-12].log2() * 16).round().tolist()
             scaling = getattr(
                 module, name.replace("original_inv_freq", "inv_freq")[:-8] + "attention_scaling", 1

@@ -14,7 +14,7 @@ from capsight.errors import CalibrationError, OptionError, UnlikeCalibrationWarn
 from capsight.kvcapsule import KVCapsule
 from capsight.kvcapsule.codecs.joint import JointCodec
 from capsight.kvcapsule.codecs.levels import pack, unpack
-from capsight.kvcapsule.codecs.rotary import find_rotary
+from capsight.kvcapsule.codecs.rotary import as_turned_by, find_rotary
 from capsight.layout import build_layout
 from capsight.layout.positions import rope_positions
 from kvcapsule.conftest import few, fitted
@@ -178,3 +178,21 @@ def test_images_unlike_calibration_are_named(qwen):
     inputs = qwen.inputs([([qwen.picture(7)], "hi")])
     with pytest.warns(UnlikeCalibrationWarning, match="unlike"):
         run(qwen, inputs, capsule.cache(inputs), max_new_tokens=1)
+
+
+def test_keys_of_a_cast_model_are_turned_back_as_it_turned_them(qwen):
+    capsule = fitted(qwen, 0.4, codec="joint")
+    before = {index: codec.rotary for index, codec in capsule.codecs.items()}
+    with enable(qwen.model, capsule=capsule) as fast:
+        assert fast.capsule is capsule
+    cast = deepcopy(qwen.model).to(torch.bfloat16)
+    rounded = cast.get_decoder().rotary_emb.inv_freq
+    assert rounded.dtype == torch.bfloat16
+    assert not torch.equal(rounded.double(), before[0].frequencies)
+    with enable(cast, capsule=capsule) as fast:
+        cache = fast.new_cache(batch(qwen))
+    for layer in cache.capsule_layers.values():
+        assert torch.equal(layer.codec.rotary.frequencies, rounded.double())
+    assert {index: codec.rotary for index, codec in capsule.codecs.items()} == before
+    rounded.mul_(1.5)  # RoPE that grows with the prompt has others for long ones, too
+    assert as_turned_by(cast, before[0]) is before[0]

@@ -25,7 +25,7 @@ from capsight.evaluation.items import Item
 from capsight.evaluation.prefill import Prefill, observes
 from capsight.execution import inputs_device
 from capsight.kvcapsule import CacheMethod, ContextRepeater
-from capsight.kvcapsule.method import reads_latent
+from capsight.kvcapsule.method import for_model, reads_latent
 from capsight.layout import build_layout
 from capsight.runtime import enable
 
@@ -77,7 +77,8 @@ class Asking:
 
     def ask(self, item: Item) -> Iterator[tuple[str, Answers]]:
         """Answers of everything in `names`, in that order, to all questions of an item."""
-        everything: dict[str, CacheMethod | None] = dict.fromkeys(self.names) | dict(self.methods)
+        everything: dict[str, CacheMethod | None] = dict.fromkeys(self.names)
+        everything |= {name: for_model(method, self.model) for name, method in self.methods.items()}
         if not item.images:
             yield from ((name, self._alone(item, name)) for name in everything)
             return

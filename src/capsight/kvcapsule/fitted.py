@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 from capsight.errors import OptionError
 from capsight.kvcapsule.budget import Budget, check_budget, share_out, share_to_keep
@@ -113,6 +113,14 @@ class FittedCapsule(PretrainedCapsule):
         """This capsule with its weights stored, if it may have any and was not told what to do with them."""
         decided = self.info.codec != "adaptive" or "weights" in self.info.options
         return self if decided else self.with_weights("stored")
+
+    def for_model(self, model: Any) -> Self:
+        """This capsule for a model in hand, which `check_model` takes: one that was cast turns keys by
+        frequencies that are rounded (joint).
+        """
+        codecs = {i: c.for_model(model) if isinstance(c, JointCodec) else c for i, c in self.codecs.items()}
+        same = all(codec is self.codecs[index] for index, codec in codecs.items())
+        return self if same else type(self)(codecs, self.info, self.origin)
 
     def with_codec(self, name: str) -> Self:
         """This capsule as "heads", "adaptive" or "evict", which learn the same.

@@ -102,6 +102,12 @@ class ContextRepeater(Protocol):
         ...
 
 
+def for_model(method: CacheMethod, model: Any) -> CacheMethod:
+    """The method for a model in hand, which `check_model` takes; see `KVCapsule.for_model`."""
+    adapt = getattr(method, "for_model", None)
+    return method if adapt is None else adapt(model)
+
+
 def reads_latent(method: object) -> bool:
     """Whether attention is best left to read a method's capsules as they are."""
     return isinstance(method, LatentMethod) and not method.rebuilds

@@ -18,6 +18,7 @@ from capsight.errors import ModelMismatchError, OptionError
 from capsight.execution import inputs_device
 from capsight.kvcapsule import CacheMethod, CapsuleCache
 from capsight.kvcapsule.cache.conversation import Conversation
+from capsight.kvcapsule.method import for_model
 from capsight.kvcapsule.rest import CapsuleStore
 from capsight.layout import PromptLayout, build_layout
 from capsight.model_fingerprint import model_fingerprint, same_model
@@ -53,7 +54,8 @@ class EnabledModel:
     ) -> None:
         """Use `enable` instead."""
         self.model: Any = model
-        self.capsule, self.head_map, self.decode, self.store = capsule, head_map, decode, store
+        self.capsule = None if capsule is None else for_model(capsule, model)
+        self.head_map, self.decode, self.store = head_map, decode, store
         self.prefill: Prefill = prefill
         self.cache: Any = None
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from capsight.cache_argument import CACHE
@@ -146,6 +147,23 @@ def find_rotary(model: Any, layers: Sequence[int]) -> Rotary:
         f"cannot tell how this {model.config.model_type} model turns keys by their positions; "
         "fit with codec='heads', which stores keys as they are"
     )
+
+
+def as_turned_by(model: Any, rotary: Rotary) -> Rotary:
+    """`rotary` with the frequencies of a model in hand, where rounding alone tells them apart.
+
+    `model.to(torch.bfloat16)` rounds the model's: at position 500 a pair that turns by 1 is up to one radian
+    off. What is known of keys before RoPE holds if they are turned back as they were turned.
+    """
+    inner = next((x for x in model.modules() if isinstance(x, PreTrainedModel)), model)
+    try:
+        found = _frequencies(inner.get_decoder())[0]
+    except (CalibrationError, AttributeError, NotImplementedError):  # the last of a buffer on no device
+        return rotary
+    own = rotary.frequencies
+    if found.shape != own.shape or torch.equal(found, own.cpu()):
+        return rotary
+    return replace(rotary, frequencies=found) if torch.allclose(found, own.cpu(), 2.0**-8, 1e-6) else rotary
 
 
 def _tried(config: Any) -> Tensor:

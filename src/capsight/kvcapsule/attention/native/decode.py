@@ -25,7 +25,8 @@ def decode_attention(query: Tensor, sources: Sequence[Source] | Sources, scaling
 
     Scores and sums are float32. Bfloat16 queries are multiplied in bfloat16 where the processor can: exactly
     with tokens in bfloat16; with levels (AMX) as integers of 22 bits, in steps of a query's largest channel.
-    Probabilities are rounded to bfloat16, or to 15 bits.
+    Probabilities are rounded to bfloat16, or to 15 bits. A channel of a value that is no finite number may
+    take its neighbour, with which it is multiplied (AMX), with it.
 
     Args:
         query: `[B, Hq, Q, D]`, float32, bfloat16 or float16; Hq is a multiple of H. For few queries: tokens
