@@ -26,6 +26,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from attention_measuring import TEXT_TOKENS, Run, machine, measure
+from native_steps import native_runs
 from page_parts import table
 from rich.console import Console
 from torch import Tensor
@@ -33,10 +34,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from capsight.kvcapsule.attention import BlockRows, latent_attention
 from capsight.kvcapsule.attention.choice import Kind, reason_against
-from capsight.kvcapsule.attention.native import OneToken, Source, Sources, supports
-from capsight.kvcapsule.codecs import AdaptiveCodec, HeadsCodec, Payload, QuantisedCodec
+from capsight.kvcapsule.attention.native import supports
+from capsight.kvcapsule.codecs import AdaptiveCodec, HeadsCodec, Payload
 from capsight.kvcapsule.codecs.moments import LayerMoments
-from capsight.kvcapsule.codecs.quantise import BITS
 
 BLOCK = 64
 DISTINCT = 64
@@ -142,7 +142,7 @@ def at_size(
     }
     differences = {name: difference(name) for name in cache.capsules}
     if supports(query):
-        runs |= native_runs(cache, full, query, scaling, repeats + 1)
+        runs |= native_runs(*cache.capsules["heads"], cache.rows, cache.exact, full, query, repeats + 1)
     seconds = measure(runs, repeats, device)
     best = min(seconds[name] for name in ("sdpa", "sdpa, grouped"))
     reason = reason_against(Kind.of(query, cache.capsules["adaptive"][1].tensors["keys"]))
@@ -159,44 +159,6 @@ def at_size(
         "bytes": {"full": whole, **{n: held + payload.nbytes for n, (_, payload) in cache.capsules.items()}},
         "largest_difference": differences,
     }
-
-
-def native_runs(
-    cache: Cache, full: tuple[Tensor, Tensor], query: Tensor, scaling: float, steps: int
-) -> dict[str, Run]:
-    """So many steps over kept tokens in 16, 8 and 4 bits with the exact ones, and over the full cache."""
-    heads, payload = cache.capsules["heads"]
-    keys, values = (x[:, :, -1:].contiguous() for x in cache.exact)
-
-    def step(exact: tuple[Tensor, Tensor], *kept: Source) -> Run:
-        batch, kv_heads, held, head_dim = exact[0].shape
-        room = batch, held + steps, kv_heads, head_dim
-        one = OneToken(query, room, Sources((*kept, dense(*exact, steps))))
-
-        def run() -> Tensor:
-            out = one(query, keys, values, held, scaling)
-            assert out is not None
-            return out
-
-        return run
-
-    runs = {"native, full": step(full)}
-    for bits in (None, *BITS):
-        codec = heads if bits is None else QuantisedCodec(heads, bits)
-        found = codec.source(payload if bits is None else codec.closed(payload), cache.rows, len(query))
-        assert found is not None
-        runs["native" if bits is None else f"native, int{bits}"] = step(cache.exact, found)
-    return runs
-
-
-def dense(keys: Tensor, values: Tensor, room: int) -> Source:
-    """Keys and values `[B, H, S, D]` of which every row and head has S, with room for more behind each."""
-    batch, heads, held, _ = keys.shape
-    starts = torch.arange(batch * heads).view(batch, heads) * (held + room)
-    keys, values = (
-        torch.nn.functional.pad(x, (0, 0, 0, room)).flatten(0, 2)[:, None] for x in (keys, values)
-    )
-    return Source(keys, values, starts, torch.full_like(starts, held))
 
 
 def needed(tokens: int, batch: int, dtype: str, shape: Shape) -> int:

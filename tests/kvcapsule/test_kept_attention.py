@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from capsight.kvcapsule.attention import BlockRows, KeptTokens, pieces
+from capsight.kvcapsule.attention.native import Source, decode_attention, missing
 from kvcapsule.conftest import codec
 from kvcapsule.kept_problem import Problem, problem, problems
 
@@ -147,3 +148,19 @@ def test_long_pieces_are_not_copied(monkeypatch):
     assert (plan.rest.hidden == 0).sum() < 4 * 128
     assert plan.where_they_lie(task.kept.keys).data_ptr() == task.kept.keys.data_ptr()
     close(task.attend(), task.plain())
+
+
+@pytest.mark.skipif(bool(missing()), reason="no C++ compiler")
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+@pytest.mark.parametrize("count", [64, 70])
+def test_a_channel_that_is_no_number_reaches_no_other_but_its_neighbour(count, wrong):
+    g = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 2 * count, 1, 64, generator=g).bfloat16()
+    values[count + 3, 0, 6] = wrong  # of the second row
+    starts, counts = torch.tensor([[0], [count]]), torch.full((2, 1), count)
+    query = torch.randn(2, 7, 1, 64, generator=g).bfloat16()
+    out, lse = decode_attention(query, [Source(keys, values, starts, counts)], 0.3)
+    assert not out[1, :, 0, 6].isfinite().any()
+    out[1, :, 0, 6:8] = 0
+    assert out.isfinite().all()
+    assert lse.isfinite().all()

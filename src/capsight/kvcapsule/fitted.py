@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from capsight.kvcapsule.capsule_file import make_codec
 from capsight.kvcapsule.codecs import JointCodec
 from capsight.kvcapsule.codecs.adaptive import Weights
 from capsight.kvcapsule.codecs.quantise import check_bits
+from capsight.kvcapsule.codecs.rotary import as_turned_by
 from capsight.kvcapsule.plan import DEFAULT_BLOCK_SIZE
 from capsight.kvcapsule.pretrained import PretrainedCapsule
 
@@ -118,9 +120,13 @@ class FittedCapsule(PretrainedCapsule):
         """This capsule for a model in hand, which `check_model` takes: one that was cast turns keys by
         frequencies that are rounded (joint).
         """
-        codecs = {i: c.for_model(model) if isinstance(c, JointCodec) else c for i, c in self.codecs.items()}
-        same = all(codec is self.codecs[index] for index, codec in codecs.items())
-        return self if same else type(self)(codecs, self.info, self.origin)
+        codecs = dict(self.codecs)
+        for index, codec in self.codecs.items():
+            if isinstance(codec, JointCodec):
+                other = copy(codec)
+                other.rotary = as_turned_by(model, codec.rotary)
+                codecs[index] = codec if other.rotary is codec.rotary else other
+        return self if codecs == self.codecs else type(self)(codecs, self.info, self.origin)
 
     def with_codec(self, name: str) -> Self:
         """This capsule as "heads", "adaptive" or "evict", which learn the same.

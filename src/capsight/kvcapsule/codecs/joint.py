@@ -9,7 +9,6 @@ mean + W^-1 U z, and keys are turned to their positions. W makes keys and values
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import copy
 from functools import cached_property
 from typing import Any, ClassVar, Self
 
@@ -31,7 +30,7 @@ from capsight.kvcapsule.codecs.joint_tensors import for_file, of_file
 from capsight.kvcapsule.codecs.levels import BITS, GROUP, POINTS, pack, share_bits, unpack
 from capsight.kvcapsule.codecs.moments import LayerMoments
 from capsight.kvcapsule.codecs.positions import TokenPositions
-from capsight.kvcapsule.codecs.rotary import Rotary, as_turned_by
+from capsight.kvcapsule.codecs.rotary import Rotary
 from capsight.kvcapsule.plan import Run
 
 _WHOLE = 2**31  # block size of a codec that stores nothing: no image is as long
@@ -121,15 +120,6 @@ class JointCodec(LayerCodec):
             OptionError: `retained` is not in (0, 1], or too small.
         """
         return type(self)(self.whole(), retained, lean)
-
-    def for_model(self, model: Any) -> Self:
-        """This codec, turning keys back as a model in hand turned them; see `as_turned_by`."""
-        rotary = as_turned_by(model, self.rotary)
-        if rotary is self.rotary:
-            return self
-        other = copy(self)
-        other.rotary = rotary
-        return other
 
     def learnt(self) -> dict[str, Tensor]:
         """All that was learnt, as files have it."""
