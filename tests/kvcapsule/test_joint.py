@@ -14,12 +14,13 @@ from capsight.errors import CalibrationError, OptionError, UnlikeCalibrationWarn
 from capsight.kvcapsule import KVCapsule
 from capsight.kvcapsule.codecs.joint import JointCodec
 from capsight.kvcapsule.codecs.levels import pack, unpack
-from capsight.kvcapsule.codecs.rotary import as_turned_by, find_rotary
+from capsight.kvcapsule.codecs.rotary import Rotary, as_turned_by, find_rotary
+from capsight.kvcapsule.codecs.rotary import _frequencies as frequencies_of
 from capsight.layout import build_layout
 from capsight.layout.positions import rope_positions
 from kvcapsule.conftest import few, fitted
 from kvcapsule.test_generate import asked, assert_same, batch, full_cache, later_turn, run
-from tiny import TinyVLM
+from tiny import FAMILIES, TinyVLM
 
 
 def vision_kv(vlm: TinyVLM, inputs: Any) -> tuple[DynamicCache, torch.Tensor]:
@@ -196,3 +197,16 @@ def test_keys_of_a_cast_model_are_turned_back_as_it_turned_them(qwen):
     assert {index: codec.rotary for index, codec in capsule.codecs.items()} == before
     rounded.mul_(1.5)  # RoPE that grows with the prompt has others for long ones, too
     assert as_turned_by(cast, before[0]) is before[0]
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_every_family_is_turned_by_the_frequencies_that_a_cast_leaves(name):
+    model = FAMILIES[name]().model
+    frequencies, scaling = frequencies_of(model.get_decoder())
+    rotary = Rotary(frequencies, torch.zeros(len(frequencies)).long(), False, scaling)
+    assert as_turned_by(model, rotary) is rotary
+    for dtype in (torch.bfloat16, torch.float16):
+        cast = deepcopy(model).to(dtype)
+        rounded, _ = frequencies_of(cast.get_decoder())
+        assert not torch.equal(rounded, frequencies)
+        assert torch.equal(as_turned_by(cast, rotary).frequencies, rounded)
