@@ -44,7 +44,7 @@ def source(
 
     Args:
         counts: tokens of each piece.
-        kind: a dtype, or bits with steps "of tokens" or "of groups".
+        kind: a dtype, or bits and what of `Steps` there is: "tokens", "groups", "both", or one field alone.
         shared: whether all heads of a row have the same tokens.
         biased: whether scores have a bias, one for each query of a KV head.
         channels: D.
@@ -78,11 +78,14 @@ def source(
     keys, values = (quantise(each, bits, 2) for each in x)
     size, mean = torch.rand(2, -(-total // 4), heads, channels, generator=g)
     steps = Steps(bits, values.step[..., 0], values.low[..., 0], size=size, mean=mean, group=4)
+    alone = {"mean": mean[:1], "size": size[:1], "key_step": keys.step[..., 0], "key_low": keys.low[..., 0]}
     if of == "tokens":
         steps = Steps(bits, *(p[..., 0] for p in (values.step, values.low, keys.step, keys.low)))
     elif of == "both":
         parts = (p[..., 0].bfloat16() for p in (values.step, values.low, keys.step, keys.low))
         steps = Steps(bits, *parts, size[:1], mean[:1])
+    elif of in alone:
+        steps = Steps(bits, steps.value_step, steps.value_low, **{of: alone[of]})
     return Source(keys.levels, values.levels, steps=steps, **given)
 
 
@@ -91,6 +94,7 @@ KINDS = [
     "bfloat16",
     "float16",
     *(f"{b} bits, {of}" for b in (8, 4) for of in ("tokens", "groups", "both")),
+    *(f"{b} bits, {of}" for b in (8, 4) for of in ("mean", "size", "key_step", "key_low")),
 ]
 
 

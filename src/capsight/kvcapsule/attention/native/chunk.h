@@ -179,7 +179,7 @@ class Chunk {
 
   void take_group(int64_t group) {
     int64_t at = group * s.group_stride + head * channels;
-    if (!s.size && !s.key_low) {
+    if (!s.size && !s.mean && !s.key_low) {
       for (int64_t c = 0; c < taken; c++) copy(query + c * channels, &q[c * width]);
       std::fill_n(mean, MOST, 0.f);
       if (levels) levels->take(q.data());
@@ -220,7 +220,7 @@ class Chunk {
     if (s.key_low) look_up(s.key_low, first, count, low);
     for (int64_t c = 0; c < taken; c++) {
       float *x = p + c * TILE + done, by_low = own[c], constant = mean[c];
-      if (s.key_step || s.mean)
+      if (s.key_step || s.key_low || s.mean)
         for (int t = 0; t < count; t++) x[t] = x[t] * step[t] + (low[t] * by_low + constant);
       if (bias)
         for (int t = 0; t < count; t++) x[t] += bias[c * s.bias_stride + first + t];

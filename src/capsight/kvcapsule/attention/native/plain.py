@@ -43,13 +43,15 @@ def _piece(source: Source, row: int, head: int, channels: int) -> tuple[Tensor, 
         keys, values = (torch.cat([x & 15, x >> 4], 1)[:, :channels] for x in (keys, values))
     keys, values = keys.double(), values * mine(steps.value_step)[:, None].double()
     values = values + mine(steps.value_low)[:, None]
-    if steps.key_step is not None and steps.key_low is not None:
-        keys = keys * mine(steps.key_step)[:, None] + mine(steps.key_low)[:, None]
-    if steps.size is not None and steps.mean is not None:
-        group = (
-            torch.arange(start, start + count) // steps.group if steps.group else torch.zeros(count).long()
-        )
-        keys = keys * steps.size[group, head] + steps.mean[group, head]
+    if steps.key_step is not None:
+        keys = keys * mine(steps.key_step)[:, None]
+    if steps.key_low is not None:
+        keys = keys + mine(steps.key_low)[:, None]
+    group = torch.arange(start, start + count) // steps.group if steps.group else torch.zeros(count).long()
+    if steps.size is not None:
+        keys = keys * steps.size[group, head]
+    if steps.mean is not None:
+        keys = keys + steps.mean[group, head]
     return keys, values
 
 

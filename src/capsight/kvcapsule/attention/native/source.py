@@ -118,14 +118,15 @@ class Source:
             format=FORMATS[keys.dtype] if steps is None else _LEVELS[steps.bits],
         )
         if steps is not None:
-            of_tokens, of_groups = steps.value_step, steps.size
+            of_tokens = steps.value_step
+            of_groups = steps.mean if steps.size is None else steps.size
             made.value_step, made.value_low = of_tokens.data_ptr(), steps.value_low.data_ptr()
             made.key_step, made.key_low = _address(steps.key_step), _address(steps.key_low)
             made.step_token_stride = of_tokens.stride(0)
             made.step_head_stride = of_tokens.stride(1) if of_tokens.shape[1] > 1 else 0
             made.step_format, made.group = FORMATS[of_tokens.dtype], steps.group
             if of_groups is not None:
-                made.size, made.mean = of_groups.data_ptr(), _address(steps.mean)
+                made.size, made.mean = _address(steps.size), _address(steps.mean)
                 made.group_stride, made.group_format = of_groups.stride(0), FORMATS[of_groups.dtype]
         return made
 
