@@ -42,8 +42,8 @@ BLOCK = 64
 DISTINCT = 64
 """Blocks that are encoded; the cache repeats them."""
 
-COPIES = 4
-"""Full caches' worth of memory that a size takes at most while it is made and measured."""
+COPIES, OF_KEPT = 3, 6.5
+"""What a size takes at most while it is made and measured: so many full caches, and kept tokens."""
 
 
 class Shape(NamedTuple):
@@ -161,10 +161,10 @@ def at_size(
     }
 
 
-def needed(tokens: int, batch: int, dtype: str, shape: Shape) -> int:
+def needed(tokens: int, batch: int, dtype: str, shape: Shape, retained: float) -> float:
     """Bytes that a size takes at most."""
     numbers = 2 * batch * (tokens + TEXT_TOKENS) * shape.kv_heads * shape.head_dim
-    return COPIES * numbers * getattr(torch, dtype).itemsize
+    return (COPIES + OF_KEPT * retained) * numbers * getattr(torch, dtype).itemsize
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -206,7 +206,7 @@ def main(
     ]
     with torch.inference_mode():
         for n, batch, dtype, rho in sizes:
-            size, bound = {"tokens": n, "batch": batch, "dtype": dtype}, needed(n, batch, dtype, shape)
+            size, bound = {"tokens": n, "batch": batch, "dtype": dtype}, needed(n, batch, dtype, shape, rho)
             if bound > memory_gb * 1e9:
                 left_out.append({**size, "reason": f"may take {bound / 1e9:.1f} GB of {memory_gb:g} GB"})
                 print(f"{n} tokens, batch {batch}, {dtype}: left out, {left_out[-1]['reason']}", flush=True)
