@@ -11,6 +11,7 @@ from capsight.kvcapsule.attention.native import (
     OneToken,
     Source,
     Sources,
+    Steps,
     append,
     decode_attention,
     missing,
@@ -75,3 +76,11 @@ def test_a_step_of_another_kind_does_nothing(which, how):
     assert step(*given, 0, 1.0) is None
     assert not room.counts.any()
     assert not room.keys.any()
+
+
+def test_compiled_graphs_take_levels_without_a_token():
+    none, counts = torch.zeros(0, 1), torch.zeros(1, 2, dtype=torch.int64)
+    levels, steps = torch.zeros(0, 1, 16, dtype=torch.uint8), Steps(8, none, none, key_step=none)
+    sources = [Source(levels, levels, counts, counts, steps=steps)]
+    attend = torch.compile(lambda query: decode_attention(query, sources, 0.5)[0] + 1, backend="aot_eager")
+    assert (attend(torch.randn(1, 4, 1, 16)) == 1).all()

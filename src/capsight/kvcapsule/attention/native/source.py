@@ -91,6 +91,7 @@ class Source:
         )
         parts = {name: given.pop(name) for name in _PARTS}
         parts |= zip(_PARTS[:4], tensors, strict=False)  # even without a token
+        given |= zip(_STEP_PARTS[:2], tensors[len(_PARTS) :], strict=False)
         stride, bits, group = numbers
         return cls(**parts, bias_stride=stride, steps=Steps(bits, **given, group=group) if bits else None)
 
